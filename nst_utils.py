@@ -26,10 +26,10 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib.figure
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import nn
 from torchvision.models import VGG19_Weights
@@ -117,7 +117,7 @@ class Difference(NamedTuple):
 def difference_numbers(a, b):
     """The `Difference` of two pictures (1, 3, H, W) of equal shape."""
     gap = difference_map(a, b).double()
-    # 1/255 apart in 8 bits is a hair less or more than 1/255 in float32; half a step in 1000 is neither.
+    # Two 8-bit values one step apart can differ by a hair less than 1/255 once they are float32.
     share = (gap.amax(dim=1) >= 0.9995 / 255).double().mean().item()
     mse = gap.square().mean().item()
     return Difference(share, gap.mean().item(), 10 * math.log10(1 / mse) if mse else math.inf)
@@ -312,13 +312,40 @@ def features(vgg, image, layers):
 # --- Losses --------------------------------------------------------------------------------------
 
 
+class _Gram(torch.autograd.Function):
+    """F F^T by hand: autograd would form both halves of a gradient that is symmetric, at twice the cost."""
+
+    @staticmethod
+    def forward(ctx, rows):
+        ctx.save_for_backward(rows)
+        return (rows @ rows.T).float() / rows.numel()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (rows,) = ctx.saved_tensors
+        return ((gradient + gradient.T) / rows.numel()).to(rows.dtype) @ rows
+
+
+class _MeanSquare(torch.autograd.Function):
+    """mean(gap^2), summed in float32 without a float32 copy of a bfloat16 feature map, the largest array here."""
+
+    @staticmethod
+    def forward(ctx, gap):
+        ctx.save_for_backward(gap)
+        return torch.linalg.vector_norm(gap, dtype=torch.float32).square() / gap.numel()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (gap,) = ctx.saved_tensors
+        return gap * (2 * gradient / gap.numel()).to(gap.dtype)
+
+
 def gram_matrix(feature_map):
-    """Gram matrix of a feature map (1, C, h, w): float32 (C, C), `F F^T / (C h w)` with F the (C, h w) rows.
+    """Gram matrix of a feature map (1, C, h, w): (C, C), `F F^T / (C h w)` with F the (C, h w) rows.
 
     Which channels are active together, averaged over positions ([texture], equation 1, there a sum).
     """
-    rows = feature_map.flatten(2)[0]
-    return (rows @ rows.T).float() / rows.numel()
+    return _Gram.apply(feature_map.flatten(2)[0])
 
 
 def gram_matrices(maps):
@@ -331,7 +358,7 @@ def content_loss(maps, targets):
 
     maps, targets: {layer: (1, C, h, w)} as `features` gives them, of equal shapes.
     """
-    return sum(F.mse_loss(maps[name].float(), targets[name].float()) for name in targets)
+    return sum(_MeanSquare.apply(maps[name] - targets[name]) for name in targets)
 
 
 def style_loss(maps, targets):
@@ -339,7 +366,7 @@ def style_loss(maps, targets):
 
     maps: {layer: (1, C, h, w)}; targets: {layer: (C, C)}, the Gram matrices to reach.
     """
-    return sum(F.mse_loss(gram_matrix(maps[name]), targets[name]) for name in targets)
+    return sum(_MeanSquare.apply(gram_matrix(maps[name]) - targets[name]) for name in targets)
 
 
 # --- Optimiser -----------------------------------------------------------------------------------
@@ -442,13 +469,13 @@ class Result(NamedTuple):
 def plan_scales(shape, content_layers, style_layers, evaluations):
     """Coarse to fine: [((height, width), evaluations)], each scale twice the one before, the last = `shape`.
 
-    At the coarsest the shorter side has 32 pixels or more, the deepest content layer 8 positions and the
-    deepest style layer 16: with fewer, a texture copies the layout that zero padding gives away. A coarse
+    At the coarsest the shorter side has 32 pixels or more, 64 for a style, the deepest content layer 8 positions
+    and the deepest style layer 16: with fewer, a texture copies the layout that zero padding gives away. A coarse
     evaluation is cheap, so coarse scales get more of them.
     """
     smallest = [32]
     smallest += [8 * 2 ** (int(layer_name(name)[4]) - 1) for name in content_layers]
-    smallest += [16 * 2 ** (int(layer_name(name)[4]) - 1) for name in style_layers]
+    smallest += [max(64, 16 * 2 ** (int(layer_name(name)[4]) - 1)) for name in style_layers]
     halvings = max(0, int(math.log2(min(shape) / max(smallest))))
     shapes = [tuple(round(side / 2**k) for side in shape) for k in range(halvings, -1, -1)]
     shares = [k + 2 for k in range(halvings, -1, -1)]
@@ -617,3 +644,76 @@ def transfer_style(
     )
     shape = tuple(content.shape[-2:])
     return optimise(content, style, content_layers, style_layers, content_weight, style_weight, shape=shape, **options)
+
+
+# --- Figures -------------------------------------------------------------------------------------
+
+
+def show_images(images, titles=None, columns=None, title=None, width=2.6):
+    """Draw pictures (1, 3, H, W), or single maps (H, W) in false colour, in a grid; return the Figure.
+
+    columns: by default one row; width: of one panel, in inches. None in `images` leaves its place empty.
+    """
+    images, columns = list(images), columns or len(images)
+    rows = math.ceil(len(images) / columns)
+    aspect = max(image.shape[-2] / image.shape[-1] for image in images if image is not None)
+    figure = Figure(figsize=(width * columns, (width * aspect + 0.42) * rows + (0.35 if title else 0)))
+    figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.set_axis_off()
+    for axes, image, text in itertools.zip_longest(figure.axes[: len(images)], images, titles or ()):
+        if image is not None and image.dim() == 2:
+            axes.imshow(image.detach().float().cpu(), cmap="magma")
+        elif image is not None:
+            axes.imshow(to_pil(image))
+        axes.set_title(text or "", fontsize=9)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def show_difference(a, b, titles, gain=1):
+    """Draw two pictures, their difference map times `gain` in colour, and one map a channel; return the Figure."""
+    gap, numbers = difference_map(a, b), difference_numbers(a, b)
+    times = f" × {gain}" if gain != 1 else ""
+    caption = (
+        f"{numbers.share:.1%} of pixels differ by 1/255 or more; "
+        f"mean difference {numbers.mean:.4f}; PSNR {numbers.psnr:.1f} dB"
+    )
+    channels = [gap[:, k : k + 1].expand_as(gap) * gain for k in range(3)]
+    panels = [a, b, gap * gain, *channels]
+    names = [*titles, f"|difference|{times}", *(f"{colour} only{times}" for colour in ("red", "green", "blue"))]
+    return show_images(panels, names, columns=3, title=caption, width=3.1)
+
+
+def plot_losses(results):
+    """Draw the total loss of {label: Result} against evaluations, in a log scale; return the Figure.
+
+    A dot marks the step to a finer scale, where the targets change and the loss jumps.
+    """
+    figure = Figure(figsize=(7.5, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for label, result in results.items():
+        total = [step.total for step in result.history]
+        (line,) = axes.semilogy(range(1, len(total) + 1), total, label=label, linewidth=1.4)
+        steps = itertools.pairwise(result.history)
+        finer = [k for k, (before, after) in enumerate(steps, start=1) if before.shape != after.shape]
+        axes.plot([k + 1 for k in finer], [total[k] for k in finer], "o", color=line.get_color(), markersize=4)
+    axes.set(xlabel="evaluations of the network", ylabel="loss")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def display_figure(figure, alt):
+    """Show a Figure in a notebook as a light JPEG with the alternative text `alt`.
+
+    The stored text is `alt` alone, so that a regression run compares nothing that a new machine would change.
+    """
+    from IPython.display import publish_display_data  # only notebooks have IPython
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="jpeg", dpi=130, pil_kwargs={"quality": 88})
+    picture = base64.b64encode(buffer.getvalue()).decode()
+    publish_display_data({"image/jpeg": picture, "text/plain": alt}, metadata={"image/jpeg": {"alt": alt}})
