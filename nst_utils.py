@@ -657,7 +657,8 @@ def show_images(images, titles=None, columns=None, title=None, width=2.6):
     images, columns = list(images), columns or len(images)
     rows = math.ceil(len(images) / columns)
     aspect = max(image.shape[-2] / image.shape[-1] for image in images if image is not None)
-    figure = Figure(figsize=(width * columns, (width * aspect + 0.26) * rows + (0.32 if title else 0)))
+    lines = max((text.count("\n") + 1 for text in titles or () if text), default=0)
+    figure = Figure(figsize=(width * columns, (width * aspect + 0.1 + 0.16 * lines) * rows + (0.32 if title else 0)))
     figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.set_axis_off()
