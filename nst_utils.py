@@ -652,22 +652,26 @@ def transfer_style(
 def show_images(images, titles=None, columns=None, title=None, width=2.6):
     """Draw pictures (1, 3, H, W), or single maps (H, W) in false colour, in a grid; return the Figure.
 
-    columns: by default one row; width: of one panel, in inches. None in `images` leaves its place empty.
+    columns: by default one row; width: of a panel, in inches. None in `images` leaves that place empty.
     """
     images, columns = list(images), columns or len(images)
-    rows = math.ceil(len(images) / columns)
-    aspect = max(image.shape[-2] / image.shape[-1] for image in images if image is not None)
-    lines = max((text.count("\n") + 1 for text in titles or () if text), default=0)
-    figure = Figure(figsize=(width * columns, (width * aspect + 0.1 + 0.16 * lines) * rows + (0.32 if title else 0)))
-    figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
-    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+    titles = list(titles or [""] * len(images))
+    heights = []  # of the rows in inches: the tallest picture, and room for the title's lines
+    for k in range(0, len(images), columns):
+        shapes = [image.shape[-2:] for image in images[k : k + columns] if image is not None]
+        lines = max(text.count("\n") + 1 if text else 0 for text in titles[k : k + columns])
+        heights.append(width * max(h / w for h, w in shapes) + 0.06 + 0.2 * lines)
+    figure = Figure(figsize=(width * columns, sum(heights) + (0.32 if title else 0)))
+    figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.02, wspace=0, hspace=0)
+    grid = figure.subplots(len(heights), columns, squeeze=False, gridspec_kw={"height_ratios": heights})
+    for axes in grid.flat:
         axes.set_axis_off()
-    for axes, image, text in itertools.zip_longest(figure.axes[: len(images)], images, titles or ()):
+    for axes, image, text in zip(grid.flat, images, titles):
         if image is not None and image.dim() == 2:
             axes.imshow(image.detach().float().cpu(), cmap="magma")
         elif image is not None:
             axes.imshow(to_pil(image))
-        axes.set_title(text or "", fontsize=9)
+        axes.set_title(text, fontsize=9)
     if title:
         figure.suptitle(title, fontsize=11)
     return figure
@@ -715,6 +719,6 @@ def display_figure(figure, alt):
     from IPython.display import publish_display_data  # only notebooks have IPython
 
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="jpeg", dpi=130, pil_kwargs={"quality": 88})
+    figure.savefig(buffer, format="jpeg", dpi=120, pil_kwargs={"quality": 85})
     picture = base64.b64encode(buffer.getvalue()).decode()
     publish_display_data({"image/jpeg": picture, "text/plain": alt}, metadata={"image/jpeg": {"alt": alt}})
