@@ -70,7 +70,9 @@ def plain_forward(state, x):
 
 @pytest.fixture(scope="session")
 def image():
-    return nst_utils.load_image(nst_utils.IMAGES / "content" / "kitten_on_fence.jpg", 51, "cpu")  # odd: pools drop a row
+    return nst_utils.load_image(
+        nst_utils.IMAGES / "content" / "kitten_on_fence.jpg", 51, "cpu"
+    )  # odd: pools drop a row
 
 
 @pytest.fixture(scope="session")
@@ -150,7 +152,7 @@ def test_the_network_is_oxfords_up_to_a_factor(name, raw_maps, scaled_maps, unsc
     assert relative_error(features(unscaled[0], image, [name])[name], raw) < 1e-4
 
 
-@pytest.mark.parametrize("conv, relu", zip(CONVOLUTIONS, RELUS))
+@pytest.mark.parametrize("conv, relu", list(zip(CONVOLUTIONS, RELUS)))
 def test_conv_is_before_relu(conv, relu, scaled_maps):
     assert scaled_maps[conv].min() < 0
     assert torch.equal(scaled_maps[relu], scaled_maps[conv].clamp(min=0))
@@ -188,7 +190,9 @@ def test_a_channels_last_network_gives_the_same(vgg, picture):
     assert vgg.conv1_1.weight.is_contiguous()  # a copy was converted, not the shared network
 
 
-@pytest.mark.parametrize("name, smallest", [("conv1_1", 1), ("relu2_2", 2), ("conv_5", 4), ("conv4_1", 8), ("conv5_4", 16)])
+@pytest.mark.parametrize(
+    "name, smallest", [("conv1_1", 1), ("relu2_2", 2), ("conv_5", 4), ("conv4_1", 8), ("conv5_4", 16)]
+)
 def test_a_picture_too_small_for_a_layer_is_refused(name, smallest, vgg, picture, refuses):
     assert features(vgg, picture(smallest, smallest + 3), [name])[name].numel() > 0
     if smallest > 1:

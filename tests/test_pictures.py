@@ -124,8 +124,8 @@ def test_a_file_that_is_no_picture_is_named(tmp_path, refuses):
 def test_a_broken_avif_is_named(tmp_path, refuses):
     """Pillow's AVIF decoder reports damage as RuntimeError, where others say OSError."""
     path = saved(tmp_path, Image.effect_noise((32, 32), 90).convert("RGB"), ".avif")
-    head, _ = path.read_bytes().split(b"mdat", 1)
-    path.write_bytes(head + b"mdat" + bytes(500))
+    head, tail = path.read_bytes().split(b"mdat", 1)
+    path.write_bytes(head + b"mdat" + bytes(len(tail)))
     with refuses(ValueError, str(path)):
         load_image(path)
 
@@ -192,15 +192,15 @@ def test_equal_pictures_do_not_differ(picture):
     assert difference_numbers(picture(4, 6), picture(4, 6)) == (0, 0, math.inf)
 
 
-@pytest.mark.parametrize("value", range(255))
-def test_one_8_bit_step_in_one_channel_counts_as_a_pixel(value):
-    a = torch.full((1, 3, 4, 5), value) / 255
-    b = a.clone()
-    b[0, 1, 2, 3] = torch.tensor(value + 1) / 255
-    for numbers in (difference_numbers(a, b), difference_numbers(b, a)):
-        assert numbers.share == 1 / 20
-        assert numbers.mean == pytest.approx(1 / 255 / 60, rel=1e-4)
-        assert numbers.psnr == pytest.approx(10 * math.log10(60 * 255**2), abs=1e-3)
+def test_one_8_bit_step_in_one_channel_counts_as_a_pixel():
+    for value in range(255):  # in float32 some of these steps are a hair less than 1/255
+        a = torch.full((1, 3, 4, 5), value) / 255
+        b = a.clone()
+        b[0, 1, 2, 3] = torch.tensor(value + 1) / 255
+        for numbers in (difference_numbers(a, b), difference_numbers(b, a)):
+            assert numbers.share == 1 / 20, value
+            assert numbers.mean == pytest.approx(1 / 255 / 60, rel=1e-4)
+            assert numbers.psnr == pytest.approx(10 * math.log10(60 * 255**2), abs=1e-3)
 
 
 def test_less_than_one_8_bit_step_does_not_count():

@@ -1,0 +1,72 @@
+"""The stored notebooks are complete runs: nbval passes a cell that was never run without comparing anything."""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = ["1_content_reconstruction", "2_texture_synthesis", "3_style_transfer"]
+PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+notebooks = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+
+
+def code_cells(path):
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+def outputs(path):
+    return [output for cell in code_cells(path) for output in cell.outputs]
+
+
+def test_all_notebooks_are_there():
+    assert [path.stem for path in PATHS] == NAMES
+
+
+@notebooks
+def test_a_notebook_is_valid_and_light(path):
+    notebook = nbformat.read(path, as_version=nbformat.NO_CONVERT)
+    nbformat.validate(notebook)
+    assert notebook.nbformat == 4
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert "widgets" not in notebook.metadata
+    assert path.stat().st_size < 3_000_000
+
+
+@notebooks
+def test_every_cell_was_run_once_in_order(path):
+    counts = [cell.execution_count for cell in code_cells(path)]
+    assert counts and counts == list(range(1, len(counts) + 1))
+    assert not [cell.source for cell in code_cells(path) if cell.source.rstrip().endswith(";")]  # nbval ignores a `;`
+
+
+@notebooks
+def test_outputs_hold_no_error(path):
+    for output in outputs(path):
+        assert output.output_type != "error", output
+        assert output.get("name") != "stderr", output.text
+
+
+@notebooks
+def test_outputs_hold_no_path_of_a_machine(path):
+    home = str(Path.home()).rstrip("/")
+    machine = [re.escape(str(ROOT)), r"/(?:home|Users|root|tmp|work)/\w", r"\b[A-Z]:\\\w"]
+    machine += [re.escape(home) + "/"] if home else []
+    for output in outputs(path):
+        texts = [output.get("text", ""), *map(str, (output.get("data") or {}).items())]
+        for text in texts:
+            if not text.startswith("('image/"):  # base64 holds every short string sooner or later
+                found = re.search("|".join(machine), text)
+                assert not found, f"{found.group()!r} in {text[:200]!r}"
+
+
+@notebooks
+def test_figures_have_alternative_text(path):
+    figures = 0
+    for output in outputs(path):
+        for kind in {"image/jpeg", "image/png"} & (output.get("data") or {}).keys():
+            assert output.metadata.get(kind, {}).get("alt", "").strip(), f"a figure of {path.name} has none"
+            figures += 1
+    assert figures > 0

@@ -1,0 +1,467 @@
+import itertools
+import math
+
+import pytest
+import torch
+
+import nst_utils
+from nst_utils import plan_scales, projected_lbfgs, reconstruct_content, synthesize_texture, transfer_style
+
+QUICK = {"evaluations": 12, "coarse_to_fine": False}
+
+
+def non_increasing(losses):
+    return all(after <= before for before, after in itertools.pairwise(losses))
+
+
+# --- Projected L-BFGS ----------------------------------------------------------------------------
+
+
+def quadratic(matrix, target, seen=None):
+    def objective(image):
+        if seen is not None:
+            seen.append(image.detach().clone())
+        gap = image.flatten() - target
+        return torch.stack([gap @ matrix @ gap, gap.abs().sum()])
+
+    return objective
+
+
+def projected_solution(matrix, target):
+    """The minimum over [0, 1] of the same quadratic, by many small projected gradient steps in float64."""
+    matrix, target = matrix.double(), target.double()
+    x, step = torch.full_like(target, 0.5), 0.5 / torch.linalg.eigvalsh(matrix)[-1]
+    for _ in range(20000):
+        x = (x - 2 * step * matrix @ (x - target)).clamp(0, 1)
+    return x
+
+
+def coupled(n=27, seed=0):
+    """A positive definite matrix, condition number 100, and a target of which a part lies outside [0, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    basis, _ = torch.linalg.qr(torch.randn(n, n, generator=generator))
+    return basis @ torch.diag(torch.logspace(-1, 1, n)) @ basis.T, torch.randn(n, generator=generator) + 0.5
+
+
+def test_a_separable_quadratic_reaches_the_clamped_target():
+    target = torch.linspace(-0.5, 1.5, 27)
+    matrix = torch.diag(torch.linspace(1, 5, 27))
+    *_, (image, losses) = itertools.islice(
+        projected_lbfgs(quadratic(matrix, target), torch.full((1, 3, 3, 3), 0.5)), 80
+    )
+    torch.testing.assert_close(image.flatten(), target.clamp(0, 1), atol=1e-3, rtol=0)
+    assert len(losses) == 2
+
+
+@pytest.mark.parametrize("memory", [3, 20])
+def test_a_coupled_quadratic_reaches_the_projected_solution(memory):
+    matrix, target = coupled()
+    solution = projected_solution(matrix, target)
+    # Clamping the unconstrained minimum is not the answer here, so a step has to take the bounds into account.
+    assert (solution - target.double().clamp(0, 1)).abs().max() > 0.05
+    seen = []
+    start = torch.rand(1, 3, 3, 3, generator=torch.Generator().manual_seed(1))
+    before = start.clone()
+    run = list(itertools.islice(projected_lbfgs(quadratic(matrix, target, seen), start, memory), 300))
+    image, losses = run[-1]
+    torch.testing.assert_close(image.flatten().double(), solution, atol=5e-3, rtol=0)
+    gap = solution - target.double()
+    assert losses[0] == pytest.approx((gap @ matrix.double() @ gap).item(), rel=1e-4)
+    assert non_increasing([losses[0] for _, losses in run])
+    assert all(0 <= picture.min() and picture.max() <= 1 for picture in seen)  # false for NaN as well
+    assert torch.equal(start, before)
+
+
+def test_what_is_yielded_belongs_together():
+    matrix, target = coupled()
+    objective = quadratic(matrix, target)
+    for image, losses in itertools.islice(projected_lbfgs(objective, torch.full((1, 3, 3, 3), 0.5)), 40):
+        assert image.shape == (1, 3, 3, 3) and not image.requires_grad
+        assert objective(image).tolist() == losses
+
+
+def test_an_evaluation_is_yielded_once_also_when_steps_fail():
+    """An objective that cannot be lowered any more after a while: steps are halved, memory dropped, then the end."""
+    matrix, target = coupled()
+    seen = []
+
+    def objective(image):
+        losses = quadratic(matrix, target, seen)(image)
+        return losses + 1e6 if len(seen) > 6 else losses
+
+    run = []
+    for pair in projected_lbfgs(objective, torch.full((1, 3, 3, 3), 0.5)):
+        run.append(pair)
+        assert len(run) == len(seen)
+        assert len(run) < 100
+    assert len(seen) > 6 + 8  # it tried a fresh start before it gave up
+    assert non_increasing([losses[0] for _, losses in run])
+
+
+def test_a_start_that_is_the_minimum_stays_and_ends():
+    seen = []
+    start = torch.full((1, 3, 3, 3), 0.25)
+    run = list(itertools.islice(projected_lbfgs(quadratic(torch.eye(27), torch.full((27,), 0.25), seen), start), 50))
+    assert len(run) < 50 and torch.equal(run[-1][0], start)
+    assert all(picture.isfinite().all() for picture in seen)  # a zero gradient must not become a NaN step
+
+
+def test_bounds_that_block_every_pixel_end_the_run():
+    target = torch.cat([torch.full((13,), -1.0), torch.full((14,), 2.0)])
+    corner = target.clamp(0, 1).view(1, 3, 3, 3)
+    run = list(itertools.islice(projected_lbfgs(quadratic(torch.eye(27), target), corner), 50))
+    assert len(run) < 50 and torch.equal(run[-1][0], corner)
+
+
+def test_nan_after_the_first_evaluation_leaves_the_picture_alone():
+    seen = []
+
+    def objective(image):
+        losses = quadratic(torch.eye(27), torch.zeros(27), seen)(image)
+        return losses if len(seen) == 1 else losses * math.nan
+
+    start = torch.full((1, 3, 3, 3), 0.5)
+    run = list(itertools.islice(projected_lbfgs(objective, start), 50))
+    assert 1 < len(run) < 50
+    assert all(torch.equal(image, start) and math.isfinite(losses[0]) for image, losses in run)
+
+
+def test_nan_now_and_then_is_stepped_around():
+    seen = []
+
+    def objective(image):
+        losses = quadratic(torch.eye(27), torch.full((27,), 0.9), seen)(image)
+        return losses * math.nan if len(seen) % 3 == 0 else losses
+
+    start = torch.full((1, 3, 3, 3), 0.1)
+    run = list(itertools.islice(projected_lbfgs(objective, start), 40))
+    assert run[-1][0].isfinite().all() and run[-1][1][0] < 1e-3 * run[0][1][0]
+
+
+# --- Scales --------------------------------------------------------------------------------------
+
+SHAPES = [(256, 256), (255, 383), (512, 300), (97, 64), (33, 1000), (1, 1), (5, 3), (64, 64), (127, 129)]
+LAYERS = [(("conv1_2",), ()), ((), nst_utils.FIRST_FIVE), (("conv_10",), ("relu5_1",)), (("conv5_4",), ())]
+
+
+@pytest.mark.parametrize("evaluations", [1, 2, 7, 225])
+@pytest.mark.parametrize("layers", LAYERS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_scales_double_up_to_the_shape(shape, layers, evaluations):
+    scales = plan_scales(shape, *layers, evaluations)
+    assert scales[-1][0] == shape
+    assert sum(count for _, count in scales) == evaluations and min(count for _, count in scales) > 0
+    for (coarse, _), (fine, _) in itertools.pairwise(scales):
+        assert all(abs(2 * a - b) <= 1 for a, b in zip(coarse, fine))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_coarsest_scale_is_as_small_as_the_layers_allow(shape):
+    def smallest(layers):
+        return min(plan_scales(shape, *layers, 225)[0][0])
+
+    needed = {LAYERS[0]: 32, LAYERS[1]: 64, LAYERS[2]: 256, LAYERS[3]: 128}
+    for layers, least in needed.items():
+        assert smallest(layers) >= min(least, min(shape))
+        assert smallest(layers) <= 2 * least or smallest(layers) == min(shape)
+
+
+def test_scales_of_the_leading_example():
+    shapes = [scale for scale, _ in plan_scales((256, 384), ("conv1_2",), nst_utils.FIRST_FIVE, 225)]
+    assert shapes == [(64, 96), (128, 192), (256, 384)]
+
+
+# --- Whole runs ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def transfer(settings):
+    """One transfer from noise over two scales: (result, what the callback saw)."""
+    content = nst_utils.load_image(nst_utils.IMAGES / "content" / "chenonceau.jpg", 128, "cpu")[..., :150]
+    style = nst_utils.load_image(nst_utils.IMAGES / "style" / "starry_night.jpg", 100, "cpu")
+    calls = []
+    result = transfer_style(
+        content,
+        style,
+        evaluations=25,
+        content_weight=2.0,
+        style_weight=3e3,
+        callback=lambda *a: calls.append(a),
+        **settings,
+    )
+    return result, calls
+
+
+def test_what_a_run_gives_back(transfer):
+    result, _ = transfer
+    assert result.image.shape == (1, 3, 128, 150) and result.image.dtype == torch.float32
+    assert result.image.min() >= 0 and result.image.max() <= 1 and not result.image.requires_grad
+    assert len(result.history) == result.evaluations == 25
+    assert 0 < result.seconds < 600
+
+
+def test_losses_never_rise_and_do_fall_at_each_scale(transfer):
+    by_scale = {shape: list(steps) for shape, steps in itertools.groupby(transfer[0].history, lambda step: step.shape)}
+    assert list(by_scale) == [(64, 75), (128, 150)]
+    for steps in by_scale.values():
+        assert non_increasing([step.total for step in steps])
+        assert steps[-1].total < 0.7 * steps[0].total
+
+
+def test_the_total_weighs_content_and_style(transfer):
+    for step in transfer[0].history:
+        assert step.total == pytest.approx(2.0 * step.content + 3e3 * step.style, rel=1e-4)
+    assert any(
+        step.total != pytest.approx(3e3 * step.content + 2.0 * step.style, rel=0.1) for step in transfer[0].history
+    )
+
+
+def test_the_callback_sees_every_evaluation(transfer):
+    result, calls = transfer
+    assert [step for _, step in calls] == result.history
+    for image, step in calls:
+        assert image.shape == (1, 3, *step.shape) and 0 <= image.min() and image.max() <= 1
+    assert torch.equal(calls[-1][0], result.image)
+
+
+@pytest.mark.parametrize("evaluations", [1, 2, 5, 9])
+def test_the_number_of_evaluations_is_kept_to(evaluations, settings, picture, monkeypatch):
+    """Counted at the network, not in the history."""
+    count = itertools.count()
+    make_objective = nst_utils.make_objective
+
+    def counting(*arguments):
+        objective = make_objective(*arguments)
+        return lambda image: (next(count), objective(image))[1]
+
+    monkeypatch.setattr(nst_utils, "make_objective", counting)
+    result = reconstruct_content(picture(70, 66), evaluations=evaluations, **settings)
+    assert next(count) == result.evaluations == len(result.history) == evaluations
+
+
+def test_an_interrupt_returns_the_best_picture_so_far(settings, content, style):
+    seen = []
+
+    def stop(image, step):
+        seen.append(image)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+
+    result = transfer_style(content, style, callback=stop, **QUICK, **settings)
+    assert result.evaluations == len(result.history) == 4
+    assert torch.equal(result.image, seen[-1])
+
+
+def test_an_interrupt_at_a_coarse_scale_returns_the_whole_size(settings, picture):
+    def stop(image, step):
+        raise KeyboardInterrupt
+
+    result = reconstruct_content(picture(70, 90), callback=stop, evaluations=9, **settings)
+    assert result.history[0].shape == (35, 45) and result.image.shape == (1, 3, 70, 90)
+
+
+def test_a_seed_repeats_a_run_bit_for_bit(settings, content, style):
+    runs = [transfer_style(content, style, seed=seed, **QUICK, **settings) for seed in (3, 3, 4)]
+    assert torch.equal(runs[0].image, runs[1].image) and runs[0].history == runs[1].history
+    assert nst_utils.difference_numbers(runs[0].image, runs[2].image).share > 0.5
+
+
+def test_noise_starts_uniform_and_is_the_seeds(settings, content):
+    start = {"evaluations": 1, "coarse_to_fine": False}
+    a, b, default = (
+        reconstruct_content(content, **seed, **start, **settings).image for seed in ({"seed": 1}, {"seed": 2}, {})
+    )
+    assert a.min() < 0.01 and a.max() > 0.99 and a.mean().item() == pytest.approx(0.5, abs=0.02)
+    assert not torch.equal(a, b)
+    assert torch.equal(default, reconstruct_content(content, seed=0, **start, **settings).image)
+    state = torch.get_rng_state()
+    torch.manual_seed(99)  # the seed alone decides, and the global generator is left as it was
+    assert torch.equal(a, reconstruct_content(content, seed=1, **start, **settings).image)
+    torch.set_rng_state(state)
+
+
+def test_content_start_is_the_content(settings, content, style):
+    result = transfer_style(content, style, init="content", evaluations=1, coarse_to_fine=False, **settings)
+    assert torch.equal(result.image, content)
+    assert result.history[0].content == pytest.approx(0, abs=1e-9) and result.history[0].style > 1e-4
+
+
+def test_style_target_is_the_styles(settings, content, picture):
+    """From a picture that is the style, of the content's size, no style is left to learn; the content is."""
+    style = picture(*content.shape[-2:])
+    result = transfer_style(content, style, init=style, evaluations=1, coarse_to_fine=False, **settings)
+    assert result.history[0].style == pytest.approx(0, abs=1e-9) and result.history[0].content > 1e-2
+
+
+def test_a_start_picture_is_used_and_not_changed(settings, content, picture):
+    init = picture(30, 31)  # of another size
+    before, content_before = init.clone(), content.clone()
+    start = reconstruct_content(content, init=init, evaluations=1, coarse_to_fine=False, **settings)
+    torch.testing.assert_close(start.image, nst_utils.resize(init, content.shape[-2:]))
+    reconstruct_content(content, init=init, **QUICK, **settings)
+    reconstruct_content(content, layers="conv2_1", init="content", **QUICK, **settings)
+    assert torch.equal(init, before) and torch.equal(content, content_before)
+
+
+def test_a_result_is_not_the_content_itself(settings, picture):
+    """Painting on the result must not paint on the picture it came from."""
+    source = picture(24, 20)
+    result = reconstruct_content(source, init="content", evaluations=1, coarse_to_fine=False, **settings)
+    result.image.zero_()
+    assert torch.equal(source, picture(24, 20))
+
+
+def test_a_reconstruction_comes_close(settings):
+    content = nst_utils.load_image(nst_utils.IMAGES / "content" / "kitten_on_fence.jpg", 64, "cpu")
+    result = reconstruct_content(content, evaluations=60, **settings)
+    assert nst_utils.difference_numbers(result.image, content).psnr > 18
+    assert result.history[-1].style == 0 and result.history[-1].total == pytest.approx(result.history[-1].content)
+
+
+def test_a_texture_takes_a_shape_of_its_own(settings, style):
+    result = synthesize_texture(style, shape=(33, 47), **QUICK, **settings)
+    assert result.image.shape == (1, 3, 33, 47)
+    assert result.history[-1].total < 0.2 * result.history[0].total and result.history[-1].content == 0
+    assert synthesize_texture(style, "conv1_1", **QUICK, **settings).image.shape == style.shape
+
+
+def test_a_style_may_have_any_size(settings, content, picture):
+    result = transfer_style(content, picture(90, 33), evaluations=4, **settings)
+    assert result.image.shape == content.shape
+
+
+def test_a_small_style_survives_the_coarse_scales(settings, picture):
+    """12 pixels are enough for conv3_1; the style must not be shrunk below the 4 which that layer needs."""
+    content, style = picture(256, 256), picture(12, 12)
+    assert transfer_style(content, style, evaluations=4, **settings).image.shape == content.shape
+
+
+def test_the_weights_pull_the_right_way(settings, content, style):
+    styled = transfer_style(content, style, content_weight=1.0, style_weight=1e5, **QUICK, **settings).history[-1]
+    kept = transfer_style(content, style, content_weight=100.0, style_weight=1.0, **QUICK, **settings).history[-1]
+    assert styled.style < 0.3 * kept.style and kept.content < 0.3 * styled.content
+
+
+def test_one_weight_may_be_zero(settings, content, style):
+    alone = transfer_style(content, style, style_weight=0, **QUICK, **settings)
+    torch.testing.assert_close(alone.image, reconstruct_content(content, **QUICK, **settings).image, atol=0.02, rtol=0)
+
+
+def test_bfloat16_agrees_loosely(settings, content, style):
+    single = transfer_style(content, style, **QUICK, **settings)
+    half = transfer_style(content, style, **QUICK, **(settings | {"precision": "bfloat16"}))
+    assert half.image.dtype == torch.float32
+    assert half.history[0].total == pytest.approx(single.history[0].total, rel=0.02)
+    assert half.history[0] != single.history[0]  # it was not float32 after all
+    assert half.history[-1].total == pytest.approx(single.history[-1].total, rel=0.3)
+
+
+def test_precision_is_chosen_by_the_machine():
+    cpu = torch.device("cpu")
+    assert nst_utils.pick_precision(cpu) in (torch.float32, torch.bfloat16)
+    assert nst_utils.pick_precision(cpu, "float32") == torch.float32
+    assert nst_utils.pick_precision(cpu, "bfloat16") == torch.bfloat16
+
+
+def test_layers_by_either_name_and_one_or_several(settings, content):
+    a = reconstruct_content(content, "conv2_1", **QUICK, **settings)
+    b = reconstruct_content(content, ["conv_3"], **QUICK, **settings)
+    assert torch.equal(a.image, b.image)
+
+
+# --- Bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["content_weight", "style_weight"])
+@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf, -math.inf])
+def test_a_bad_weight_is_named(name, weight, settings, content, style, refuses):
+    with refuses(ValueError, f"{name} is {weight!r}"):
+        transfer_style(content, style, **{name: weight}, **settings)
+
+
+def test_both_weights_zero(settings, content, style, refuses):
+    with refuses(ValueError, "content_weight and style_weight are both 0"):
+        transfer_style(content, style, content_weight=0, style_weight=0, **settings)
+
+
+@pytest.mark.parametrize("evaluations", [0, -1, 2.5, None])
+def test_a_bad_number_of_evaluations_is_named(evaluations, settings, content, refuses):
+    with refuses(ValueError, f"evaluations is {evaluations!r}"):
+        reconstruct_content(content, evaluations=evaluations, **settings)
+
+
+def test_an_unknown_start_is_named(settings, content, style, refuses):
+    with refuses(ValueError, "unknown init 'white'"):
+        transfer_style(content, style, init="white", **settings)
+    with refuses(ValueError, "unknown init 'content'"):  # a texture has none
+        synthesize_texture(style, init="content", **settings)
+
+
+def test_an_unknown_precision_is_named(settings, content, refuses):
+    with refuses(ValueError, "unknown precision 'float16'"):
+        reconstruct_content(content, **(settings | {"precision": "float16"}))
+
+
+def test_no_layers(settings, content, style, refuses):
+    for run in (
+        lambda: reconstruct_content(content, [], **settings),
+        lambda: synthesize_texture(style, (), **settings),
+        lambda: transfer_style(content, style, (), (), **settings),
+    ):
+        with refuses(ValueError, "no layers given"):
+            run()
+
+
+def test_unknown_layers_are_named(settings, content, style, refuses):
+    for run in (
+        lambda: reconstruct_content(content, "conv_17", **settings),
+        lambda: synthesize_texture(style, ["conv1_1", "conv_17"], **settings),
+        lambda: transfer_style(content, style, "conv_17", **settings),
+        lambda: transfer_style(content, style, style_layers="conv_17", **settings),
+    ):
+        with refuses(ValueError, "unknown layer 'conv_17'"):
+            run()
+
+
+def test_a_picture_too_small_for_its_layers(settings, picture, refuses):
+    with refuses(ValueError, "a 15x40 picture is too small for conv5_1"):
+        reconstruct_content(picture(15, 40), "conv5_1", **settings)
+
+
+BAD_PICTURES = {
+    "(3, 8, 8)": torch.rand(3, 8, 8),
+    "(2, 3, 8, 8)": torch.rand(2, 3, 8, 8),
+    "(1, 1, 8, 8)": torch.rand(1, 1, 8, 8),
+    "(1, 8, 8, 3)": torch.rand(1, 8, 8, 3),
+    "(1, 3, 0, 8)": torch.rand(1, 3, 0, 8),
+    "torch.uint8": torch.zeros(1, 3, 8, 8, dtype=torch.uint8),
+    "str": "chenonceau.jpg",
+    "values outside [0, 1]": torch.rand(1, 3, 8, 8) + 0.5,
+    "values outside [0, 1] ": -torch.rand(1, 3, 8, 8),
+    "not finite": torch.full((1, 3, 8, 8), math.nan),
+}
+
+
+@pytest.mark.parametrize("reason", BAD_PICTURES)
+def test_a_bad_picture_is_named(reason, settings, content, style, refuses):
+    bad, reason = BAD_PICTURES[reason], reason.strip()
+    for name, run in {
+        "content": lambda: reconstruct_content(bad, **settings),
+        "style": lambda: transfer_style(content, bad, **settings),
+        "init": lambda: reconstruct_content(content, init=bad, **settings),
+    }.items():
+        if not (name == "init" and isinstance(bad, str)):  # there a string is the name of a start
+            with refuses(ValueError, reason):
+                run()
+
+
+@pytest.mark.parametrize("init", [None, 0, [[0.5]]])
+def test_a_start_that_is_no_picture_is_named(init, settings, content, refuses):
+    with refuses(ValueError, f"init is {type(init).__name__}"):
+        reconstruct_content(content, init=init, **settings)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, -1), (5,), (5, 5, 5), (5.5, 5)])
+def test_a_bad_shape_is_named(shape, settings, style, refuses):
+    with refuses(ValueError, f"shape is {shape!r}"):
+        synthesize_texture(style, "conv1_1", shape=shape, **settings)
