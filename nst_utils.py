@@ -77,7 +77,7 @@ def load_image(path, size=256, device=None):
             if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip instead of scale
                 picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
             picture = picture.convert("RGBA")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
         raise ValueError(f"{str(path)!r} is not a picture that can be read: use a JPEG or PNG file") from error
     picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     scale = size / min(picture.size)
@@ -168,9 +168,9 @@ def _load_vgg19(weights, device):
         raise ValueError(
             f"the weights {weights!r} are not those of VGG-19 in Oxford's or torchvision's format"
         ) from error
-    if not all(parameter.isfinite().all() for parameter in vgg.parameters()):
-        raise ValueError(f"the weights {weights!r} hold values that are not finite: get an undamaged file")
     normalise_activations(vgg, [load_image(IMAGES / "content" / name, 192, "cpu") for name in CALIBRATION_PICTURES])
+    if not all(parameter.isfinite().all() for parameter in vgg.parameters()):
+        raise ValueError(f"the weights {weights!r} are damaged: some activations are zero or not finite")
     return vgg.to(device)
 
 
@@ -411,10 +411,12 @@ def projected_lbfgs(objective, image, memory=20):
         return losses.tolist(), gradient.flatten()
 
     losses, gradient = evaluate(x.clone())
+    yield x.view_as(image), losses
     while True:
-        yield x.view_as(image), losses
         free = ~(((x <= 0) & (gradient > 0)) | ((x >= 1) & (gradient < 0)))
         downhill = -gradient * free
+        if not downhill.any():
+            return
         if used:
             p, q = (pairs @ downhill).view(2, memory)[:, used].double().cpu().numpy()
             r, gamma = np.triu(sy[np.ix_(used, used)]), sy[used[-1], used[-1]] / yy[used[-1], used[-1]]
@@ -446,6 +448,7 @@ def projected_lbfgs(objective, image, memory=20):
             by_s, by_y = (pairs @ torch.stack([s, y], dim=1)).double().cpu().numpy().T
             sy[:, slot], sy[slot] = by_y[:memory], by_s[memory:]
             yy[:, slot] = yy[slot] = by_y[memory:]
+        yield x.view_as(image), losses
 
 
 class Step(NamedTuple):
@@ -469,11 +472,11 @@ class Result(NamedTuple):
 def plan_scales(shape, content_layers, style_layers, evaluations):
     """Coarse to fine: [((height, width), evaluations)], each scale twice the one before, the last = `shape`.
 
-    At the coarsest the shorter side has 32 pixels or more, 64 for a style, the deepest content layer 8 positions
+    At the coarsest the shorter side has 24 pixels or more, 64 for a style, the deepest content layer 8 positions
     and the deepest style layer 16: with fewer, a texture copies the layout that zero padding gives away. A coarse
     evaluation is cheap, so coarse scales get more of them.
     """
-    smallest = [32]
+    smallest = [24]
     smallest += [8 * 2 ** (int(layer_name(name)[4]) - 1) for name in content_layers]
     smallest += [max(64, 16 * 2 ** (int(layer_name(name)[4]) - 1)) for name in style_layers]
     halvings = max(0, int(math.log2(min(shape) / max(smallest))))
@@ -515,7 +518,13 @@ def make_objective(vgg, content, style, content_layers, style_layers, content_we
 
 def check_picture(image, name):
     """Raise ValueError unless `image` is a picture: (1, 3, H, W), floating point, finite."""
-    if not (torch.is_tensor(image) and image.dim() == 4 and image.shape[:2] == (1, 3) and image.is_floating_point()):
+    if not (
+        torch.is_tensor(image)
+        and image.dim() == 4
+        and image.shape[:2] == (1, 3)
+        and image.is_floating_point()
+        and image.numel()
+    ):
         found = f"{tuple(image.shape)} {image.dtype}" if torch.is_tensor(image) else type(image).__name__
         raise ValueError(f"{name} is {found}: a picture is a float tensor (1, 3, H, W), as load_image gives it")
     if not ((image >= 0) & (image <= 1)).all():
@@ -549,10 +558,10 @@ def optimise(
     evaluation with the best picture so far and its `Step`. An interrupt (the notebook's stop button) ends
     the run and returns that picture. Returns a `Result`; raises ValueError for bad input.
     """
-    pictures = {"content": content, "style": style} | ({} if isinstance(init, str) else {"init": init})
-    for name, image in pictures.items():
-        if image is not None:
-            check_picture(image, name)
+    if not isinstance(init, str):
+        check_picture(init, "init")
+    if len(shape) != 2 or not all(isinstance(side, int) and side > 0 for side in shape):
+        raise ValueError(f"shape is {shape!r}: it must be (height, width), whole numbers of pixels, 1 or more")
     for name, weight in {"content_weight": content_weight, "style_weight": style_weight}.items():
         if not 0 <= weight < math.inf:
             raise ValueError(f"{name} is {weight!r}: it must be a finite number, 0 or more")
@@ -581,11 +590,16 @@ def optimise(
     with tqdm(total=evaluations, disable=not progress, leave=False, desc="optimising") as bar:
         try:
             for scale, count in scales:
-                factor = min(scale) / min(shape)
+                style_scale = min(scale) / min(shape)
+                if style_layers:  # a small style must stay large enough for its deepest layer
+                    needed = max(2 ** (int(layer_name(name)[4]) - 1) for name in style_layers)
+                    style_scale = min(1.0, max(style_scale, needed / min(style.shape[-2:])))
                 objective = make_objective(
                     network,
                     content if content is None else resize(content, scale),
-                    style if style is None else resize(style, [max(1, round(n * factor)) for n in style.shape[-2:]]),
+                    style
+                    if style is None
+                    else resize(style, [max(1, round(side * style_scale)) for side in style.shape[-2:]]),
                     content_layers,
                     style_layers,
                     content_weight,
@@ -599,7 +613,7 @@ def optimise(
                         callback(image, history[-1])
         except KeyboardInterrupt:
             pass  # the best picture so far is the answer
-    return Result(resize(image, shape).detach().float(), history, len(history), time.perf_counter() - start)
+    return Result(resize(image, shape).clone(), history, len(history), time.perf_counter() - start)
 
 
 def reconstruct_content(content, layers="conv1_2", **options):
@@ -620,7 +634,9 @@ def synthesize_texture(style, layers=FIRST_FIVE, *, shape=None, **options):
     """
     check_picture(style, "style")
     layers = (layers,) if isinstance(layers, str) else tuple(layers)
-    return optimise(None, style, (), layers, 0.0, 1e4, shape=tuple(shape or style.shape[-2:]), **options)
+    return optimise(
+        None, style, (), layers, 0.0, 1e4, shape=tuple(style.shape[-2:]) if shape is None else shape, **options
+    )
 
 
 def transfer_style(
@@ -660,9 +676,9 @@ def show_images(images, titles=None, columns=None, title=None, width=2.6):
     for k in range(0, len(images), columns):
         shapes = [image.shape[-2:] for image in images[k : k + columns] if image is not None]
         lines = max(text.count("\n") + 1 if text else 0 for text in titles[k : k + columns])
-        heights.append(width * max(h / w for h, w in shapes) + 0.06 + 0.2 * lines)
+        heights.append(width * max(h / w for h, w in shapes) + 0.09 + 0.2 * lines)
     figure = Figure(figsize=(width * columns, sum(heights) + (0.32 if title else 0)))
-    figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.02, wspace=0, hspace=0)
+    figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.04, wspace=0, hspace=0)
     grid = figure.subplots(len(heights), columns, squeeze=False, gridspec_kw={"height_ratios": heights})
     for axes in grid.flat:
         axes.set_axis_off()
