@@ -72,6 +72,20 @@ def test_a_coupled_quadratic_reaches_the_projected_solution(memory):
     assert torch.equal(start, before)
 
 
+def test_pixels_pushed_out_of_range_stay_at_their_bound():
+    """[two-metric]: a curvature pair must not move them back inside, against their gradient."""
+    matrix, target = coupled()
+    seen, held = [], 0
+    run = list(itertools.islice(projected_lbfgs(quadratic(matrix, target, seen), torch.full((1, 3, 3, 3), 0.5)), 60))
+    for (image, _), trial in zip(run, seen[1:]):
+        x = image.flatten()
+        gradient = 2 * matrix @ (x - target)
+        blocked = ((x <= 0) & (gradient > 1e-4)) | ((x >= 1) & (gradient < -1e-4))
+        assert torch.equal(trial.flatten()[blocked], x[blocked])
+        held += blocked.sum().item()
+    assert held > 0
+
+
 def test_what_is_yielded_belongs_together():
     matrix, target = coupled()
     objective = quadratic(matrix, target)
