@@ -53,7 +53,7 @@ def pick_device(device=None):
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, TypeError) as error:
+    except (RuntimeError, AssertionError, TypeError, ImportError) as error:
         raise ValueError(f"unknown device {device!r}: this machine has {', '.join(here)}") from error
     if chosen.type not in here:
         raise ValueError(f"unknown device {device!r}: this machine has {', '.join(here)}")
@@ -560,10 +560,12 @@ def optimise(
     """
     if not isinstance(init, str):
         check_picture(init, "init")
-    if len(shape) != 2 or not all(isinstance(side, int) and side > 0 for side in shape):
+    if not (isinstance(shape, (tuple, list)) and len(shape) == 2) or not all(
+        isinstance(side, int) and side > 0 for side in shape
+    ):
         raise ValueError(f"shape is {shape!r}: it must be (height, width), whole numbers of pixels, 1 or more")
     for name, weight in {"content_weight": content_weight, "style_weight": style_weight}.items():
-        if not 0 <= weight < math.inf:
+        if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
             raise ValueError(f"{name} is {weight!r}: it must be a finite number, 0 or more")
     if content_weight == style_weight == 0:
         raise ValueError("content_weight and style_weight are both 0: give at least one of them a weight")
@@ -572,6 +574,8 @@ def optimise(
         raise ValueError(f"unknown init {init!r}: use {' or '.join(map(repr, starts))} or a picture to start from")
     if not isinstance(evaluations, int) or evaluations < 1:
         raise ValueError(f"evaluations is {evaluations!r}: it must be a whole number, 1 or more")
+    if not isinstance(seed, int):
+        raise ValueError(f"seed is {seed!r}: it must be a whole number")
     layers = (*content_layers, *style_layers)
     if not layers:
         raise ValueError("no layers given: name at least one, such as 'conv1_2'")
@@ -580,9 +584,9 @@ def optimise(
     network = prepare_network(vgg or load_vgg19(device=device), layers, device, pick_precision(device, precision))
     scales = plan_scales(shape, content_layers, style_layers, evaluations) if coarse_to_fine else [(shape, evaluations)]
     if not isinstance(init, str):
-        image = init.to(device)
+        image = init.detach().float().to(device)
     elif init == "content":
-        image = content
+        image = content.detach().float()
     else:  # drawn on the CPU, so that a seed means the same noise on every device
         image = torch.rand(1, 3, *scales[0][0], generator=torch.Generator().manual_seed(seed)).to(device)
 
@@ -613,7 +617,7 @@ def optimise(
                         callback(image, history[-1])
         except KeyboardInterrupt:
             pass  # the best picture so far is the answer
-    return Result(resize(image, shape).clone(), history, len(history), time.perf_counter() - start)
+    return Result(resize(image, shape).detach().clone(), history, len(history), time.perf_counter() - start)
 
 
 def reconstruct_content(content, layers="conv1_2", **options):
