@@ -69,7 +69,7 @@ def load_image(path, size=256, device=None):
     path, device = Path(path), pick_device(device)
     if not path.is_file():
         raise FileNotFoundError(f"no picture at {str(path)!r}: give the path of an image file")
-    if not isinstance(size, int) or size < 1:
+    if type(size) is not int or size < 1:
         raise ValueError(f"size is {size!r}: it must be a whole number of pixels, 1 or more")
     try:
         with Image.open(path) as file:
@@ -372,36 +372,104 @@ def style_loss(maps, targets):
 # --- Optimiser -----------------------------------------------------------------------------------
 
 
-def pick_precision(device, precision=None):
-    """The network's dtype: `precision` ("bfloat16" or "float32"), or by default what is fast on `device`.
+def pick_precisions(device, precision=None):
+    """The network's precisions one after another: (`precision`,), or what is best on `device`.
 
-    bfloat16 pays where the hardware multiplies it: GPUs with tensor cores, CPUs with AMX or AVX512-BF16.
+    bfloat16, where the hardware multiplies it (GPUs with tensor cores, CPUs with AMX or AVX512-BF16), takes half
+    the time until its rounding hides what progress is left; then float32 goes on. Elsewhere float32 alone.
     """
     if precision is not None:
         if precision not in ("bfloat16", "float32"):
             raise ValueError(f"unknown precision {precision!r}: use 'bfloat16' or 'float32'")
-        return getattr(torch, precision)
+        return (precision,)
     fast = False
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     elif device.type == "cpu":
         fast = any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
-    return torch.bfloat16 if fast else torch.float32
+    return ("bfloat16", "float32") if fast else ("float32",)
 
 
-def projected_lbfgs(objective, image, memory=20):
+def spectral_preconditioner(vgg, shape, floor):
+    """Return the linear function of flat gradients (3 H W,) that undoes how unevenly the network sees frequencies.
+
+    Without their ReLUs, conv1_1 and conv1_2 are one convolution A with 5x5 kernels. It responds to fine chroma and
+    coarse brightness a thousand times less than to edges, and descent on |A x|^2 is that much slower there. Its
+    curvature A^T A is a Hermitian 3x3 matrix at each frequency; we divide by it, in the Fourier domain, after a
+    `floor`, as a share of its largest eigenvalue, for what the layer hardly sees at all.
+    """
+    first, second = vgg.conv1_1.weight.float(), vgg.conv1_2.weight.float()
+    kernels = F.conv2d(first.transpose(0, 1), second.flip(2, 3), padding=2)  # (3, 64, 5, 5): both convolutions
+    overlaps = F.conv2d(kernels, kernels, padding=4).to(torch.complex64)  # (3, 3, 9, 9): A^T A as a kernel
+    shifts = torch.arange(-4, 5, device=first.device)
+    rows, columns = (
+        torch.exp(-2j * math.pi * frequencies.to(first.device)[:, None] * shifts)
+        for frequencies in (torch.fft.fftfreq(shape[0]), torch.fft.rfftfreq(shape[1]))
+    )
+    curvature = torch.einsum("ijab,ha,wb->hwij", overlaps, rows, columns)
+    largest = torch.linalg.eigvalsh(curvature).max()
+    inverse = torch.linalg.inv(curvature / largest + floor * torch.eye(3, device=first.device))
+    inverse = inverse.permute(2, 3, 0, 1).contiguous()
+
+    def precondition(gradient):
+        spectrum = torch.fft.rfft2(gradient.view(3, *shape))
+        return torch.fft.irfft2((inverse * spectrum).sum(dim=1), s=tuple(shape)).flatten()
+
+    return precondition
+
+
+class InverseCurvature:
+    """What L-BFGS knows of the inverse Hessian, in its compact form ([L-BFGS], theorem 2.2).
+
+    It starts as `precondition`, up to a factor, and learns from the last `memory` changes of picture and gradient.
+    A product with it is two products with one tall matrix.
+    """
+
+    def __init__(self, precondition, image, memory=20):
+        self.precondition, self.memory = precondition, memory
+        self.pairs = image.new_zeros(2 * memory, image.numel())  # the s_i, then the preconditioned y_i
+        self.sy, self.yy = np.zeros((memory, memory)), np.zeros((memory, memory))  # s_i.y_j, i before j; y_i.P y_j
+        self.used = []  # slots that hold a pair, oldest first
+
+    def forget(self):
+        self.used = []
+
+    def learn(self, s, y):
+        """Take in that the step `s` changed the gradient by `y`, unless that tells of negative curvature."""
+        if s @ y <= 1e-4 * s.norm() * y.norm():
+            return
+        free = [k for k in range(self.memory) if k not in self.used]
+        slot = free[0] if free else self.used.pop(0)
+        self.used.append(slot)
+        self.pairs[slot], self.pairs[self.memory + slot] = s, self.precondition(y)
+        products = (self.pairs @ y).double().cpu().numpy()
+        self.sy[:, slot] = products[: self.memory]
+        self.yy[:, slot] = self.yy[slot] = products[self.memory :]
+
+    def times(self, vector):
+        """The product with a flat vector; before the first pair, a vector whose mean size is 0.02, in pixel values."""
+        start = self.precondition(vector)
+        if not self.used:
+            return start * (0.02 / start.abs().mean())
+        used, last = self.used, self.used[-1]
+        p, q = (self.pairs @ vector).view(2, -1)[:, used].double().cpu().numpy()
+        r, yy = np.triu(self.sy[np.ix_(used, used)]), self.yy[np.ix_(used, used)]
+        gamma = self.sy[last, last] / self.yy[last, last]
+        u = np.linalg.solve(r, p)
+        v = np.linalg.solve(r.T, np.diag(r) * u + gamma * (yy @ u - q))
+        weights = np.zeros((2, self.memory))
+        weights[:, used] = v, -gamma * u
+        return gamma * start + torch.as_tensor(weights.ravel(), dtype=vector.dtype, device=vector.device) @ self.pairs
+
+
+def projected_lbfgs(objective, image, curvature):
     """Minimise `objective` over pictures in [0, 1]; yield the best (picture, losses) after each evaluation.
 
-    objective: picture (1, 3, H, W) -> 1-D tensor of losses, the first being what to minimise.
-    L-BFGS in its compact form ([L-BFGS], theorem 2.2), a step being two products with one tall matrix.
-    Pixels at 0 or 1 that the gradient pushes outward stay out of the step and the rest is clamped
-    ([two-metric]), so that every picture evaluated is one that can be displayed. A step that does not
-    lower the loss is halved: the losses never rise. Ends when no step lowers them.
+    objective: picture (1, 3, H, W) -> 1-D tensor of losses, the first being what to minimise. curvature: an
+    `InverseCurvature`, which learns on the way. Pixels at 0 or 1 that the gradient pushes outward stay out of the
+    step and the rest is clamped ([two-metric]), so that every picture evaluated is one that can be displayed. A
+    step that does not lower the loss is halved: the losses never rise. Ends when no step lowers them.
     """
-    x = image.flatten()
-    pairs = x.new_zeros(2 * memory, x.numel())  # changes of the picture s_i, then of the gradient y_i
-    sy, yy = np.zeros((memory, memory)), np.zeros((memory, memory))
-    used = []  # slots of `pairs` that hold a pair, oldest first
 
     def evaluate(x):
         picture = x.view_as(image).requires_grad_()
@@ -410,6 +478,7 @@ def projected_lbfgs(objective, image, memory=20):
         (gradient,) = torch.autograd.grad(losses[0], picture)
         return losses.tolist(), gradient.flatten()
 
+    x = image.flatten()
     losses, gradient = evaluate(x.clone())
     yield x.view_as(image), losses
     while True:
@@ -417,17 +486,7 @@ def projected_lbfgs(objective, image, memory=20):
         downhill = -gradient * free
         if not downhill.any():
             return
-        if used:
-            p, q = (pairs @ downhill).view(2, memory)[:, used].double().cpu().numpy()
-            r, gamma = np.triu(sy[np.ix_(used, used)]), sy[used[-1], used[-1]] / yy[used[-1], used[-1]]
-            u = np.linalg.solve(r, p)
-            v = np.linalg.solve(r.T, np.diag(r) * u + gamma * (yy[np.ix_(used, used)] @ u - q))
-            weights = np.zeros((2, memory))
-            weights[:, used] = v, -gamma * u
-            weights = torch.as_tensor(weights.ravel(), dtype=x.dtype, device=x.device)
-            direction = (gamma * downhill + weights @ pairs) * free
-        else:
-            direction = downhill * (0.02 / downhill.abs().mean())  # change the pixels by 0.02 on average
+        direction = curvature.times(downhill) * free
         for halvings in range(8):
             trial = (x + direction * 0.5**halvings).clamp(0, 1)
             trial_losses, trial_gradient = evaluate(trial.clone())
@@ -435,26 +494,36 @@ def projected_lbfgs(objective, image, memory=20):
                 break
             yield x.view_as(image), losses
         else:
-            if not used:
+            if not curvature.used:
                 return
-            used = []
+            curvature.forget()
             continue
-        s, y = trial - x, trial_gradient - gradient
+        curvature.learn(trial - x, trial_gradient - gradient)
         x, losses, gradient = trial, trial_losses, trial_gradient
-        if s @ y > 1e-4 * s.norm() * y.norm():
-            slot = used[0] if len(used) == memory else next(k for k in range(memory) if k not in used)
-            used = [k for k in used if k != slot] + [slot]
-            pairs[slot], pairs[memory + slot] = s, y
-            by_s, by_y = (pairs @ torch.stack([s, y], dim=1)).double().cpu().numpy().T
-            sy[:, slot], sy[slot] = by_y[:memory], by_s[memory:]
-            yy[:, slot] = yy[slot] = by_y[memory:]
         yield x.view_as(image), losses
+
+
+# A stage ends when ten evaluations lower the loss by less than this share of it.
+COARSE = 0.1  # at a coarse scale, whose detail the next one replaces
+ROUGH = 0.02  # at full size in bfloat16, which float32 refines
+FINE = 0.002  # at the end
+
+
+def until_slow(run, tolerance, window=10):
+    """Pass on what `projected_lbfgs` yields until `window` evaluations lower the loss by less than this share of it."""
+    totals = []
+    for image, losses in run:
+        yield image, losses
+        totals.append(losses[0])
+        if len(totals) > window and totals[-1] > (1 - tolerance) * totals[-1 - window]:
+            return
 
 
 class Step(NamedTuple):
     """The losses after one evaluation of the network, of the best picture so far."""
 
     shape: tuple  # (height, width) of the scale that is being worked on
+    precision: str  # of the network at the time, "bfloat16" or "float32"
     total: float  # content_weight * content + style_weight * style
     content: float
     style: float
@@ -469,22 +538,25 @@ class Result(NamedTuple):
     seconds: float  # of optimisation alone
 
 
-def plan_scales(shape, content_layers, style_layers, evaluations):
-    """Coarse to fine: [((height, width), evaluations)], each scale twice the one before, the last = `shape`.
+def plan_scales(shape, content_layers, style_layers):
+    """Coarse to fine: [(height, width), ...], each twice the one before, the last = `shape`.
 
     At the coarsest the shorter side has 24 pixels or more, 64 for a style, the deepest content layer 8 positions
-    and the deepest style layer 16: with fewer, a texture copies the layout that zero padding gives away. A coarse
-    evaluation is cheap, so coarse scales get more of them.
+    and the deepest style layer 16, where the picture is large enough: with fewer, a texture copies the layout
+    that zero padding gives away.
     """
     smallest = [24]
     smallest += [8 * 2 ** (int(layer_name(name)[4]) - 1) for name in content_layers]
     smallest += [max(64, 16 * 2 ** (int(layer_name(name)[4]) - 1)) for name in style_layers]
     halvings = max(0, int(math.log2(min(shape) / max(smallest))))
-    shapes = [tuple(round(side / 2**k) for side in shape) for k in range(halvings, -1, -1)]
-    shares = [k + 2 for k in range(halvings, -1, -1)]
-    counts = [evaluations * share // sum(shares) for share in shares]
-    counts[-1] += evaluations - sum(counts)
-    return [(scale, count) for scale, count in zip(shapes, counts) if count > 0]
+    return [tuple(round(side / 2**k) for side in shape) for k in range(halvings, -1, -1)]
+
+
+def shrink_style(style, scale, layers):
+    """The style picture for a coarse scale: `scale` times its size, yet large enough for the deepest of `layers`."""
+    smallest = max(2 ** (int(layer_name(name)[4]) - 1) for name in layers) if layers else 1
+    scale = min(1.0, max(scale, smallest / min(style.shape[-2:])))
+    return resize(style, [max(1, round(side * scale)) for side in style.shape[-2:]])
 
 
 def prepare_network(vgg, layers, device, dtype):
@@ -581,40 +653,46 @@ def optimise(
         raise ValueError("no layers given: name at least one, such as 'conv1_2'")
 
     device = next(image for image in (content, style) if image is not None).device
-    network = prepare_network(vgg or load_vgg19(device=device), layers, device, pick_precision(device, precision))
-    scales = plan_scales(shape, content_layers, style_layers, evaluations) if coarse_to_fine else [(shape, evaluations)]
+    vgg = vgg or load_vgg19(device=device)
+    precisions = pick_precisions(device, precision)
+    networks = {name: prepare_network(vgg, layers, device, getattr(torch, name)) for name in precisions}
+    # A start with detail of its own would lose it at a coarse scale.
+    coarse_to_fine = coarse_to_fine and isinstance(init, str) and init == "noise"
+    scales = plan_scales(shape, content_layers, style_layers) if coarse_to_fine else [tuple(shape)]
+    share = evaluations // (len(scales) + 1)  # at most, for a coarse scale
     if not isinstance(init, str):
         image = init.detach().float().to(device)
     elif init == "content":
         image = content.detach().float()
     else:  # drawn on the CPU, so that a seed means the same noise on every device
-        image = torch.rand(1, 3, *scales[0][0], generator=torch.Generator().manual_seed(seed)).to(device)
+        image = torch.rand(1, 3, *scales[0], generator=torch.Generator().manual_seed(seed)).to(device)
 
+    floor = 0.05 if any("1_" in layer_name(name) for name in layers) else 0.5
     history, start = [], time.perf_counter()
     with tqdm(total=evaluations, disable=not progress, leave=False, desc="optimising") as bar:
         try:
-            for scale, count in scales:
-                style_scale = min(scale) / min(shape)
-                if style_layers:  # a small style must stay large enough for its deepest layer
-                    needed = max(2 ** (int(layer_name(name)[4]) - 1) for name in style_layers)
-                    style_scale = min(1.0, max(style_scale, needed / min(style.shape[-2:])))
-                objective = make_objective(
-                    network,
-                    content if content is None else resize(content, scale),
-                    style
-                    if style is None
-                    else resize(style, [max(1, round(side * style_scale)) for side in style.shape[-2:]]),
-                    content_layers,
-                    style_layers,
-                    content_weight,
-                    style_weight,
-                )
-                run = projected_lbfgs(objective, resize(image, scale))
-                for image, losses in itertools.islice(run, count):
-                    history.append(Step(scale, *losses))
-                    bar.update()
-                    if callback:
-                        callback(image, history[-1])
+            for scale in scales:
+                image, last = resize(image, scale), scale == scales[-1]
+                scaled_content = content if content is None else resize(content, scale)
+                scaled_style = style if style is None else shrink_style(style, min(scale) / min(shape), style_layers)
+                curvature = InverseCurvature(spectral_preconditioner(vgg, scale, floor), image)
+                for name in precisions if last else precisions[:1]:
+                    objective = make_objective(
+                        networks[name],
+                        scaled_content,
+                        scaled_style,
+                        content_layers,
+                        style_layers,
+                        content_weight,
+                        style_weight,
+                    )
+                    run = projected_lbfgs(objective, image, curvature)
+                    run = until_slow(run, COARSE if not last else FINE if name == precisions[-1] else ROUGH)
+                    for image, losses in itertools.islice(run, evaluations - len(history) if last else share):
+                        history.append(Step(scale, name, *losses))
+                        bar.update()
+                        if callback:
+                            callback(image, history[-1])
         except KeyboardInterrupt:
             pass  # the best picture so far is the answer
     return Result(resize(image, shape).detach().clone(), history, len(history), time.perf_counter() - start)
@@ -727,7 +805,7 @@ def plot_losses(results):
     axes.set(xlabel="evaluations of the network", ylabel="loss")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=9)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
     return figure
 
 

@@ -130,7 +130,7 @@ def test_a_broken_avif_is_named(tmp_path, refuses):
         load_image(path)
 
 
-@pytest.mark.parametrize("size", [0, -3, 2.5, "256", None])
+@pytest.mark.parametrize("size", [0, -3, 2.5, "256", None, True])
 def test_a_bad_size_is_named(size, refuses):
     with refuses(ValueError, f"size is {size!r}"):
         load_image(nst_utils.IMAGES / "content" / "chenonceau.jpg", size)
