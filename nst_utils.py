@@ -354,7 +354,7 @@ def gram_matrices(maps):
 
 
 def content_loss(maps, targets):
-    """Mean squared error of two pictures' feature maps, summed over layers ([style], equation 1).
+    """Mean squared error of two pictures' feature maps, summed over layers ([style], equation 1, there half the sum).
 
     maps, targets: {layer: (1, C, h, w)} as `features` gives them, of equal shapes.
     """
@@ -362,9 +362,10 @@ def content_loss(maps, targets):
 
 
 def style_loss(maps, targets):
-    """Mean squared error of Gram matrices, summed over layers ([style], equations 4 and 5, equal weights).
+    """Mean squared error of Gram matrices, summed over layers ([style], equations 4 and 5).
 
-    maps: {layer: (1, C, h, w)}; targets: {layer: (C, C)}, the Gram matrices to reach.
+    maps: {layer: (1, C, h, w)}; targets: {layer: (C, C)}, the Gram matrices to reach. The paper divides the sum of
+    squares by 4 where we divide by C^2, so it gives wide layers more weight.
     """
     return sum(_MeanSquare.apply(gram_matrix(maps[name]) - targets[name]) for name in targets)
 
@@ -505,16 +506,22 @@ def projected_lbfgs(objective, image, curvature):
 
 # A stage ends when ten evaluations lower the loss by less than this share of it.
 COARSE = 0.1  # at a coarse scale, whose detail the next one replaces
-ROUGH = 0.02  # at full size in bfloat16, which float32 refines
-FINE = 0.002  # at the end
+ROUGH = 0.03  # at full size in bfloat16, which float32 refines
+FINE = 0.005  # at the end
+ENOUGH = 0.001  # a coarse scale also ends when its loss is down to this share: the next one starts far above that
 
 
-def until_slow(run, tolerance, window=10):
-    """Pass on what `projected_lbfgs` yields until `window` evaluations lower the loss by less than this share of it."""
+def until_slow(run, tolerance, enough=0.0, window=10):
+    """Pass on what `projected_lbfgs` yields until `window` evaluations lower the loss by less than this share of it.
+
+    Or until the loss is below the share `enough` of the first one.
+    """
     totals = []
     for image, losses in run:
         yield image, losses
         totals.append(losses[0])
+        if totals[-1] < enough * totals[0]:
+            return
         if len(totals) > window and totals[-1] > (1 - tolerance) * totals[-1 - window]:
             return
 
@@ -623,10 +630,11 @@ def optimise(
 ):
     """Minimise content_weight * content loss + style_weight * style loss over pictures of `shape` (H, W).
 
-    init: "noise" (uniform, drawn from `seed`), "content", or a picture to start from.
-    evaluations: how often the network is run forward and back, over all scales; coarse scales come first
-    unless `coarse_to_fine` is False. vgg: from `load_vgg19`, which is the default. precision: "float32" or
-    "bfloat16", by default what is fast here. progress: show a bar. callback(image, step): called after each
+    init: "noise" (uniform, drawn from `seed`), "content", or a picture to start from, which is scaled to `shape`.
+    evaluations: how many times the network is run forward and back, at most, over all scales; it ends sooner when
+    progress has become slow. From noise, coarse scales come first unless `coarse_to_fine` is False. vgg: from
+    `load_vgg19`, which is the default. precision: "float32" or "bfloat16"; by default bfloat16 where that is fast,
+    then float32 for the end. progress: show a bar. callback(image, step): called after each
     evaluation with the best picture so far and its `Step`. An interrupt (the notebook's stop button) ends
     the run and returns that picture. Returns a `Result`; raises ValueError for bad input.
     """
@@ -687,7 +695,10 @@ def optimise(
                         style_weight,
                     )
                     run = projected_lbfgs(objective, image, curvature)
-                    run = until_slow(run, COARSE if not last else FINE if name == precisions[-1] else ROUGH)
+                    if last:
+                        run = until_slow(run, FINE if name == precisions[-1] else ROUGH)
+                    else:
+                        run = until_slow(run, COARSE, ENOUGH)
                     for image, losses in itertools.islice(run, evaluations - len(history) if last else share):
                         history.append(Step(scale, name, *losses))
                         bar.update()
@@ -712,7 +723,7 @@ def synthesize_texture(style, layers=FIRST_FIVE, *, shape=None, **options):
     """Search for a picture with the Gram matrices of `style` at `layers`, a name or several ([texture]).
 
     style: (1, 3, H, W) in [0, 1]; shape: (H, W) of the result, by default the style's. options: those of
-    `optimise`. Returns a `Result`. The weight does not matter here; 1e4 makes losses comparable to a transfer's.
+    `optimise`. Returns a `Result`. `history`'s total is 1e4 * style loss, as in a transfer.
     """
     check_picture(style, "style")
     layers = (layers,) if isinstance(layers, str) else tuple(layers)
@@ -764,6 +775,7 @@ def show_images(images, titles=None, columns=None, title=None, width=2.6):
     grid = figure.subplots(len(heights), columns, squeeze=False, gridspec_kw={"height_ratios": heights})
     for axes in grid.flat:
         axes.set_axis_off()
+        axes.set_anchor("N")  # so that the titles of a row stand on one line
     for axes, image, text in zip(grid.flat, images, titles):
         if image is not None and image.dim() == 2:
             axes.imshow(image.detach().float().cpu(), cmap="magma")
@@ -792,15 +804,15 @@ def show_difference(a, b, titles, gain=1):
 def plot_losses(results):
     """Draw the total loss of {label: Result} against evaluations, in a log scale; return the Figure.
 
-    A dot marks the step to a finer scale, where the targets change and the loss jumps.
+    A dot marks the step to a finer scale, where the targets change and the loss jumps, or to float32.
     """
     figure = Figure(figsize=(7.5, 3.2), layout="constrained")
     axes = figure.subplots()
     for label, result in results.items():
         total = [step.total for step in result.history]
         (line,) = axes.semilogy(range(1, len(total) + 1), total, label=label, linewidth=1.4)
-        steps = itertools.pairwise(result.history)
-        finer = [k for k, (before, after) in enumerate(steps, start=1) if before.shape != after.shape]
+        stages = [(step.shape, step.precision) for step in result.history]
+        finer = [k for k in range(1, len(stages)) if stages[k] != stages[k - 1]]
         axes.plot([k + 1 for k in finer], [total[k] for k in finer], "o", color=line.get_color(), markersize=4)
     axes.set(xlabel="evaluations of the network", ylabel="loss")
     axes.spines[["top", "right"]].set_visible(False)
@@ -817,6 +829,6 @@ def display_figure(figure, alt):
     from IPython.display import publish_display_data  # only notebooks have IPython
 
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="jpeg", dpi=120, pil_kwargs={"quality": 85})
+    figure.savefig(buffer, format="jpeg", dpi=120, pil_kwargs={"quality": 85}, bbox_inches="tight", pad_inches=0.06)
     picture = base64.b64encode(buffer.getvalue()).decode()
     publish_display_data({"image/jpeg": picture, "text/plain": alt}, metadata={"image/jpeg": {"alt": alt}})
