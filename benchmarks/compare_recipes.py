@@ -1,0 +1,367 @@
+"""Compare the recipes people copy with ours: displayed loss against time, on the same objective, pictures and start.
+
+Every recipe minimises the same loss with the same loss code, the helper's, in the same process, one after another in
+turn. After each evaluation the picture may be kept, with the time; afterwards each kept picture is clamped to [0, 1]
+as a viewer would see it, brought to full size, and its loss computed in float32. The clock is the optimisation's
+alone for the others; for ours it also holds targets and preconditioner. Writes results/NAME.json, .md and .png.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import optim
+
+import nst_utils as nst
+
+HERE = Path(__file__).resolve().parent
+PAIRS = [
+    ("chenonceau", "starry_night"),
+    ("cat_tortoiseshell", "great_wave"),
+    ("eileen_collins", "self_portrait_straw_hat"),
+]
+TASKS = {  # content layers, style layers, content weight, style weight, start
+    "reconstruction": (("conv1_2",), (), 1.0, 0.0, "noise"),
+    "texture": ((), nst.FIRST_FIVE, 0.0, 1e4, "noise"),
+    "transfer from noise": (("conv1_2",), nst.FIRST_FIVE, 1.0, 1e4, "noise"),
+    "transfer from content": (("conv1_2",), nst.FIRST_FIVE, 1.0, 1e4, "content"),
+}
+MOMENTS = (2, 5, 10, 20, 40)  # seconds
+
+
+class TimeIsUp(Exception):
+    pass
+
+
+class Recorder:
+    """Keeps pictures with their times, ever more sparsely, and ends a run at the limit."""
+
+    def __init__(self, limit):
+        self.kept, self.limit, self.evaluations = [], limit, 0
+        self.start = time.perf_counter()
+
+    def __call__(self, picture):
+        self.evaluations += 1
+        elapsed = time.perf_counter() - self.start
+        if not self.kept or elapsed > 1.06 * self.kept[-1][0]:
+            self.kept.append((elapsed, picture.detach().float().clone()))
+        if elapsed > self.limit:
+            self.kept.append((elapsed, picture.detach().float().clone()))
+            raise TimeIsUp
+
+
+def set_gradient(objective, picture):
+    """Put the gradient where torch's optimisers look for it; return the loss."""
+    loss = objective(picture)[0]
+    picture.grad = torch.autograd.grad(loss, picture)[0].contiguous()
+    return loss
+
+
+def closure_of(objective, picture, record, clamp=False):
+    def closure():
+        if clamp:
+            with torch.no_grad():
+                picture.clamp_(0, 1)
+        loss = set_gradient(objective, picture)
+        record(picture)
+        return loss
+
+    return closure
+
+
+# Each recipe takes (make, start, record): make(shape) gives the objective at that size.
+
+
+def pytorch_tutorial(make, start, record):
+    """pytorch.org, Neural Transfer Using PyTorch: L-BFGS, lr 1, clamped inside the closure, 300 evaluations."""
+    picture = start.clone().requires_grad_()
+    optimiser = optim.LBFGS([picture])
+    closure = closure_of(make(start.shape[-2:]), picture, record, clamp=True)
+    while record.evaluations <= 300:
+        optimiser.step(closure)
+    record(picture)
+
+
+def neural_style_pt(make, start, record):
+    """ProGamerGov/neural-style-pt: L-BFGS, lr 1, history 100, no tolerances, 1000 iterations, clamped when saved."""
+    picture = start.clone().requires_grad_()
+    optimiser = optim.LBFGS([picture], lr=1, max_iter=1000, tolerance_change=-1, tolerance_grad=-1, history_size=100)
+    optimiser.step(closure_of(make(start.shape[-2:]), picture, record))
+
+
+def strong_wolfe(make, start, record):
+    """gordicaleksa/pytorch-neural-style-transfer: L-BFGS with strong-Wolfe line search, 1000 iterations."""
+    picture = start.clone().requires_grad_()
+    optimiser = optim.LBFGS([picture], max_iter=1000, line_search_fn="strong_wolfe")
+    optimiser.step(closure_of(make(start.shape[-2:]), picture, record))
+
+
+def tensorflow_tutorial(make, start, record):
+    """tensorflow.org, Neural style transfer: Adam 0.02, beta_1 0.99, epsilon 0.1, clipped after each of 1000 steps."""
+    picture = start.clone().requires_grad_()
+    optimiser = optim.Adam([picture], lr=0.02, betas=(0.99, 0.999), eps=0.1)
+    objective = make(start.shape[-2:])
+    for _ in range(1000):
+        set_gradient(objective, picture)
+        optimiser.step()
+        with torch.no_grad():
+            picture.clamp_(0, 1)
+        record(picture)
+
+
+def crowson(make, start, record):
+    """crowsonkb/style-transfer-pytorch: Adam 0.02, clamped, scales from 128 up by sqrt(2), the mean iterate shown.
+
+    There 1000 steps at the first scale and 500 at each other; here the same proportion, within the time limit.
+    """
+    height, width = start.shape[-2:]
+    long = max(height, width)
+    sides = [round(long / 2 ** (k / 2)) for k in range(20) if round(long / 2 ** (k / 2)) >= min(128, long)][::-1]
+    cost = [(2 if side == sides[0] else 1) * side**2 for side in sides]
+    ends = [record.limit * sum(cost[: k + 1]) / sum(cost) for k in range(len(sides))]
+    picture, state = start, None
+    for side, end in zip(sides, ends):
+        shape = (max(1, round(height * side / long)), max(1, round(width * side / long)))
+        picture = F.interpolate(picture, shape, mode="bicubic").clamp(0, 1).requires_grad_()
+        mean, weight = 0.01 * picture.detach(), 0.99
+        optimiser = optim.Adam([picture], lr=0.02)
+        if state:
+            for group in state["state"].values():
+                group["exp_avg"] = F.interpolate(group["exp_avg"], shape, mode="bicubic")
+                group["exp_avg_sq"] = F.interpolate(group["exp_avg_sq"], shape, mode="bilinear").relu()
+            optimiser.load_state_dict(state)
+        objective = make(shape)
+        while side == sides[-1] or time.perf_counter() - record.start < end:
+            set_gradient(objective, picture)
+            optimiser.step()
+            with torch.no_grad():
+                picture.clamp_(0, 1)
+                mean, weight = 0.99 * mean + 0.01 * picture, 0.99 * weight
+                record(mean / (1 - weight))
+        picture, state = mean / (1 - weight), optimiser.state_dict()
+
+
+RIVALS = {
+    "PyTorch tutorial": pytorch_tutorial,
+    "neural-style-pt": neural_style_pt,
+    "strong Wolfe": strong_wolfe,
+    "TensorFlow tutorial": tensorflow_tutorial,
+    "Adam, multi-scale": crowson,
+}
+
+
+def run_cell(task, pair, seed, size, limit, precisions, vgg, repeat):
+    """Every recipe once on one cell of the grid: [{recipe, precision, times, losses, evaluations}]."""
+    content_layers, style_layers, content_weight, style_weight, start = TASKS[task]
+    device = vgg.mean.device
+    content = nst.load_image(nst.IMAGES / "content" / f"{pair[0]}.jpg", size, device)
+    top, left = (content.shape[2] - size) // 2, (content.shape[3] - size) // 2
+    content = content[..., top : top + size, left : left + size].contiguous()
+    style = nst.load_image(nst.IMAGES / "style" / f"{pair[1]}.jpg", size, device)
+    weights = (content_layers, style_layers, content_weight, style_weight)
+    noise = torch.rand(content.shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    judge = nst.make_objective(vgg, content, style, *weights)
+
+    def maker(network):
+        def make(shape):
+            scale = min(shape) / size
+            return nst.make_objective(
+                network, nst.resize(content, shape), nst.shrink_style(style, scale, style_layers), *weights
+            )
+
+        return make
+
+    def ours(precision):
+        def recipe(make, start_picture, record):
+            nst.optimise(
+                content if content_layers else None,
+                style if style_layers else None,
+                *weights,
+                shape=(size, size),
+                init=start,
+                seed=seed,
+                vgg=vgg,
+                precision=precision,
+                progress=False,
+                callback=lambda image, step: record(image),
+            )
+
+        return recipe
+
+    runs = [(name, precision, recipe) for name, recipe in RIVALS.items() for precision in precisions]
+    runs += [("ours", "mixed" if "bfloat16" in precisions else "float32", ours(None))]
+    if len(precisions) > 1:
+        runs += [("ours", "float32", ours("float32"))]
+    runs = runs[repeat % len(runs) :] + runs[: repeat % len(runs)]
+    results = []
+    for name, precision, recipe in runs:
+        make = None
+        if name != "ours":
+            layers = (*content_layers, *style_layers)
+            make = maker(nst.prepare_network(vgg, layers, device, getattr(torch, precision)))
+            make((size, size))  # warm up, outside the clock
+        record = Recorder(limit)
+        try:
+            recipe(make, noise if start == "noise" else content, record)
+        except TimeIsUp:
+            pass
+        with torch.no_grad():
+            losses = [judge(nst.resize(p.clamp(0, 1), (size, size)))[0].item() for _, p in record.kept]
+        losses = [loss if math.isfinite(loss) else math.inf for loss in losses]
+        times = [elapsed for elapsed, _ in record.kept]
+        cell = {"task": task, "pair": "/".join(pair), "seed": seed, "repeat": repeat}
+        results.append(
+            cell
+            | {"recipe": name, "precision": precision, "times": times, "losses": losses, "evals": record.evaluations}
+        )
+        print(f"{task}, {pair[0]}, seed {seed}: {name} ({precision}) best {min(losses):.4g}, end {losses[-1]:.4g}, ")
+        print(f"    {record.evaluations} evaluations in {times[-1]:.1f} s", flush=True)
+    return results
+
+
+# --- What to make of it --------------------------------------------------------------------------
+
+
+def loss_at(run, moment):
+    """The displayed loss at a moment, of a run that may have ended before it."""
+    return next((loss for t, loss in zip(run["times"][::-1], run["losses"][::-1]) if t <= moment), math.inf)
+
+
+def time_to(run, loss):
+    return next((t for t, reached in zip(run["times"], run["losses"]) if reached <= loss), math.inf)
+
+
+def diverged(run):
+    """Ended more than 1 % above its own best displayed loss, or not finite."""
+    return not run["losses"][-1] <= 1.01 * min(run["losses"])
+
+
+def cells(runs):
+    def key(run):
+        return run["task"], run["pair"], run["seed"], run["repeat"]
+
+    return [list(group) for _, group in itertools.groupby(runs, key=key)]
+
+
+def report(runs, about):
+    """Markdown: losses by time for every recipe, and for each cell our time to the best rival's best loss."""
+    kinds = sorted({(run["recipe"], run["precision"]) for run in runs}, key=lambda kind: (kind[0] == "ours", kind))
+    lines = [about, "", "## Displayed loss against time", ""]
+    lines += ["Median over pairs, seeds and repeats of a task; `-` where the run had not begun or was not finite.", ""]
+    head = [*(f"{m} s" for m in MOMENTS), "end", "evaluations", "ended above its best"]
+    for task in dict.fromkeys(run["task"] for run in runs):
+        lines += [f"**{task}**", "", "| recipe | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
+        for kind in kinds:
+            own = [run for run in runs if run["task"] == task and (run["recipe"], run["precision"]) == kind]
+            if own:
+                values = [statistics.median(loss_at(run, m) for run in own) for m in MOMENTS]
+                values.append(statistics.median(run["losses"][-1] for run in own))
+                row = [f"{value:.4g}" if math.isfinite(value) else "-" for value in values]
+                row.append(f"{statistics.median(run['evals'] for run in own):.0f}")
+                row.append(f"{sum(map(diverged, own))} of {len(own)}")
+                lines.append(f"| {kind[0]}, {kind[1]} | " + " | ".join(row) + " |")
+        lines.append("")
+    lines += ["## Time to the best rival's best displayed loss", ""]
+    lines += ["| task | pair | seed | best rival | its best | its time | our time | ratio | our end / its best |"]
+    lines += ["|---" * 9 + "|"]
+    ratios, ends = [], []
+    for cell in cells(runs):
+        best = min((run for run in cell if run["recipe"] != "ours"), key=lambda run: min(run["losses"]))
+        our = max((run for run in cell if run["recipe"] == "ours"), key=lambda run: run["precision"] == "mixed")
+        target = min(best["losses"])
+        its, own = time_to(best, target), time_to(our, target)
+        ratios.append(its / own)
+        ends.append(our["losses"][-1] / target)
+        lines.append(
+            f"| {our['task']} | {our['pair']} | {our['seed']} | {best['recipe']}, {best['precision']} | {target:.4g} "
+            f"| {its:.1f} s | {own:.1f} s | {ratios[-1]:.1f} | {ends[-1]:.4g} |"
+        )
+    our_runs = [run for run in runs if run["recipe"] == "ours"]
+    lines += [
+        "",
+        f"Ratios: smallest {min(ratios):.1f}, median {statistics.median(ratios):.1f}, over {len(ratios)} cells. "
+        f"Our end is below the best rival's best on {sum(end < 1 for end in ends)} of {len(ends)} cells, "
+        f"at worst {max(ends):.3f} times it. "
+        f"Runs that ended more than 1 % above their own best: ours {sum(map(diverged, our_runs))} of {len(our_runs)}, "
+        f"the rivals {sum(diverged(run) for run in runs if run['recipe'] != 'ours')} of {len(runs) - len(our_runs)}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def plot(runs):
+    """Displayed loss against time, one panel a task, the first pair and seed."""
+    tasks = list(dict.fromkeys(run["task"] for run in runs))
+    figure = Figure(figsize=(4.2 * len(tasks), 3.8), layout="constrained")
+    colours = {name: f"C{k}" for k, name in enumerate([*RIVALS, "ours"])}
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False).flat, tasks):
+        first = next(cell for cell in cells(runs) if cell[0]["task"] == task)
+        for run in first:
+            ours = run["recipe"] == "ours"
+            axes.loglog(
+                run["times"],
+                run["losses"],
+                color="black" if ours else colours[run["recipe"]],
+                linewidth=2.2 if ours else 1.2,
+                linestyle="--" if run["precision"] == "float32" else "-",
+                label=f"{run['recipe']}, {run['precision']}",
+            )
+        smallest = min(min(run["losses"]) for run in first)
+        axes.set(title=f"{task}: {first[0]['pair']}", xlabel="seconds", ylim=(0.8 * smallest, None))
+        axes.title.set_fontsize(9)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    figure.axes[0].set_ylabel("displayed loss, float32")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    return figure
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one cell at 128 pixels, under two minutes")
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--seconds", type=float, default=40, help="limit of a run")
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--precisions", nargs="*", default=None, help="of the rivals; by default all that pay here")
+    parser.add_argument("--name", default="latest", help="of the result files")
+    parser.add_argument("--device", default=None)
+    options = parser.parse_args()
+    if options.quick:
+        options.size, options.seconds, options.pairs, options.seeds, options.repeats = 128, 8, 1, 1, 1
+        options.tasks = ["transfer from noise"]
+    vgg = nst.load_vgg19(device=options.device)
+    device = vgg.mean.device
+    precisions = options.precisions or nst.pick_precisions(device)[::-1]
+    runs = []
+    for repeat, seed in itertools.product(range(options.repeats), range(options.seeds)):
+        for task, pair in itertools.product(options.tasks, PAIRS[: options.pairs]):
+            if seed == 0 or TASKS[task][-1] == "noise":
+                runs += run_cell(task, pair, seed, options.size, options.seconds, precisions, vgg, repeat + seed)
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
+    about = (
+        f"{options.size} x {options.size} pixels, at most {options.seconds:g} s a run, {device.type} ({machine}), "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, rivals in {' and '.join(precisions)}."
+    )
+    out = HERE / "results"
+    out.mkdir(exist_ok=True)
+    (out / f"{options.name}.json").write_text(json.dumps({"about": about, "runs": runs}))
+    text = report(runs, about)
+    (out / f"{options.name}.md").write_text(text)
+    plot(runs).savefig(out / f"{options.name}.png", dpi=110)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
