@@ -313,17 +313,21 @@ def features(vgg, image, layers):
 
 
 class _Gram(torch.autograd.Function):
-    """F F^T by hand: autograd would form both halves of a gradient that is symmetric, at twice the cost."""
+    """F F^T / (C h w) by hand: autograd would form both halves of a gradient that is symmetric, at twice the cost,
+    and lay it out by channels where the network works by pixels, which costs more still."""
 
     @staticmethod
-    def forward(ctx, rows):
-        ctx.save_for_backward(rows)
+    def forward(ctx, feature_map):
+        ctx.save_for_backward(feature_map)
+        rows = feature_map.flatten(2).squeeze(0)
         return (rows @ rows.T).float() / rows.numel()
 
     @staticmethod
     def backward(ctx, gradient):
-        (rows,) = ctx.saved_tensors
-        return ((gradient + gradient.T) / rows.numel()).to(rows.dtype) @ rows
+        (feature_map,) = ctx.saved_tensors
+        rows = feature_map.flatten(2).squeeze(0)
+        both = ((gradient + gradient.T) / rows.numel()).to(rows.dtype)
+        return (rows.T @ both).T.view_as(feature_map)
 
 
 class _MeanSquare(torch.autograd.Function):
@@ -345,7 +349,7 @@ def gram_matrix(feature_map):
 
     Which channels are active together, averaged over positions ([texture], equation 1, there a sum).
     """
-    return _Gram.apply(feature_map.flatten(2)[0])
+    return _Gram.apply(feature_map)
 
 
 def gram_matrices(maps):
@@ -463,13 +467,14 @@ class InverseCurvature:
         return gamma * start + torch.as_tensor(weights.ravel(), dtype=vector.dtype, device=vector.device) @ self.pairs
 
 
-def projected_lbfgs(objective, image, curvature):
-    """Minimise `objective` over pictures in [0, 1]; yield the best (picture, losses) after each evaluation.
+def projected_lbfgs(objective, image, curvature, rounding=0.0):
+    """Minimise `objective` over pictures in [0, 1]; yield the present (picture, losses) after each evaluation.
 
     objective: picture (1, 3, H, W) -> 1-D tensor of losses, the first being what to minimise. curvature: an
     `InverseCurvature`, which learns on the way. Pixels at 0 or 1 that the gradient pushes outward stay out of the
     step and the rest is clamped ([two-metric]), so that every picture evaluated is one that can be displayed. A
-    step that does not lower the loss is halved: the losses never rise. Ends when no step lowers them.
+    step that does not lower the loss is halved: the losses never rise, except by the share `rounding`, for a loss
+    that is not known better than that. Ends when no step lowers them.
     """
 
     def evaluate(x):
@@ -491,7 +496,7 @@ def projected_lbfgs(objective, image, curvature):
         for halvings in range(8):
             trial = (x + direction * 0.5**halvings).clamp(0, 1)
             trial_losses, trial_gradient = evaluate(trial.clone())
-            if trial_losses[0] < losses[0]:
+            if trial_losses[0] < (1 + rounding) * losses[0]:
                 break
             yield x.view_as(image), losses
         else:
@@ -503,6 +508,8 @@ def projected_lbfgs(objective, image, curvature):
         x, losses, gradient = trial, trial_losses, trial_gradient
         yield x.view_as(image), losses
 
+
+ROUNDING = {"float32": 0.0, "bfloat16": 0.01}  # of the loss, as a share
 
 # A stage ends when ten evaluations lower the loss by less than this share of it.
 COARSE = 0.1  # at a coarse scale, whose detail the next one replaces
@@ -694,7 +701,7 @@ def optimise(
                         content_weight,
                         style_weight,
                     )
-                    run = projected_lbfgs(objective, image, curvature)
+                    run = projected_lbfgs(objective, image, curvature, ROUNDING[name])
                     if last:
                         run = until_slow(run, FINE if name == precisions[-1] else ROUGH)
                     else:

@@ -30,7 +30,7 @@ BREAKS = {
     "gradient of the Gram matrix halved": ("((gradient + gradient.T) / rows.numel())", "(gradient / rows.numel())"),
     "activations left as they are": ("module.weight /= scale", "scale = 1.0"),
     "result not kept in [0, 1]": ("0.5**halvings).clamp(0, 1)", "0.5**halvings)"),
-    "steps that raise the loss accepted": ("if trial_losses[0] < losses[0]:", "if True:"),
+    "steps that raise the loss accepted": ("if trial_losses[0] < (1 + rounding) * losses[0]:", "if True:"),
     "PSNR ten times the natural logarithm": ("10 * math.log10(1 / mse)", "10 * math.log(1 / mse)"),
 }  # fmt: skip
 
