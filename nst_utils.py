@@ -513,7 +513,7 @@ ROUNDING = {"float32": 0.0, "bfloat16": 0.01}  # of the loss, as a share
 
 # A stage ends when ten evaluations lower the loss by less than this share of it.
 COARSE = 0.1  # at a coarse scale, whose detail the next one replaces
-ROUGH = 0.03  # at full size in bfloat16, which float32 refines
+ROUGH = 0.05  # at full size in bfloat16, which float32 refines
 FINE = 0.005  # at the end
 ENOUGH = 0.001  # a coarse scale also ends when its loss is down to this share: the next one starts far above that
 
