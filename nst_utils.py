@@ -380,7 +380,7 @@ def style_loss(maps, targets):
 def pick_precisions(device, precision=None):
     """The network's precisions one after another: (`precision`,), or what is best on `device`.
 
-    bfloat16, where the hardware multiplies it (GPUs with tensor cores, CPUs with AMX or AVX512-BF16), takes half
+    bfloat16, where the hardware multiplies it (NVIDIA GPUs from Ampere on, CPUs with AMX or AVX512-BF16), takes half
     the time until its rounding hides what progress is left; then float32 goes on. Elsewhere float32 alone.
     """
     if precision is not None:
@@ -395,7 +395,7 @@ def pick_precisions(device, precision=None):
     return ("bfloat16", "float32") if fast else ("float32",)
 
 
-def spectral_preconditioner(vgg, shape, floor):
+def spectral_preconditioner(vgg, shape, floor, device):
     """Return the linear function of flat gradients (3 H W,) that undoes how unevenly the network sees frequencies.
 
     Without their ReLUs, conv1_1 and conv1_2 are one convolution A with 5x5 kernels. It responds to fine chroma and
@@ -403,18 +403,16 @@ def spectral_preconditioner(vgg, shape, floor):
     curvature A^T A is a Hermitian 3x3 matrix at each frequency; we divide by it, in the Fourier domain, after a
     `floor`, as a share of its largest eigenvalue, for what the layer hardly sees at all.
     """
-    first, second = vgg.conv1_1.weight.float(), vgg.conv1_2.weight.float()
+    first, second = vgg.conv1_1.weight.float().cpu(), vgg.conv1_2.weight.float().cpu()
     kernels = F.conv2d(first.transpose(0, 1), second.flip(2, 3), padding=2)  # (3, 64, 5, 5): both convolutions
     overlaps = F.conv2d(kernels, kernels, padding=4).to(torch.complex64)  # (3, 3, 9, 9): A^T A as a kernel
-    shifts = torch.arange(-4, 5, device=first.device)
     rows, columns = (
-        torch.exp(-2j * math.pi * frequencies.to(first.device)[:, None] * shifts)
+        torch.exp(-2j * math.pi * frequencies[:, None] * torch.arange(-4, 5))
         for frequencies in (torch.fft.fftfreq(shape[0]), torch.fft.rfftfreq(shape[1]))
     )
     curvature = torch.einsum("ijab,ha,wb->hwij", overlaps, rows, columns)
     largest = torch.linalg.eigvalsh(curvature).max()
-    inverse = torch.linalg.inv(curvature / largest + floor * torch.eye(3, device=first.device))
-    inverse = inverse.permute(2, 3, 0, 1).contiguous()
+    inverse = torch.linalg.inv(curvature / largest + floor * torch.eye(3)).permute(2, 3, 0, 1).contiguous().to(device)
 
     def precondition(gradient):
         spectrum = torch.fft.rfft2(gradient.view(3, *shape))
@@ -534,7 +532,7 @@ def until_slow(run, tolerance, enough=0.0, window=10):
 
 
 class Step(NamedTuple):
-    """The losses after one evaluation of the network, of the best picture so far."""
+    """The losses after one evaluation of the network, of the present picture."""
 
     shape: tuple  # (height, width) of the scale that is being worked on
     precision: str  # of the network at the time, "bfloat16" or "float32"
@@ -642,7 +640,7 @@ def optimise(
     progress has become slow. From noise, coarse scales come first unless `coarse_to_fine` is False. vgg: from
     `load_vgg19`, which is the default. precision: "float32" or "bfloat16"; by default bfloat16 where that is fast,
     then float32 for the end. progress: show a bar. callback(image, step): called after each
-    evaluation with the best picture so far and its `Step`. An interrupt (the notebook's stop button) ends
+    evaluation with the present picture and its `Step`. An interrupt (the notebook's stop button) ends
     the run and returns that picture. Returns a `Result`; raises ValueError for bad input.
     """
     if not isinstance(init, str):
@@ -682,6 +680,7 @@ def optimise(
     else:  # drawn on the CPU, so that a seed means the same noise on every device
         image = torch.rand(1, 3, *scales[0], generator=torch.Generator().manual_seed(seed)).to(device)
 
+    # Layers behind a max-pooling hardly see fine detail: steps made for the first block would fill it with noise.
     floor = 0.05 if any("1_" in layer_name(name) for name in layers) else 0.5
     history, start = [], time.perf_counter()
     with tqdm(total=evaluations, disable=not progress, leave=False, desc="optimising") as bar:
@@ -690,8 +689,11 @@ def optimise(
                 image, last = resize(image, scale), scale == scales[-1]
                 scaled_content = content if content is None else resize(content, scale)
                 scaled_style = style if style is None else shrink_style(style, min(scale) / min(shape), style_layers)
-                curvature = InverseCurvature(spectral_preconditioner(vgg, scale, floor), image)
+                curvature = InverseCurvature(spectral_preconditioner(vgg, scale, floor, device), image)
                 for name in precisions if last else precisions[:1]:
+                    count = evaluations - len(history) if last else share
+                    if not count:
+                        continue
                     objective = make_objective(
                         networks[name],
                         scaled_content,
@@ -706,13 +708,13 @@ def optimise(
                         run = until_slow(run, FINE if name == precisions[-1] else ROUGH)
                     else:
                         run = until_slow(run, COARSE, ENOUGH)
-                    for image, losses in itertools.islice(run, evaluations - len(history) if last else share):
+                    for image, losses in itertools.islice(run, count):
                         history.append(Step(scale, name, *losses))
                         bar.update()
                         if callback:
                             callback(image, history[-1])
         except KeyboardInterrupt:
-            pass  # the best picture so far is the answer
+            pass  # the present picture is the answer
     return Result(resize(image, shape).detach().clone(), history, len(history), time.perf_counter() - start)
 
 

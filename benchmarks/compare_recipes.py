@@ -3,8 +3,8 @@
 Every recipe minimises the same loss over the same network, in the same process, one after another in turn. The others
 compute it as their code does, by F.mse_loss and F F^T; ours by the helper. After each evaluation the picture may be
 kept, with the time; afterwards each kept picture is clamped to [0, 1] as a viewer would see it, brought to full size,
-and its loss computed in float32. The clock is the optimisation's alone for the others; for ours it also holds targets
-and preconditioner. Writes results/NAME.json, .md and .png.
+and its loss computed in float32. The clock includes the targets for all; for ours also the network's copy and the
+preconditioner. Writes results/NAME.json, .md and .png.
 """
 
 import argparse
@@ -370,7 +370,11 @@ def main():
         for task, pair in itertools.product(options.tasks, PAIRS[: options.pairs]):
             if seed == 0 or TASKS[task][-1] == "noise":
                 runs += run_cell(task, pair, seed, options.size, options.seconds, precisions, vgg, repeat + seed)
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
+    machine = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    )
     about = (
         f"{options.size} x {options.size} pixels, at most {options.seconds:g} s a run, {device.type} ({machine}), "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}, rivals in {' and '.join(precisions)}."

@@ -221,7 +221,7 @@ def test_the_preconditioner_undoes_the_first_two_convolutions(shape, vgg):
     x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
     found = []
     for floor in (0.05, 0.5):
-        solved = nst_utils.spectral_preconditioner(vgg, shape, floor)(x.flatten()).view(3, *shape)
+        solved = nst_utils.spectral_preconditioner(vgg, shape, floor, "cpu")(x.flatten()).view(3, *shape)
         found.append((x - floor * solved, curvature(solved)))  # equal up to the largest eigenvalue
     (a, b), (c, d) = found
     largest = (b * a).sum() / (a * a).sum()
@@ -493,6 +493,12 @@ def test_both_weights_zero(settings, content, style, refuses):
 def test_a_bad_number_of_evaluations_is_named(evaluations, settings, content, refuses):
     with refuses(ValueError, f"evaluations is {evaluations!r}"):
         reconstruct_content(content, evaluations=evaluations, **settings)
+
+
+@pytest.mark.parametrize("seed", [1.5, None, "0"])
+def test_a_bad_seed_is_named(seed, settings, content, refuses):
+    with refuses(ValueError, f"seed is {seed!r}"):
+        reconstruct_content(content, seed=seed, **settings)
 
 
 def test_an_unknown_start_is_named(settings, content, style, refuses):

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # ruff: noqa: E501
 BREAKS = {
     "Gram matrix divided by h w only": ("rows.T).float() / rows.numel()", "rows.T).float() / rows.shape[1]"),
-    "Gram matrix of transposed rows": ("feature_map.flatten(2)[0])", "feature_map[0].permute(1, 2, 0).reshape(feature_map.shape[1], -1))"),
+    "Gram matrix of transposed rows": ("rows = feature_map.flatten(2).squeeze(0)\n        return", "rows = feature_map.squeeze(0).permute(1, 2, 0).reshape(feature_map.shape[1], -1)\n        return"),
     "layer names shifted by one": ("return counted.get(name, name)", 'names = (*CONVOLUTIONS, "conv5_4"); name = counted.get(name, name); return names[names.index(name) + 1] if name in names else name'),
     "post-ReLU in place of pre-ReLU": ("module.inplace = False", "module.inplace = True"),
     "RGB and BGR swapped": ("weight.flip(1) * 255", "weight * 255"),
@@ -34,27 +34,33 @@ BREAKS = {
     "PSNR ten times the natural logarithm": ("10 * math.log10(1 / mse)", "10 * math.log(1 / mse)"),
 }  # fmt: skip
 
-failed = []
-for name, (code, broken) in BREAKS.items():
-    if not all(word in name for word in sys.argv[1:]):
-        continue
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "copy"
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "rendered"))
-        helper = copy / "nst_utils.py"
-        source = helper.read_text()
-        assert source.count(code) == 1, f"{code!r} is {source.count(code)} times in nst_utils.py"
-        helper.write_text(source.replace(code, broken))
-        environment = {**os.environ, "PYTHONPATH": str(copy)}  # the broken helper, not the installed one
-        caught = {}
-        for kind, options in {
-            "unit tests": ["tests"],
-            "notebooks": ["--nbval", "--nbval-current-env", "notebooks"],
-        }.items():
-            command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *options]
-            run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
-            where = next((line for line in run.stdout.splitlines()[::-1] if line.startswith("FAILED")), "")
-            caught[kind] = where.split(" - ")[0].removeprefix("FAILED ") if run.returncode == 1 and where else None
-    print(f"{name}:", "; ".join(f"{kind} {where or 'DID NOT FAIL'}" for kind, where in caught.items()), flush=True)
-    failed += [name] * (None in caught.values())
-sys.exit(f"not caught everywhere: {failed}" if failed else 0)
+
+def main():
+    failed = []
+    for name, (code, broken) in BREAKS.items():
+        if not all(word in name for word in sys.argv[1:]):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / "copy"
+            shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "rendered"))
+            helper = copy / "nst_utils.py"
+            source = helper.read_text()
+            assert source.count(code) == 1, f"{code!r} is {source.count(code)} times in nst_utils.py"
+            helper.write_text(source.replace(code, broken))
+            environment = {**os.environ, "PYTHONPATH": str(copy)}  # the broken helper, not the installed one
+            caught = {}
+            for kind, options in {
+                "unit tests": ["tests"],
+                "notebooks": ["--nbval", "--nbval-current-env", "notebooks"],
+            }.items():
+                command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *options]
+                run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+                where = next((line for line in run.stdout.splitlines()[::-1] if line.startswith("FAILED")), "")
+                caught[kind] = where.split(" - ")[0].removeprefix("FAILED ") if run.returncode == 1 and where else None
+        print(f"{name}:", "; ".join(f"{kind} {where or 'DID NOT FAIL'}" for kind, where in caught.items()), flush=True)
+        failed += [name] * (None in caught.values())
+    sys.exit(f"not caught everywhere: {failed}" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+"""tools/break_it.py takes minutes and is run by hand; that each of its breaks still finds its line is checked here."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BREAKS = runpy.run_path(str(ROOT / "tools" / "break_it.py"))["BREAKS"]
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_break_changes_one_line_and_leaves_python(name):
+    source = (ROOT / "nst_utils.py").read_text(encoding="utf-8")
+    code, broken = BREAKS[name]
+    assert source.count(code) == 1 and code != broken
+    compile(source.replace(code, broken), "nst_utils.py", "exec")
