@@ -516,7 +516,7 @@ FINE = 0.005  # at the end
 ENOUGH = 0.001  # a coarse scale also ends when its loss is down to this share: the next one starts far above that
 
 
-def until_slow(run, tolerance, enough=0.0, window=10):
+def until_slow(run, tolerance, enough, window=10):
     """Pass on what `projected_lbfgs` yields until `window` evaluations lower the loss by less than this share of it.
 
     Or until the loss is below the share `enough` of the first one.
@@ -669,29 +669,29 @@ def optimise(
     vgg = vgg or load_vgg19(device=device)
     precisions = pick_precisions(device, precision)
     networks = {name: prepare_network(vgg, layers, device, getattr(torch, name)) for name in precisions}
-    # A start with detail of its own would lose it at a coarse scale.
-    coarse_to_fine = coarse_to_fine and isinstance(init, str) and init == "noise"
-    scales = plan_scales(shape, content_layers, style_layers) if coarse_to_fine else [tuple(shape)]
-    share = evaluations // (len(scales) + 1)  # at most, for a coarse scale
-    if not isinstance(init, str):
-        image = init.detach().float().to(device)
-    elif init == "content":
-        image = content.detach().float()
-    else:  # drawn on the CPU, so that a seed means the same noise on every device
+    if isinstance(init, str) and init == "noise":
+        scales = plan_scales(shape, content_layers, style_layers) if coarse_to_fine else [tuple(shape)]
+        # Drawn on the CPU, so that a seed means the same noise on every device.
         image = torch.rand(1, 3, *scales[0], generator=torch.Generator().manual_seed(seed)).to(device)
+    else:  # a start with detail of its own would lose it at a coarse scale
+        scales = [tuple(shape)]
+        image = (content if isinstance(init, str) else init).detach().float().to(device)
 
+    # How a scale is worked on: (precision, tolerance and share of the loss that end it, evaluations at most).
+    coarse = [(precisions[0], COARSE, ENOUGH, evaluations // (len(scales) + 1))]
+    full = [(name, FINE if name == precisions[-1] else ROUGH, 0.0, evaluations) for name in precisions]
     # Layers behind a max-pooling hardly see fine detail: steps made for the first block would fill it with noise.
-    floor = 0.05 if any("1_" in layer_name(name) for name in layers) else 0.5
+    floor = 0.05 if any(layer_name(name)[4] == "1" for name in layers) else 0.5
     history, start = [], time.perf_counter()
     with tqdm(total=evaluations, disable=not progress, leave=False, desc="optimising") as bar:
         try:
             for scale in scales:
-                image, last = resize(image, scale), scale == scales[-1]
+                image = resize(image, scale)
                 scaled_content = content if content is None else resize(content, scale)
                 scaled_style = style if style is None else shrink_style(style, min(scale) / min(shape), style_layers)
                 curvature = InverseCurvature(spectral_preconditioner(vgg, scale, floor, device), image)
-                for name in precisions if last else precisions[:1]:
-                    count = evaluations - len(history) if last else share
+                for name, tolerance, enough, limit in full if scale == scales[-1] else coarse:
+                    count = min(limit, evaluations - len(history))
                     if not count:
                         continue
                     objective = make_objective(
@@ -704,11 +704,7 @@ def optimise(
                         style_weight,
                     )
                     run = projected_lbfgs(objective, image, curvature, ROUNDING[name])
-                    if last:
-                        run = until_slow(run, FINE if name == precisions[-1] else ROUGH)
-                    else:
-                        run = until_slow(run, COARSE, ENOUGH)
-                    for image, losses in itertools.islice(run, count):
+                    for image, losses in itertools.islice(until_slow(run, tolerance, enough), count):
                         history.append(Step(scale, name, *losses))
                         bar.update()
                         if callback:

@@ -322,7 +322,7 @@ def plot(runs):
     """Displayed loss against time, one panel a task, the first pair and seed."""
     tasks = list(dict.fromkeys(run["task"] for run in runs))
     figure = Figure(figsize=(4.2 * len(tasks), 3.8), layout="constrained")
-    colours = {name: f"C{k}" for k, name in enumerate([*RIVALS, "ours"])}
+    colours = {name: f"C{k}" for k, name in enumerate(RIVALS)}
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False).flat, tasks):
         first = next(cell for cell in cells(runs) if cell[0]["task"] == task)
         for run in first:

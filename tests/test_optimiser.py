@@ -59,7 +59,7 @@ def test_a_separable_quadratic_reaches_the_clamped_target():
     assert len(losses) == 2
 
 
-@pytest.mark.parametrize("precondition", [identity, torch.linspace(0.2, 5, 27).mul], ids=["plain", "preconditioned"])
+@pytest.mark.parametrize("precondition", [identity, torch.linspace(0.5, 2, 27).mul], ids=["plain", "preconditioned"])
 @pytest.mark.parametrize("memory", [3, 20])
 def test_a_coupled_quadratic_reaches_the_projected_solution(memory, precondition):
     matrix, target = coupled()
@@ -71,7 +71,7 @@ def test_a_coupled_quadratic_reaches_the_projected_solution(memory, precondition
     before = start.clone()
     run = list(itertools.islice(minimise(quadratic(matrix, target, seen), start, memory, precondition), 300))
     image, losses = run[-1]
-    torch.testing.assert_close(image.flatten().double(), solution, atol=1e-2, rtol=0)
+    torch.testing.assert_close(image.flatten().double(), solution, atol=5e-3, rtol=0)
     gap = solution - target.double()
     assert losses[0] == pytest.approx((gap @ matrix.double() @ gap).item(), rel=1e-4)
     assert non_increasing([losses[0] for _, losses in run])
@@ -196,12 +196,13 @@ def test_curvature_is_kept_from_one_objective_to_the_next():
 
 
 def test_a_slow_run_is_ended_and_a_fast_one_is_not():
-    def run(totals):
-        return list(nst_utils.until_slow(((None, (total,)) for total in totals), 0.1))
+    def run(totals, enough=0.0):
+        return list(nst_utils.until_slow(((None, (total,)) for total in totals), 0.1, enough))
 
     assert len(run([0.9**k for k in range(50)])) == 50
     assert len(run([1.0] * 50)) == 11  # ten evaluations without progress
     assert len(run([0.8**k for k in range(20)] + [0.8**19] * 50)) == 30
+    assert len(run([0.5**k for k in range(50)], enough=1e-3)) == 11  # a thousandth of the first
     assert len(run([0.0] * 50)) == 50  # nothing left to gain is for the optimiser to notice
 
 
