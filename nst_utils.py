@@ -401,22 +401,26 @@ def spectral_preconditioner(vgg, shape, floor, device):
     Without their ReLUs, conv1_1 and conv1_2 are one convolution A with 5x5 kernels. It responds to fine chroma and
     coarse brightness a thousand times less than to edges, and descent on |A x|^2 is that much slower there. Its
     curvature A^T A is a Hermitian 3x3 matrix at each frequency; we divide by it, in the Fourier domain, after a
-    `floor`, as a share of its largest eigenvalue, for what the layer hardly sees at all.
+    `floor`, as a share of its largest eigenvalue, for what the layer hardly sees at all. A margin of zeros keeps
+    opposite borders, which are neighbours to a Fourier transform, apart.
     """
+    margin = 8
+    height, width = (side + 2 * margin for side in shape)
     first, second = vgg.conv1_1.weight.float().cpu(), vgg.conv1_2.weight.float().cpu()
     kernels = F.conv2d(first.transpose(0, 1), second.flip(2, 3), padding=2)  # (3, 64, 5, 5): both convolutions
     overlaps = F.conv2d(kernels, kernels, padding=4).to(torch.complex64)  # (3, 3, 9, 9): A^T A as a kernel
     rows, columns = (
         torch.exp(-2j * math.pi * frequencies[:, None] * torch.arange(-4, 5))
-        for frequencies in (torch.fft.fftfreq(shape[0]), torch.fft.rfftfreq(shape[1]))
+        for frequencies in (torch.fft.fftfreq(height), torch.fft.rfftfreq(width))
     )
     curvature = torch.einsum("ijab,ha,wb->hwij", overlaps, rows, columns)
     largest = torch.linalg.eigvalsh(curvature).max()
     inverse = torch.linalg.inv(curvature / largest + floor * torch.eye(3)).permute(2, 3, 0, 1).contiguous().to(device)
 
     def precondition(gradient):
-        spectrum = torch.fft.rfft2(gradient.view(3, *shape))
-        return torch.fft.irfft2((inverse * spectrum).sum(dim=1), s=tuple(shape)).flatten()
+        spectrum = torch.fft.rfft2(F.pad(gradient.view(3, *shape), (margin,) * 4))
+        step = torch.fft.irfft2((inverse * spectrum).sum(dim=1), s=(height, width))
+        return step[:, margin:-margin, margin:-margin].flatten()
 
     return precondition
 
