@@ -687,7 +687,8 @@ def optimise(
     # Layers behind a max-pooling hardly see fine detail: steps made for the first block would fill it with noise.
     floor = 0.05 if any(layer_name(name)[4] == "1" for name in layers) else 0.5
     history, start = [], time.perf_counter()
-    with tqdm(total=evaluations, disable=not progress, leave=False, desc="optimising") as bar:
+    silent = {} if progress else {"disable": True}  # left out, the environment's TQDM_DISABLE decides
+    with tqdm(total=evaluations, leave=False, desc="optimising", **silent) as bar:
         try:
             for scale in scales:
                 image = resize(image, scale)

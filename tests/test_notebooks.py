@@ -63,6 +63,12 @@ def test_outputs_hold_no_path_of_a_machine(path):
 
 
 @notebooks
+def test_outputs_hold_no_progress_bar(path):
+    """A stored one stands at 0 % for ever."""
+    assert not [output for output in outputs(path) if "optimising" in str(output.get("data", {}).get("text/plain"))]
+
+
+@notebooks
 def test_figures_have_alternative_text(path):
     figures = 0
     for output in outputs(path):
