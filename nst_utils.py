@@ -19,6 +19,7 @@ import importlib.metadata
 import io
 import itertools
 import math
+import os
 import pickle
 import time
 import urllib.error
@@ -365,13 +366,15 @@ def content_loss(maps, targets):
     return sum(_MeanSquare.apply(maps[name] - targets[name]) for name in targets)
 
 
-def style_loss(maps, targets):
+def style_loss(maps, targets, layer_weights=None):
     """Mean squared error of Gram matrices, summed over layers ([style], equations 4 and 5).
 
-    maps: {layer: (1, C, h, w)}; targets: {layer: (C, C)}, the Gram matrices to reach. The paper divides the sum of
-    squares by 4 where we divide by C^2, so it gives wide layers more weight.
+    maps: {layer: (1, C, h, w)}; targets: {layer: (C, C)}, the Gram matrices to reach; layer_weights: {layer: number},
+    the paper's w_l, by default 1 each. The paper divides the sum of squares by 4 where we divide by C^2, so it gives
+    wide layers more weight.
     """
-    return sum(_MeanSquare.apply(gram_matrix(maps[name]) - targets[name]) for name in targets)
+    weights = layer_weights or dict.fromkeys(targets, 1.0)
+    return sum(weights[name] * _MeanSquare.apply(gram_matrix(maps[name]) - targets[name]) for name in targets)
 
 
 # --- Optimiser -----------------------------------------------------------------------------------
@@ -393,6 +396,12 @@ def pick_precisions(device, precision=None):
     elif device.type == "cpu":
         fast = any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
     return ("bfloat16", "float32") if fast else ("float32",)
+
+
+def pick_floor(layers):
+    """The preconditioner's floor: layers behind a max-pooling hardly see fine detail, and steps made for the first
+    block would fill it with noise."""
+    return 0.05 if any(layer_name(name)[4] == "1" for name in layers) else 0.5
 
 
 def spectral_preconditioner(vgg, shape, floor, device):
@@ -469,6 +478,56 @@ class InverseCurvature:
         return gamma * start + torch.as_tensor(weights.ravel(), dtype=vector.dtype, device=vector.device) @ self.pairs
 
 
+def record(run, device):
+    """Return a function that repeats `run`, whose inputs stay where they are in memory.
+
+    On a CUDA device the kernels of one run are kept as a CUDA graph and replayed: starting some two hundred of them
+    one by one takes the host longer than they take. Elsewhere `run` itself is returned.
+    """
+    if device.type != "cuda":
+        return run
+    with torch.cuda.device(device):
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(2):  # libraries choose algorithms and take their workspaces, which must not be recorded
+                run()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            outputs = run()
+
+    def replay():
+        graph.replay()
+        return outputs
+
+    return replay
+
+
+def loss_and_gradient(objective, image):
+    """Return the function: flat picture (3 H W,) -> (list of losses, flat gradient of the first).
+
+    objective: picture (1, 3, H, W) -> 1-D tensor of losses. Only pictures of `image`'s shape and device fit.
+    """
+    picture = image.detach().clone().requires_grad_()
+
+    def run():
+        with torch.enable_grad():
+            losses = objective(picture)
+        (gradient,) = torch.autograd.grad(losses[0], picture)
+        return losses.detach(), gradient
+
+    replay = record(run, image.device)
+
+    def evaluate(x):
+        with torch.no_grad():
+            picture.copy_(x.view_as(picture))
+        losses, gradient = replay()
+        return losses.tolist(), gradient.flatten().clone()  # a replay writes over its outputs
+
+    return evaluate
+
+
 def projected_lbfgs(objective, image, curvature, rounding=0.0):
     """Minimise `objective` over pictures in [0, 1]; yield the present (picture, losses) after each evaluation.
 
@@ -478,16 +537,9 @@ def projected_lbfgs(objective, image, curvature, rounding=0.0):
     step that does not lower the loss is halved: the losses never rise, except by the share `rounding`, for a loss
     that is not known better than that. Ends when no step lowers them.
     """
-
-    def evaluate(x):
-        picture = x.view_as(image).requires_grad_()
-        with torch.enable_grad():
-            losses = objective(picture)
-        (gradient,) = torch.autograd.grad(losses[0], picture)
-        return losses.tolist(), gradient.flatten()
-
+    evaluate = loss_and_gradient(objective, image)
     x = image.flatten()
-    losses, gradient = evaluate(x.clone())
+    losses, gradient = evaluate(x)
     yield x.view_as(image), losses
     while True:
         free = ~(((x <= 0) & (gradient > 0)) | ((x >= 1) & (gradient < 0)))
@@ -497,7 +549,7 @@ def projected_lbfgs(objective, image, curvature, rounding=0.0):
         direction = curvature.times(downhill) * free
         for halvings in range(8):
             trial = (x + direction * 0.5**halvings).clamp(0, 1)
-            trial_losses, trial_gradient = evaluate(trial.clone())
+            trial_losses, trial_gradient = evaluate(trial)
             if trial_losses[0] < (1 + rounding) * losses[0]:
                 break
             yield x.view_as(image), losses
@@ -585,23 +637,56 @@ def prepare_network(vgg, layers, device, dtype):
     return network
 
 
-def make_objective(vgg, content, style, content_layers, style_layers, content_weight, style_weight):
-    """Return the function to minimise: picture -> tensor (total, content loss, style loss).
+def make_targets(vgg, content, style, content_layers, style_layers):
+    """What to reach: ({layer: feature map of the content}, {layer: Gram matrix of the style}).
 
-    The targets are computed here, once. A picture or its layers may be left out (None, ()): that loss is 0.
+    A picture or its layers may be left out (None, ()).
     """
     with torch.no_grad():
         content_targets = features(vgg, content, content_layers) if content_layers else {}
         style_targets = gram_matrices(features(vgg, style, style_layers)) if style_layers else {}
+    return content_targets, style_targets
+
+
+def weigh_losses(vgg, content_targets, style_targets, content_weight, style_weight, layer_weights=None):
+    """Return the function to minimise: picture -> tensor (total, content loss, style loss)."""
 
     def objective(image):
         maps = features(vgg, image, {**content_targets, **style_targets})
         zero = image.new_zeros(())
         content_part = zero + content_loss(maps, content_targets)
-        style_part = zero + style_loss(maps, style_targets)
+        style_part = zero + style_loss(maps, style_targets, layer_weights)
         return torch.stack([content_weight * content_part + style_weight * style_part, content_part, style_part])
 
     return objective
+
+
+def make_objective(vgg, content, style, content_layers, style_layers, content_weight, style_weight):
+    """`weigh_losses` with the targets of these pictures, which are computed here, once."""
+    targets = make_targets(vgg, content, style, content_layers, style_layers)
+    return weigh_losses(vgg, *targets, content_weight, style_weight)
+
+
+def descend(image, scales, precisions, objective_at, precondition_at, evaluations):
+    """The whole way down: yield (picture, `Step`) after each evaluation, scale after scale, precision after precision.
+
+    objective_at(shape, precision) and precondition_at(shape) make what a stage needs when it begins; evaluations is
+    the limit for all of them together. The pictures have the shape of their scale.
+    """
+    # How a scale is worked on: (precision, tolerance and share of the loss that end it, evaluations at most).
+    coarse = [(precisions[0], COARSE, ENOUGH, evaluations // (len(scales) + 1))]
+    full = [(name, FINE if name == precisions[-1] else ROUGH, 0.0, evaluations) for name in precisions]
+    for scale in scales:
+        image = resize(image, scale)
+        curvature = InverseCurvature(precondition_at(scale), image)
+        for name, tolerance, enough, limit in full if scale == scales[-1] else coarse:
+            count = min(limit, evaluations)
+            if not count:
+                continue
+            run = projected_lbfgs(objective_at(scale, name), image, curvature, ROUNDING[name])
+            for image, losses in itertools.islice(until_slow(run, tolerance, enough), count):
+                evaluations -= 1
+                yield image, Step(scale, name, *losses)
 
 
 def check_picture(image, name):
@@ -681,39 +766,26 @@ def optimise(
         scales = [tuple(shape)]
         image = (content if isinstance(init, str) else init).detach().float().to(device)
 
-    # How a scale is worked on: (precision, tolerance and share of the loss that end it, evaluations at most).
-    coarse = [(precisions[0], COARSE, ENOUGH, evaluations // (len(scales) + 1))]
-    full = [(name, FINE if name == precisions[-1] else ROUGH, 0.0, evaluations) for name in precisions]
-    # Layers behind a max-pooling hardly see fine detail: steps made for the first block would fill it with noise.
-    floor = 0.05 if any(layer_name(name)[4] == "1" for name in layers) else 0.5
+    def objective_at(scale, name):
+        pictures = (
+            content if content is None else resize(content, scale),
+            style if style is None else shrink_style(style, min(scale) / min(shape), style_layers),
+        )
+        return make_objective(networks[name], *pictures, content_layers, style_layers, content_weight, style_weight)
+
+    def precondition_at(scale):
+        return spectral_preconditioner(vgg, scale, pick_floor(layers), device)
+
+    run = descend(image, scales, precisions, objective_at, precondition_at, evaluations)
     history, start = [], time.perf_counter()
-    silent = {} if progress else {"disable": True}  # left out, the environment's TQDM_DISABLE decides
-    with tqdm(total=evaluations, leave=False, desc="optimising", **silent) as bar:
+    silent = not progress or "TQDM_DISABLE" in os.environ  # which tqdm's bar for notebooks passes by
+    with tqdm(total=evaluations, disable=silent, leave=False, desc="optimising") as bar:
         try:
-            for scale in scales:
-                image = resize(image, scale)
-                scaled_content = content if content is None else resize(content, scale)
-                scaled_style = style if style is None else shrink_style(style, min(scale) / min(shape), style_layers)
-                curvature = InverseCurvature(spectral_preconditioner(vgg, scale, floor, device), image)
-                for name, tolerance, enough, limit in full if scale == scales[-1] else coarse:
-                    count = min(limit, evaluations - len(history))
-                    if not count:
-                        continue
-                    objective = make_objective(
-                        networks[name],
-                        scaled_content,
-                        scaled_style,
-                        content_layers,
-                        style_layers,
-                        content_weight,
-                        style_weight,
-                    )
-                    run = projected_lbfgs(objective, image, curvature, ROUNDING[name])
-                    for image, losses in itertools.islice(until_slow(run, tolerance, enough), count):
-                        history.append(Step(scale, name, *losses))
-                        bar.update()
-                        if callback:
-                            callback(image, history[-1])
+            for image, step in run:
+                history.append(step)
+                bar.update()
+                if callback:
+                    callback(image, step)
         except KeyboardInterrupt:
             pass  # the present picture is the answer
     return Result(resize(image, shape).detach().clone(), history, len(history), time.perf_counter() - start)

@@ -72,6 +72,13 @@ def test_losses_are_the_papers_formulas():
     assert content_loss(maps, only).item() == pytest.approx(content64(maps, only).item(), rel=1e-5)
 
 
+def test_layer_weights_multiply_each_layers_style_loss():
+    maps = {name: torch.full((1, 1, 1, 1), value) for name, value in (("conv1_1", 1.0), ("conv2_1", 2.0))}
+    targets = {name: torch.zeros(1, 1) for name in maps}  # losses 1 and 16
+    assert style_loss(maps, targets).item() == 17
+    assert style_loss(maps, targets, {"conv1_1": 0.5, "conv2_1": 2.0}).item() == 32.5
+
+
 def test_losses_at_the_target_are_zero():
     maps = random_maps(0)
     assert content_loss(maps, maps).item() == 0

@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import math
 
@@ -157,6 +158,87 @@ def test_nan_now_and_then_is_stepped_around():
     start = torch.full((1, 3, 3, 3), 0.1)
     run = list(itertools.islice(minimise(objective, start), 40))
     assert run[-1][0].isfinite().all() and run[-1][1][0] < 1e-3 * run[0][1][0]
+
+
+def test_an_evaluation_leaves_earlier_ones_and_its_argument_alone():
+    """Its buffers are written over by the next one, also where nothing is recorded."""
+    matrix, target = coupled()
+    evaluate = nst_utils.loss_and_gradient(quadratic(matrix, target), torch.zeros(1, 3, 3, 3))
+    x, y = torch.rand(27), torch.rand(27)
+    before = x.clone()
+    losses, gradient = evaluate(x)
+    kept = gradient.clone()
+    evaluate(y)
+    assert torch.equal(x, before) and torch.equal(gradient, kept)
+    assert losses[0] == pytest.approx(((x - target) @ matrix @ (x - target)).item(), rel=1e-4)
+    torch.testing.assert_close(gradient, 2 * matrix @ (x - target), rtol=1e-4, atol=1e-4)
+
+
+class FakeCuda:
+    """Stands in for torch.cuda: a graph keeps the run of its capture, and writes over the outputs when replayed."""
+
+    def __init__(self):
+        self.said, self.graph_of_run = [], None
+
+    def patch(self, monkeypatch, run):
+        said, outputs = self.said, []
+
+        def noted():
+            said.append("run")
+            outputs.append(run())
+            return outputs[-1]
+
+        class Graph:
+            def replay(self):
+                said.append("replay")
+                for kept, new in zip(outputs[-1], run()):
+                    kept.copy_(new)
+
+        class Stream:
+            def wait_stream(self, other):
+                said.append("wait")
+
+        @contextlib.contextmanager
+        def capture(graph, capture_error_mode):
+            said.append("capture")
+            yield
+
+        for name, fake in {
+            "device": lambda device: contextlib.nullcontext(),
+            "stream": lambda stream: contextlib.nullcontext(),
+            "Stream": Stream,
+            "current_stream": Stream,
+            "CUDAGraph": Graph,
+            "graph": capture,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        return noted
+
+
+def test_on_cuda_a_run_is_captured_once_after_a_warm_up_and_then_replayed(monkeypatch):
+    """The order of events, with a stand-in for the GPU; that a real one agrees is the next test's."""
+    place, fake = torch.ones(3), FakeCuda()
+    replay = nst_utils.record(fake.patch(monkeypatch, lambda: (place * 2, place.sum())), torch.device("cuda"))
+    assert fake.said == ["wait", "run", "run", "wait", "capture", "run"]
+    place.fill_(5)
+    doubled, total = replay()
+    assert doubled.tolist() == [10] * 3 and total.item() == 15
+    assert fake.said[6:] == ["replay"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_a_replayed_graph_gives_the_losses_and_gradient_of_the_cpu(vgg, content, style):
+    found = []
+    for device in ("cpu", "cuda"):
+        network = nst_utils.prepare_network(vgg, nst_utils.FIRST_FIVE, torch.device(device), torch.float32)
+        pictures = content.to(device), style.to(device)
+        objective = nst_utils.make_objective(network, *pictures, ("conv1_2",), nst_utils.FIRST_FIVE, 1.0, 1e4)
+        evaluate = nst_utils.loss_and_gradient(objective, pictures[0])
+        evaluate(pictures[0].flatten())
+        losses, gradient = evaluate(pictures[0].flatten() * 0.5)
+        found.append((torch.tensor(losses), gradient.cpu()))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=2e-2, atol=0.01 * found[0][1].abs().max().item())
 
 
 def test_l_bfgs_equals_the_textbook_recursion():

@@ -1,0 +1,544 @@
+"""The interactive panel: an optimisation that goes on while its weights are moved.
+
+`style_studio` makes the panel. `Painter` is the optimisation behind it, one turn a call, and knows nothing of
+widgets; `Studio` is the widgets and the loop that lets the painter work on a thread of its own, so that the kernel
+stays free for the panel's events and for other cells.
+"""
+
+import asyncio
+import io
+import json
+import math
+import tempfile
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from html import escape
+from pathlib import Path
+from typing import NamedTuple
+
+import ipywidgets as widgets
+import torch
+from IPython.display import publish_display_data
+from matplotlib.figure import Figure
+from PIL.PngImagePlugin import PngInfo
+
+import nst_utils as nst
+
+STYLE_LAYERS = (*nst.FIRST_FIVE, "conv4_1", "conv5_1")  # the assignment's, and what Gatys et al. add below
+LIMIT = 500  # evaluations in one go; most goes end long before, when progress is slow
+FRAME = 1 / 30  # seconds: no more than so many pictures a second are drawn
+CHART = 2.0  # seconds from one drawing of the loss curves to the next, since each takes a tenth of one
+
+# --- The optimisation ----------------------------------------------------------------------------
+
+
+class Settings(NamedTuple):
+    """What the panel's controls say. Hashable, so that a change is a difference."""
+
+    content: Path | None  # None: a texture
+    style: Path | None  # None: a reconstruction
+    size: int  # shorter side in pixels
+    content_layer: str
+    content_weight: float
+    style_weight: float
+    layer_weights: tuple  # ((style layer, weight above 0), ...)
+
+
+class Painter:
+    """An optimisation whose settings may change between one evaluation and the next."""
+
+    def __init__(self, vgg):
+        self.vgg, self.device = vgg, vgg.mean.device
+        self.precisions = nst.pick_precisions(self.device)
+        self.made = {}
+        self.settings = self.image = self.first = self.run = None
+        self.scales, self.history = [], []
+
+    def once(self, name, key, make):
+        """`make()`, kept under `name` for as long as `key` stays the same."""
+        if name not in self.made or self.made[name][0] != key:
+            self.made[name] = key, make()
+        return self.made[name][1]
+
+    def step(self, settings, start=None):
+        """Evaluate the network once; return the `Step`, or None when progress has become slow.
+
+        start: None to go on from the present picture, or where to begin again: ("noise", seed), ("content", 0) or
+        ("present", 0). Raises what `nst_utils` raises for bad input.
+        """
+        if start or self.image is None or settings != self.settings or self.run is None:
+            self.run = None  # stays so if the settings are refused
+            self.run = self.follow(settings, start or (None if self.image is not None else ("noise", 0)))
+            self.settings = settings
+        try:
+            self.image, step = next(self.run)
+        except StopIteration:
+            self.run = None
+            return None
+        self.history.append(step)
+        return step
+
+    def follow(self, settings, start):
+        """The run that these settings ask for; only what depends on a changed setting is made anew."""
+        content, style = (
+            path and self.once(kind, (path, settings.size), lambda: nst.load_image(path, settings.size, self.device))
+            for kind, path in (("content", settings.content), ("style", settings.style))
+        )
+        content_layers = (settings.content_layer,) if settings.content else ()
+        style_layers = tuple(name for name, _ in settings.layer_weights) if settings.style else ()
+        if not style_layers and not (content_layers and settings.content_weight):
+            raise ValueError("every weight is 0: give the content or a style layer a weight above 0")
+        layers = content_layers + style_layers
+        networks = self.once(
+            "networks",
+            layers,
+            lambda: {
+                name: nst.prepare_network(self.vgg, layers, self.device, getattr(torch, name))
+                for name in self.precisions
+            },
+        )
+        shape = tuple((style if content is None else content).shape[-2:])
+        image, scales = self.begin(start, content, shape, nst.plan_scales(shape, content_layers, style_layers))
+
+        def targets_at(scale, name):
+            pictures = (
+                content if content is None else nst.resize(content, scale),
+                style if style is None else nst.shrink_style(style, min(scale) / min(shape), style_layers),
+            )
+            return nst.make_targets(networks[name], *pictures, content_layers, style_layers)
+
+        def objective_at(scale, name):
+            pictures = (settings.content, settings.style, settings.size)
+            targets = self.once(f"{name} targets", (pictures, layers, scale), lambda: targets_at(scale, name))
+            weights = settings.content_weight, settings.style_weight, dict(settings.layer_weights)
+            return nst.weigh_losses(networks[name], *targets, *weights)
+
+        def precondition_at(scale):
+            key = scale, nst.pick_floor(layers)
+            return self.once("preconditioner", key, lambda: nst.spectral_preconditioner(self.vgg, *key, self.device))
+
+        return nst.descend(image, scales, self.precisions, objective_at, precondition_at, LIMIT)
+
+    def begin(self, start, content, shape, scales):
+        """(picture to begin with, scales to go through); without a `start`, the present ones, at this shape."""
+        if start is None:
+            here = tuple(self.image.shape[-2:])
+            self.scales = self.scales[self.scales.index(here) :] if self.scales[-1] == shape else [shape]
+            return nst.resize(self.image, self.scales[0]), self.scales
+        kind, seed = start
+        if kind == "noise":
+            self.first = torch.rand(1, 3, *scales[0], generator=torch.Generator().manual_seed(seed)).to(self.device)
+        else:
+            self.first, scales = nst.resize(content if kind == "content" else self.image, shape), [shape]
+        self.scales, self.history = scales, []
+        return self.first, scales
+
+
+# --- Drawing -------------------------------------------------------------------------------------
+
+
+def jpeg(image):
+    """A picture (1, 3, H, W) as the bytes of a JPEG file: drawn in a tenth of the time of a PNG."""
+    buffer = io.BytesIO()
+    nst.to_pil(image).save(buffer, "jpeg", quality=88)
+    return buffer.getvalue()
+
+
+def draw_losses(history, content_weight, style_weight):
+    """The curves of the total and of its two weighted parts, as the bytes of a PNG file."""
+    figure = Figure(figsize=(5.2, 2.1), layout="constrained")  # not pyplot's: this runs beside the main thread
+    axes = figure.subplots()
+    curves = {
+        "total": [step.total for step in history],
+        f"content × {content_weight:g}": [content_weight * step.content for step in history],
+        f"style × {style_weight:.3g}": [style_weight * step.style for step in history],
+    }
+    for (label, values), colour, line in zip(curves.items(), ("black", "C0", "C1"), ("-", "--", "-.")):
+        if any(values) or label == "total":
+            axes.semilogy(range(1, len(values) + 1), values, line, color=colour, label=label, linewidth=1.3)
+    axes.set_xlabel("evaluations", fontsize=8)
+    axes.set_ylabel("loss", fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=100)
+    return buffer.getvalue()
+
+
+class Frame(NamedTuple):
+    """What one turn of the loop puts on display."""
+
+    image: torch.Tensor
+    step: nst.Step
+    picture: bytes
+    difference: bytes | None
+    mean: float  # difference to the reference, averaged over pixels and channels; nan without one
+    chart: bytes | None
+
+
+# --- The panel -----------------------------------------------------------------------------------
+
+
+def stored(kind):
+    """[(name, path)] of the pictures in images/content or images/style."""
+    return [(path.stem.replace("_", " "), path) for path in sorted((nst.IMAGES / kind).glob("*.*"))]
+
+
+def captioned(caption, picture):
+    return widgets.VBox([widgets.Label(caption), picture], layout={"margin": "0 8px 8px 0", "max_width": "100%"})
+
+
+class Studio:
+    """The panel: controls, the living picture, and the loop that moves it. Made by `style_studio`.
+
+    state: "ready", "running", "paused", "done" (progress is slow) or "closed".
+    """
+
+    def __init__(self, content, style, size, vgg):
+        self.loop = asyncio.get_running_loop()
+        self.worker = ThreadPoolExecutor(1, thread_name_prefix="style-studio")
+        self.painter = Painter(vgg)
+        self.uploads = tempfile.TemporaryDirectory(prefix="style-studio-")
+        self.task, self.state, self.shown, self.snapshot, self.restarting = None, "ready", None, None, False
+        self.moments, self.last_chart = deque(maxlen=20), -math.inf
+        self.build(content, style, size)
+        self.tell()
+
+    # Controls
+
+    def build(self, content, style, size):
+        wide = {"layout": {"width": "340px", "max_width": "100%"}, "style": {"description_width": "112px"}}
+
+        def choice(kind, path):
+            options = stored(kind)
+            if path not in dict(options).values():
+                options.append((path.stem.replace("_", " "), path))
+            return widgets.Dropdown(options=options, value=path, description=kind, **wide)
+
+        def upload(kind):
+            return widgets.FileUpload(
+                accept="image/*", description=f"Upload {kind}", tooltip=f"Upload a {kind} picture"
+            )
+
+        def slider(kind, value, smallest, largest, description, form, **options):
+            return kind(
+                value=value, min=smallest, max=largest, description=description, readout_format=form, **options, **wide
+            )
+
+        roles = {"content": content, "style": style}
+        self.choices = {kind: choice(kind, path) for kind, path in roles.items() if path}
+        self.uploaders = {kind: upload(kind) for kind in self.choices}
+        self.content_layer = widgets.Dropdown(
+            options=nst.CONVOLUTIONS, value="conv1_2", description="content layer", **wide
+        )
+        self.content_weight = slider(widgets.FloatSlider, 1.0, 0, 10, "content weight", ".1f", step=0.1)
+        self.style_weight = slider(widgets.FloatLogSlider, 1e4, 0, 7, "style weight", ".1e", step=0.1)
+        self.layer_weights = {
+            name: slider(widgets.FloatSlider, 0.0, 0, 2, f"style {name}", ".1f", step=0.1) for name in STYLE_LAYERS
+        }
+        sizes = sorted({128, 192, 256, 384, 512, size})
+        self.size = widgets.Dropdown(options=sizes, value=size, description="size in pixels", **wide)
+        starts = [("noise", "noise"), *([("content", "content")] if content else []), ("present picture", "present")]
+        self.start_from = widgets.Dropdown(options=starts, description="start from", **wide)
+        self.seed = widgets.BoundedIntText(0, min=0, max=10**6, description="noise seed", **wide)
+        self.compare = widgets.Dropdown(
+            options=[("nothing", None), ("the start", "start"), ("the snapshot", "snapshot")],
+            description="difference to",
+            **wide,
+        )
+        self.reset()
+
+        actions = {
+            "Start": (self.start, "play", "Go on from the present picture"),
+            "Pause": (self.pause, "pause", "Stop at the picture on display"),
+            "Step": (self.step, "step-forward", "One evaluation of the network"),
+            "Restart": (self.restart, "refresh", "Begin again from the chosen start"),
+            "Snapshot": (self.keep, "camera", "Keep this picture for the difference map"),
+            "Save": (self.save, "download", "Write a PNG file with the settings in it"),
+            "Reset": (self.reset, "undo", "The assignment's layers and weights"),
+        }
+        self.buttons = {}
+        for name, (action, icon, tooltip) in actions.items():
+            button = widgets.Button(description=name, icon=icon, tooltip=tooltip, layout={"width": "102px"})
+            button.on_click(lambda _, action=action: action())
+            self.buttons[name] = button
+
+        both = content and style
+        weights = [self.content_weight, self.style_weight] if both else []
+        layers = [*([self.content_layer] if content else []), *(self.layer_weights.values() if style else [])]
+        inputs = [*self.choices.values(), *weights, *layers, self.size]
+        for control in inputs:
+            control.observe(lambda _: self.moved(), "value")
+        for kind, control in self.choices.items():
+            control.observe(lambda _, kind=kind: self.draw_input(kind), "value")
+            self.uploaders[kind].observe(lambda _, kind=kind: self.take_upload(kind), "value")
+
+        fluid = {"width": "100%", "max_width": "400px"}
+        small = {"width": "130px", "max_width": "100%"}
+        self.picture = widgets.Image(format="jpeg", layout={**fluid, "display": "none"}, tooltip="The living picture")
+        self.difference = widgets.Image(format="jpeg", layout={**fluid, "display": "none"}, tooltip="Difference map")
+        self.chart = widgets.Image(format="png", layout={**fluid, "display": "none"}, tooltip="Loss curves")
+        self.inputs = {
+            kind: widgets.Image(format="jpeg", layout=small, tooltip=f"The {kind} picture") for kind in self.choices
+        }
+        self.status = widgets.HTML(layout={"width": "100%"})
+        self.caption = widgets.Label("")
+        for kind in self.choices:
+            self.draw_input(kind)
+
+        wrap = {"flex_flow": "row wrap", "width": "100%"}
+        pictures = widgets.VBox(
+            [
+                self.picture,
+                self.caption,
+                self.difference,
+                widgets.HBox([captioned(kind, picture) for kind, picture in self.inputs.items()], layout=wrap),
+                self.chart,
+            ],
+            layout={"width": "400px", "max_width": "100%", "margin": "0 16px 0 0"},
+        )
+        controls = [*self.choices.values(), widgets.HBox([*self.uploaders.values()], layout=wrap)]
+        controls += [*weights, *layers, self.size, self.start_from, self.seed, self.compare]
+        self.view = widgets.VBox(
+            [
+                widgets.HBox([*self.buttons.values()], layout=wrap),
+                self.status,
+                widgets.HBox(
+                    [pictures, widgets.VBox(controls, layout={"width": "360px", "max_width": "100%"})], layout=wrap
+                ),
+            ]
+        )
+
+    def settings(self):
+        paths = {kind: control.value for kind, control in self.choices.items()}
+        both = len(paths) == 2
+        return Settings(
+            content=paths.get("content"),
+            style=paths.get("style"),
+            size=self.size.value,
+            content_layer=self.content_layer.value,
+            content_weight=self.content_weight.value if both else float("content" in paths),
+            style_weight=self.style_weight.value if both else 1e4 * ("style" in paths),
+            layer_weights=tuple(
+                (name, control.value)
+                for name, control in self.layer_weights.items()
+                if control.value and "style" in paths
+            ),
+        )
+
+    # What the buttons do
+
+    def start(self):
+        """Go on from the present picture until paused or until progress is slow."""
+        self.loop.call_soon_threadsafe(self.begin, None)
+
+    def step(self):
+        """One evaluation of the network."""
+        self.loop.call_soon_threadsafe(self.begin, 1)
+
+    def pause(self):
+        """Stop; what is on display stays. An evaluation under way ends unseen."""
+        if self.state == "running":
+            self.tell("paused")
+
+    def restart(self):
+        """Begin again from the chosen start."""
+        self.restarting = True
+        self.start()
+
+    def reset(self):
+        """The assignment's layers and weights: content 1 on conv1_2, style 1e4 on the first five convolutions."""
+        self.content_layer.value, self.content_weight.value, self.style_weight.value = "conv1_2", 1.0, 1e4
+        for name, control in self.layer_weights.items():
+            control.value = float(name in nst.FIRST_FIVE)
+
+    def keep(self):
+        """Keep the picture on display for the difference map."""
+        if self.shown:
+            self.snapshot = self.shown.image
+            self.compare.value = "snapshot"
+            self.tell(note="this picture is kept: the difference map shows what changes from here")
+
+    def save(self):
+        """Write the picture on display to saved/, as a PNG file with the settings in its text field "settings"."""
+        if not self.shown:
+            return self.tell(note="there is no picture to save yet: press Start")
+        settings = self.painter.settings
+        names = [path.stem for path in (settings.content, settings.style) if path]
+        about = settings._asdict() | {
+            kind: getattr(settings, kind) and getattr(settings, kind).name for kind in self.choices
+        }
+        about |= {
+            "layer_weights": dict(settings.layer_weights),
+            "start": self.start_from.value,
+            "seed": self.seed.value,
+        }
+        text = PngInfo()
+        text.add_text("settings", json.dumps(about | self.shown.step._asdict()))
+        folder = Path("saved")
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{'_'.join(names)}_{len(list(folder.glob('*.png'))) + 1:03}.png"
+        nst.to_pil(self.shown.image).save(path, pnginfo=text)
+        self.tell(note=f"saved {path}")
+
+    def close(self):
+        """Stop and take the panel away; no thread and no task stays behind."""
+        self.tell("closed")
+        self.worker.shutdown(wait=False)
+        self.uploads.cleanup()
+        self.view.close()
+
+    def take_upload(self, kind):
+        for file in self.uploaders[kind].value:
+            path = Path(self.uploads.name) / Path(file["name"]).name
+            path.write_bytes(file["content"])
+            try:
+                nst.load_image(path, 32, "cpu")
+            except ValueError as error:
+                self.tell(note=str(error))
+                continue
+            control = self.choices[kind]
+            control.options = [*(option for option in control.options if option[1] != path), (path.stem, path)]
+            control.value = path
+
+    def draw_input(self, kind):
+        self.inputs[kind].value = jpeg(nst.load_image(self.choices[kind].value, 130, "cpu"))
+
+    def moved(self):
+        """A control was moved: a panel that had finished goes on."""
+        if self.state == "done":
+            self.start()
+
+    # The loop
+
+    def begin(self, turns):
+        """Set the loop going for `turns` turns, or without end (None)."""
+        if self.state == "closed":
+            return
+        self.tell("running")
+        if self.task is None or self.task.done():
+            self.task = self.loop.create_task(self.work(turns))
+
+    async def work(self, turns):
+        try:
+            while self.state == "running":
+                start = (self.start_from.value, self.seed.value) if self.restarting or not self.shown else None
+                self.restarting = False
+                frame = await self.loop.run_in_executor(
+                    self.worker, self.turn, self.settings(), start, self.compare.value, turns
+                )
+                if self.state != "running":
+                    return
+                if frame is None:
+                    return self.tell("done")
+                self.show(frame)
+                if turns:
+                    return self.tell("paused")
+        except Exception as error:  # nothing else would ever show it
+            if self.state != "closed":
+                self.tell("paused", note=f"{type(error).__name__}: {error}")
+
+    def turn(self, settings, start, compare, turns):
+        """On the worker's thread: evaluations for as long as a frame lasts, at least one; then the frame."""
+        painter, begun = self.painter, time.perf_counter()
+        if start and start[0] == "present" and painter.image is None:
+            raise ValueError("there is no present picture to start from yet: choose noise or content")
+        while True:
+            step = painter.step(settings, start)
+            if step is None:
+                return None
+            self.moments.append(time.perf_counter())
+            start = None
+            if turns or self.moments[-1] - begun > FRAME:
+                break
+        image = painter.image
+        reference = {"start": painter.first, "snapshot": self.snapshot}.get(compare)
+        difference, mean = None, math.nan
+        if reference is not None:
+            gap = nst.difference_map(image, nst.resize(reference, image.shape[-2:]))
+            difference, mean = jpeg(gap), gap.mean().item()
+        chart = None
+        if turns or self.moments[-1] > self.last_chart + CHART:
+            chart = draw_losses(painter.history, settings.content_weight, settings.style_weight)
+            self.last_chart = time.perf_counter()
+        return Frame(image, step, jpeg(image), difference, mean, chart)
+
+    def show(self, frame):
+        self.shown = frame
+        self.picture.value, self.picture.layout.display = frame.picture, ""
+        if frame.chart:
+            self.chart.value, self.chart.layout.display = frame.chart, ""
+        self.difference.layout.display = "" if frame.difference else "none"
+        self.caption.value = f"mean difference {frame.mean:.4f}" if frame.difference else ""
+        if frame.difference:
+            self.difference.value = frame.difference
+        self.tell()
+
+    def tell(self, state=None, note=""):
+        """Change to `state`, and say in the status line what goes on."""
+        self.state = state or self.state
+        running = self.state == "running"
+        for name, button in self.buttons.items():
+            off = {"Start": running, "Step": running, "Pause": not running}
+            button.disabled = self.state == "closed" or off.get(name, False)
+        says = {
+            "ready": "Ready. Press Start.",
+            "running": "Running; the kernel is free for other cells.",
+            "paused": "Paused.",
+            "done": "Finished: progress has become slow. Move a control to go on.",
+            "closed": "Closed. Run the cell again.",
+        }[self.state]
+        numbers = ""
+        if self.shown:
+            step, (height, width) = self.shown.step, self.shown.step.shape
+            numbers = f"{len(self.painter.history)} evaluations · {width} × {height}, {step.precision} · "
+            numbers += f"loss {step.total:.4g} = content {step.content:.3g}, style {step.style:.3g} (unweighted)"
+            if running and len(self.moments) > 1:
+                rate = (len(self.moments) - 1) / (self.moments[-1] - self.moments[0])
+                numbers += f" · {rate:.1f} evaluations a second"
+        self.status.value = (
+            f'<div role="status" aria-live="polite" data-state="{self.state}" style="line-height:1.4">'
+            f"<b>{says}</b> {escape(note)}<br>{numbers}</div>"
+        )
+
+    def _ipython_display_(self):
+        """Show the panel; where there is no kernel, a still of it in use."""
+        form = "_and_".join(self.choices)
+        alt = "The panel in use: the living picture, the pictures it is made from, loss curves, buttons and sliders."
+        bundle = {
+            "application/vnd.jupyter.widget-view+json": {
+                "version_major": 2,
+                "version_minor": 0,
+                "model_id": self.view.model_id,
+            },
+            "text/plain": alt,
+        }
+        still = nst.IMAGES / f"panel_{form}.jpg"
+        if still.exists():
+            bundle["image/jpeg"] = still.read_bytes()
+        publish_display_data(bundle, metadata={"image/jpeg": {"alt": alt}})
+
+
+_open = []  # the one panel that is open
+
+
+def style_studio(content=None, style=None, size=256, vgg=None):
+    """A panel in which the optimisation goes on while its weights are moved; it opens ready, and Start sets it going.
+
+    content, style: paths of pictures. With both, style transfer; with content alone, reconstruction; with style
+    alone, texture synthesis. size: shorter side in pixels. vgg: from `load_vgg19`, which is the default. It closes
+    the panel that was open before, so that running a cell again leaves nothing behind. To be called in a notebook,
+    as the last line of a cell. Raises FileNotFoundError or ValueError for bad input.
+    """
+    if content is None and style is None:
+        raise ValueError("content and style are both None: give the path of at least one picture")
+    content, style = (None if path is None else Path(path) for path in (content, style))
+    for path in (content, style):
+        if path:
+            nst.load_image(path, 32, "cpu")
+    while _open:
+        _open.pop().close()
+    _open.append(Studio(content, style, size, vgg or nst.load_vgg19()))
+    return _open[-1]
