@@ -79,12 +79,13 @@ class Painter:
         self.history.append(step)
         return step
 
+    def load(self, kind, path, size):
+        return path and self.once(kind, (path, size), lambda: nst.load_image(path, size, self.device))
+
     def follow(self, settings, start):
         """The run that these settings ask for; only what depends on a changed setting is made anew."""
-        content, style = (
-            path and self.once(kind, (path, settings.size), lambda: nst.load_image(path, settings.size, self.device))
-            for kind, path in (("content", settings.content), ("style", settings.style))
-        )
+        content = self.load("content", settings.content, settings.size)
+        style = self.load("style", settings.style, settings.size)
         content_layers = (settings.content_layer,) if settings.content else ()
         style_layers = tuple(name for name, _ in settings.layer_weights) if settings.style else ()
         if not style_layers and not (content_layers and settings.content_weight):
@@ -155,13 +156,14 @@ def draw_losses(history, content_weight, style_weight):
         f"style × {style_weight:.3g}": [style_weight * step.style for step in history],
     }
     for (label, values), colour, line in zip(curves.items(), ("black", "C0", "C1"), ("-", "--", "-.")):
-        if any(values) or label == "total":
+        if any(values):
             axes.semilogy(range(1, len(values) + 1), values, line, color=colour, label=label, linewidth=1.3)
     axes.set_xlabel("evaluations", fontsize=8)
     axes.set_ylabel("loss", fontsize=8)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=8)
+    if axes.lines:
+        figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=100)
     return buffer.getvalue()
@@ -172,6 +174,7 @@ class Frame(NamedTuple):
 
     image: torch.Tensor
     step: nst.Step
+    settings: Settings
     picture: bytes
     difference: bytes | None
     mean: float  # difference to the reference, averaged over pixels and channels; nan without one
@@ -365,7 +368,7 @@ class Studio:
         """Write the picture on display to saved/, as a PNG file with the settings in its text field "settings"."""
         if not self.shown:
             return self.tell(note="there is no picture to save yet: press Start")
-        settings = self.painter.settings
+        settings = self.shown.settings
         names = [path.stem for path in (settings.content, settings.style) if path]
         about = settings._asdict() | {
             kind: getattr(settings, kind) and getattr(settings, kind).name for kind in self.choices
@@ -376,7 +379,7 @@ class Studio:
             "seed": self.seed.value,
         }
         text = PngInfo()
-        text.add_text("settings", json.dumps(about | self.shown.step._asdict()))
+        text.add_text("settings", json.dumps(about | {"losses": self.shown.step._asdict()}))
         folder = Path("saved")
         folder.mkdir(exist_ok=True)
         path = folder / f"{'_'.join(names)}_{len(list(folder.glob('*.png'))) + 1:03}.png"
@@ -463,7 +466,7 @@ class Studio:
         if turns or self.moments[-1] > self.last_chart + CHART:
             chart = draw_losses(painter.history, settings.content_weight, settings.style_weight)
             self.last_chart = time.perf_counter()
-        return Frame(image, step, jpeg(image), difference, mean, chart)
+        return Frame(image, step, settings, jpeg(image), difference, mean, chart)
 
     def show(self, frame):
         self.shown = frame
