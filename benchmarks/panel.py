@@ -1,0 +1,115 @@
+"""How live the panel is, in a real JupyterLab with a real Chromium: updates a second, latency, and what display costs.
+
+In turn, `--repeats` times, from the photograph: the panel runs for some evaluations, then as many run bare, in a cell,
+with no panel and no display. And while the panel runs a weight is moved by the keyboard: the latency is the time until
+the browser shows the first picture made with the new weight. Writes results/NAME.md.
+"""
+
+import argparse
+import re
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "tests"))
+
+from lab_driver import Notebook, chromium, jupyterlab  # noqa: E402
+
+BARE = """
+import platform, time, torch, nst_widgets
+panel = nst_widgets._open[0]
+painter = nst_widgets.Painter(panel.painter.vgg)
+settings = panel.settings()
+painter.step(settings, ("content", 0)); painter.step(settings)
+begun = time.perf_counter()
+for _ in range({count}):
+    painter.step(settings)
+print({count} / (time.perf_counter() - begun))
+"""
+MACHINE = (
+    "print(platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), panel.shown.step)"
+)
+
+
+def evaluations(book):
+    return int(re.search(r"(\d+) evaluations ·", book.page.locator("[data-state]").inner_text()).group(1))
+
+
+def restart(book):
+    book.page.get_by_label("start from").select_option("content")
+    book.button("Restart").click()
+    book.wait_for(lambda: evaluations(book) == 2)
+
+
+def rates(book, count):
+    """(evaluations, pictures) a second of the running panel, the pictures as the browser had them."""
+    restart(book)
+    seen, begun = set(), time.perf_counter()
+    while evaluations(book) < 2 + count:
+        seen.add(book.picture)
+        time.sleep(0.01)
+    seconds = time.perf_counter() - begun
+    book.button("Pause").click()
+    return count / seconds, len(seen) / seconds
+
+
+def latency(book, key):
+    """Seconds from a key on the style weight's slider to the first picture made with the new weight."""
+    handle = book.page.locator(".widget-hslider", has_text="style weight").locator(".noUi-handle")
+    handle.focus()
+    before, begun = book.losses()["loss"], time.perf_counter()
+    book.page.keyboard.press(key)
+    book.wait_for(lambda: not 0.8 < book.losses()["loss"] / before < 1.25)
+    picture = book.picture
+    book.wait_for(lambda: book.picture != picture)
+    return time.perf_counter() - begun
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--evaluations", type=int, default=20, help="of a measurement")
+    parser.add_argument("--name", default="panel", help="of the result file")
+    options = parser.parse_args()
+    shown, bare, pictures, waits = [], [], [], []
+    with tempfile.TemporaryDirectory() as home, jupyterlab(Path(home)) as server, chromium() as browser:
+        book = Notebook(browser, server, "3_style_transfer.ipynb")
+        book.open_panel(whole=False)
+        for _ in range(options.repeats):
+            rate, frames = rates(book, options.evaluations)
+            shown.append(rate)
+            pictures.append(frames)
+            bare.append(float(book.ask(BARE.format(count=options.evaluations))))
+            book.button("Start").scroll_into_view_if_needed()
+            restart(book)
+            waits += [latency(book, "PageUp"), latency(book, "PageDown")]
+            book.button("Pause").click()
+            book.button("Reset").click()
+        machine = book.ask(MACHINE)
+        book.page.close()
+    ratios = [panel / alone for panel, alone in zip(shown, bare)]
+    lines = [
+        f"The panel of notebook 3, {options.repeats} repeats of {options.evaluations} evaluations. {machine}",
+        "",
+        "| | least | median | most |",
+        "|---|---|---|---|",
+    ]
+    table = {
+        "pictures a second": pictures,
+        "evaluations a second, in the panel": shown,
+        "evaluations a second, bare": bare,
+        "speed in the panel, share of bare": ratios,
+        "seconds from a moved weight to its first picture": waits,
+    }
+    for name, values in table.items():
+        lines.append(f"| {name} | " + " | ".join(f"{f(values):.2f}" for f in (min, statistics.median, max)) + " |")
+    text = "\n".join([*lines, ""])
+    (HERE / "results" / f"{options.name}.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Drives the panel in a real JupyterLab with a real Chromium, for the browser tests and the panel's benchmark."""
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+from playwright.sync_api import sync_playwright
+
+ROOT = Path(__file__).resolve().parents[1]
+ARTEFACTS = ROOT / "test-artifacts"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+OPTIONS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+OPTIONS += " --disable-component-update --disable-sync"
+
+
+class Server(NamedTuple):
+    address: str
+    token: str
+    folder: Path  # of the notebooks, a copy
+
+
+@contextlib.contextmanager
+def jupyterlab(home):
+    """A JupyterLab on the loopback address with a token and directories of its own, under `home`."""
+    folder = home / "notebooks"
+    shutil.copytree(ROOT / "notebooks", folder, ignore=shutil.ignore_patterns(".*", "saved"))
+    own = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
+    environment = os.environ | {name: str(home / name.lower()) for name in own} | {"HOME": str(home)}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    token, address = secrets.token_hex(16), f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser"]
+    command += ["--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--ServerApp.port_retries=0"]
+    command += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}", "--LabApp.news_url="]
+    with open(home / "log", "w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=home)
+    try:
+        for _ in range(120):
+            try:
+                urllib.request.urlopen(f"{address}/api/status?token={token}", timeout=2)
+                break
+            except OSError:
+                assert process.poll() is None, (home / "log").read_text()
+                time.sleep(0.5)
+        yield Server(address, token, folder)
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@contextlib.contextmanager
+def chromium():
+    ARTEFACTS.mkdir(exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=OPTIONS.split())
+        yield browser
+        browser.close()
+
+
+class Notebook:
+    """A notebook open in JupyterLab."""
+
+    def __init__(self, browser, server, name):
+        self.page = browser.new_page(viewport={"width": 1180, "height": 1250})
+        self.page.goto(f"{server.address}/lab/workspaces/{secrets.token_hex(4)}/tree/{name}?token={server.token}")
+        self.page.wait_for_function(
+            "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'", timeout=90_000
+        )
+        self.page.evaluate("jupyterapp.commands.execute('application:set-mode', {mode: 'single-document'})")
+        if self.page.locator(".jp-SideBar .lm-mod-current").count():
+            self.page.evaluate("jupyterapp.commands.execute('application:toggle-left-area')")
+
+    def sources(self):
+        return self.page.evaluate(
+            "jupyterapp.shell.currentWidget.content.widgets.map(c => [c.model.type, c.model.sharedModel.source])"
+        )
+
+    def run_cell(self, index):
+        """Run one cell without waiting for it."""
+        self.page.evaluate(
+            """index => { const notebook = jupyterapp.shell.currentWidget.content; notebook.activeCellIndex = index;
+                notebook.deselectAll(); void jupyterapp.commands.execute('notebook:run-cell'); }""",
+            index,
+        )
+
+    def wait_for_cell(self, index, seconds):
+        """Wait until a cell has run; return its text outputs."""
+        self.page.wait_for_function(
+            """index => { const { model } = jupyterapp.shell.currentWidget.content.widgets[index];
+                return model.executionState === 'idle' && model.executionCount !== null; }""",
+            arg=index,
+            timeout=1000 * seconds,
+        )
+        outputs = self.page.evaluate(
+            "index => jupyterapp.shell.currentWidget.content.widgets[index].model.sharedModel.outputs", index
+        )
+        assert not [output for output in outputs if output["output_type"] == "error"], outputs
+        return "".join("".join(output.get("text", "")) for output in outputs)
+
+    def run(self, index, seconds=400):
+        self.page.evaluate(
+            "index => jupyterapp.shell.currentWidget.content.widgets[index].model.clearExecution()", index
+        )
+        self.run_cell(index)
+        return self.wait_for_cell(index, seconds)
+
+    def ask(self, code):
+        """Run `code` in a new last cell; return what it prints."""
+        last = len(self.sources()) - 1
+        self.page.evaluate(
+            """([index, code]) => { const notebook = jupyterapp.shell.currentWidget.content;
+                notebook.model.sharedModel.insertCell(index + 1, {cell_type: 'code', source: code}); }""",
+            [last, code],
+        )
+        return self.run(last + 1, 30).strip()
+
+    def open_panel(self, whole):
+        """Run every cell up to the panel, or only those up to the network; return the panel's place."""
+        sources = self.sources()
+        panel = next(k for k, (kind, text) in enumerate(sources) if kind == "code" and text.startswith("style_studio("))
+        network = next(k for k, (_, text) in enumerate(sources) if "vgg = nst.load_vgg19" in text)
+        for k, (kind, _) in enumerate(sources[:panel]):
+            if kind == "code" and (whole or k <= network):
+                self.run(k)
+        self.run(panel)
+        self.button("Start").scroll_into_view_if_needed()
+        return panel
+
+    def button(self, name):
+        return self.page.get_by_role("button", name=name, exact=True)
+
+    @property
+    def state(self):
+        return self.page.locator("[data-state]").get_attribute("data-state")
+
+    def wait_for(self, condition, seconds=20):
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, self.page.locator("[data-state]").inner_text()
+            time.sleep(0.03)
+
+    @property
+    def picture(self):
+        """The address of the living picture in the browser, another one for every frame."""
+        return self.page.locator("img[title='The living picture']").get_attribute("src")
+
+    def pixels(self):
+        return self.page.locator("img[title='The living picture']").screenshot()
+
+    def losses(self):
+        text = self.page.locator("[data-state]").inner_text()
+        return {name: float(value) for name, value in re.findall(r"(loss|content|style) ([\d.e+-]+\d)", text)}
+
+    def sees_change(self, frames=3, seconds=20):
+        seen = set()
+        self.wait_for(lambda: seen.add(self.picture) or len(seen) > frames, seconds)
+
+    def screenshot(self, name):
+        self.page.screenshot(path=ARTEFACTS / f"{name}.png")
+
+    def still(self, name):
+        """The panel alone, as the notebooks show it where there is no kernel."""
+        path = ARTEFACTS / f"{name}.png"
+        self.page.locator(".jp-OutputArea-output:has([data-state]) > .jupyter-widgets").first.screenshot(path=path)
+        with Image.open(path) as file:
+            file.convert("RGB").save(path.with_suffix(".jpg"), quality=85)
