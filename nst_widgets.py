@@ -221,9 +221,7 @@ class Studio:
             return widgets.Dropdown(options=options, value=path, description=kind, **wide)
 
         def upload(kind):
-            return widgets.FileUpload(
-                accept="image/*", description=f"Upload {kind}", tooltip=f"Upload a {kind} picture"
-            )
+            return widgets.FileUpload(accept="image/*", description=f"Upload {kind}", layout={"width": "160px"})
 
         def slider(kind, value, smallest, largest, description, form, **options):
             return kind(
@@ -280,12 +278,12 @@ class Studio:
 
         fluid = {"width": "100%", "max_width": "400px"}
         small = {"width": "130px", "max_width": "100%"}
-        self.picture = widgets.Image(format="jpeg", layout={**fluid, "display": "none"}, tooltip="The living picture")
-        self.difference = widgets.Image(format="jpeg", layout={**fluid, "display": "none"}, tooltip="Difference map")
-        self.chart = widgets.Image(format="png", layout={**fluid, "display": "none"}, tooltip="Loss curves")
-        self.inputs = {
-            kind: widgets.Image(format="jpeg", layout=small, tooltip=f"The {kind} picture") for kind in self.choices
-        }
+        self.picture = widgets.Image(format="jpeg", layout={**fluid, "display": "none"})
+        self.difference = widgets.Image(format="jpeg", layout={**fluid, "display": "none"})
+        self.chart = widgets.Image(format="png", layout={**fluid, "display": "none"})
+        self.inputs = {kind: widgets.Image(format="jpeg", layout=small) for kind in self.choices}
+        self.picture.add_class("living-picture")
+        self.difference.add_class("difference-map")
         self.status = widgets.HTML(layout={"width": "100%"})
         self.caption = widgets.Label("")
         for kind in self.choices:

@@ -110,9 +110,11 @@ def main():
         print(rows[-1], flush=True)
     device = nst.pick_device(options.device)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    about = (
+        f"{device.type} ({platform.machine()}, {machine}), {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
     lines = [
-        f"Style transfer of a square picture, {device.type} ({platform.machine()}, {machine}), "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}. From noise: {options.evaluations} evaluations over all scales.",
+        f"Style transfer of a square picture, {about}. From noise: {options.evaluations} evaluations over all scales.",
         "",
         "| size | precision | from noise | one evaluation | a million pixels | its convolutions alone | GFLOP "
         "| GFLOP/s: evaluation | convolutions alone | peak memory |",

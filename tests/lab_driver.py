@@ -35,14 +35,24 @@ def jupyterlab(home):
     folder = home / "notebooks"
     shutil.copytree(ROOT / "notebooks", folder, ignore=shutil.ignore_patterns(".*", "saved"))
     own = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
-    environment = os.environ | {name: str(home / name.lower()) for name in own} | {"HOME": str(home)}
+    quiet = home / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+    quiet.parent.mkdir(parents=True)
+    quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    environment = (
+        os.environ
+        | {name: str(home / name.lower()) for name in own}
+        | {
+            "HOME": str(home),
+            "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
+        }
+    )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     token, address = secrets.token_hex(16), f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser"]
     command += ["--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--ServerApp.port_retries=0"]
-    command += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}", "--LabApp.news_url="]
+    command += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}"]
     with open(home / "log", "w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=home)
     try:
@@ -134,11 +144,19 @@ class Notebook:
             if kind == "code" and (whole or k <= network):
                 self.run(k)
         self.run(panel)
-        self.button("Start").scroll_into_view_if_needed()
+        self.show_panel(panel)
         return panel
 
+    def show_panel(self, panel):
+        """Scroll to the panel's cell, since JupyterLab draws only what is near the window."""
+        self.page.evaluate("i => jupyterapp.shell.currentWidget.content.scrollToItem(i, 'start')", panel)
+        self.page.wait_for_timeout(500)
+        self.screenshot("opened")
+        self.button("Start").scroll_into_view_if_needed(timeout=10_000)
+
     def button(self, name):
-        return self.page.get_by_role("button", name=name, exact=True)
+        # Not by its role's name, in which Chromium counts the icon's glyph.
+        return self.page.locator("button.widget-button", has_text=re.compile(f"^{name}$"))
 
     @property
     def state(self):
@@ -153,10 +171,10 @@ class Notebook:
     @property
     def picture(self):
         """The address of the living picture in the browser, another one for every frame."""
-        return self.page.locator("img[title='The living picture']").get_attribute("src")
+        return self.page.locator("img.living-picture").get_attribute("src")
 
     def pixels(self):
-        return self.page.locator("img[title='The living picture']").screenshot()
+        return self.page.locator("img.living-picture").screenshot()
 
     def losses(self):
         text = self.page.locator("[data-state]").inner_text()

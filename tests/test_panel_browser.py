@@ -85,7 +85,7 @@ def test_style_transfer_from_start_to_a_closed_panel(browser, server):
     book.page.get_by_label("difference to").select_option("the start")
     book.button("Step").focus()
     book.page.keyboard.press("Enter")
-    book.wait_for(lambda: book.page.locator("img[title='Difference map']").is_visible())
+    book.wait_for(lambda: book.page.locator("img.difference-map").is_visible())
     handle.focus()
     weight = book.ask("import nst_widgets; print(nst_widgets._open[0].style_weight.value)")
     handle.focus()
