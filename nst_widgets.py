@@ -26,7 +26,7 @@ from PIL.PngImagePlugin import PngInfo
 import nst_utils as nst
 
 STYLE_LAYERS = (*nst.FIRST_FIVE, "conv4_1", "conv5_1")  # the assignment's, and what Gatys et al. add below
-LIMIT = 500  # evaluations in one go; most goes end long before, when progress is slow
+LIMIT = 225  # evaluations in one go, as in `nst_utils.optimise`; most goes end before, when progress is slow
 FRAME = 1 / 30  # seconds: no more than so many pictures a second are drawn
 CHART = 2.0  # seconds from one drawing of the loss curves to the next, since each takes a tenth of one
 
@@ -285,7 +285,7 @@ class Studio:
         self.picture.add_class("living-picture")
         self.difference.add_class("difference-map")
         self.status = widgets.HTML(layout={"width": "100%"})
-        self.caption = widgets.Label("")
+        self.caption = widgets.Label(layout={"display": "none"})
         for kind in self.choices:
             self.draw_input(kind)
 
@@ -472,9 +472,9 @@ class Studio:
         if frame.chart:
             self.chart.value, self.chart.layout.display = frame.chart, ""
         self.difference.layout.display = "" if frame.difference else "none"
-        self.caption.value = f"mean difference {frame.mean:.4f}" if frame.difference else ""
+        self.caption.layout.display = self.difference.layout.display
         if frame.difference:
-            self.difference.value = frame.difference
+            self.difference.value, self.caption.value = frame.difference, f"difference map, mean {frame.mean:.4f}"
         self.tell()
 
     def tell(self, state=None, note=""):
@@ -495,7 +495,9 @@ class Studio:
         if self.shown:
             step, (height, width) = self.shown.step, self.shown.step.shape
             numbers = f"{len(self.painter.history)} evaluations · {width} × {height}, {step.precision} · "
-            numbers += f"loss {step.total:.4g} = content {step.content:.3g}, style {step.style:.3g} (unweighted)"
+            numbers += f"loss {step.total:.4g}"
+            if len(self.choices) == 2:
+                numbers += f", of content {step.content:.3g} and style {step.style:.3g}, unweighted"
             if running and len(self.moments) > 1:
                 rate = (len(self.moments) - 1) / (self.moments[-1] - self.moments[0])
                 numbers += f" · {rate:.1f} evaluations a second"
