@@ -245,7 +245,7 @@ class Studio:
         self.start_from = widgets.Dropdown(options=starts, description="start from", **wide)
         self.seed = widgets.BoundedIntText(0, min=0, max=10**6, description="noise seed", **wide)
         self.compare = widgets.Dropdown(
-            options=[("nothing", None), ("the start", "start"), ("the snapshot", "snapshot")],
+            options=["nothing", "the start", "the snapshot"],
             description="difference to",
             **wide,
         )
@@ -359,7 +359,7 @@ class Studio:
         """Keep the picture on display for the difference map."""
         if self.shown:
             self.snapshot = self.shown.image
-            self.compare.value = "snapshot"
+            self.compare.value = "the snapshot"
             self.tell(note="this picture is kept: the difference map shows what changes from here")
 
     def save(self):
@@ -455,13 +455,13 @@ class Studio:
             if turns or self.moments[-1] - begun > FRAME:
                 break
         image = painter.image
-        reference = {"start": painter.first, "snapshot": self.snapshot}.get(compare)
+        reference = {"the start": painter.first, "the snapshot": self.snapshot}.get(compare)
         difference, mean = None, math.nan
         if reference is not None:
             gap = nst.difference_map(image, nst.resize(reference, image.shape[-2:]))
             difference, mean = jpeg(gap), gap.mean().item()
         chart = None
-        if turns or self.moments[-1] > self.last_chart + CHART:
+        if len(painter.history) > 1 and (turns or self.moments[-1] > self.last_chart + CHART):
             chart = draw_losses(painter.history, settings.content_weight, settings.style_weight)
             self.last_chart = time.perf_counter()
         return Frame(image, step, settings, jpeg(image), difference, mean, chart)

@@ -36,7 +36,8 @@ def test_style_transfer_from_start_to_a_closed_panel(browser, server):
     book.button("Start").click()
     book.sees_change(5)
     assert book.state == "running"
-    book.wait_for(lambda: book.losses()["loss"] < 20, 60)
+    book.wait_for(lambda: "341 × 256" in book.page.locator("[data-state]").inner_text(), 90)
+    book.wait_for(lambda: book.losses()["loss"] < 4, 90)
     book.screenshot("running")
     book.still("panel_content_and_style")
 

@@ -318,7 +318,7 @@ def test_bad_settings_are_answered_in_the_panel(vgg):
 
 def test_the_difference_is_to_the_start_or_to_the_snapshot(vgg):
     async def scene(panel):
-        panel.start_from.value, panel.compare.value = "content", "start"
+        panel.start_from.value, panel.compare.value = "content", "the start"
         panel.start()
         await until(lambda: len(panel.painter.history) > 5)
         assert panel.shown.mean > 0 and panel.difference.value
@@ -327,10 +327,10 @@ def test_the_difference_is_to_the_start_or_to_the_snapshot(vgg):
         panel.pause()
         kept = panel.shown.image
         panel.buttons["Snapshot"].click()
-        assert panel.snapshot is kept and panel.compare.value == "snapshot"
+        assert panel.snapshot is kept and panel.compare.value == "the snapshot"
         panel.start()
         await until(lambda: 0 < panel.shown.mean < expected)
-        panel.compare.value = None
+        panel.compare.value = "nothing"
         await until(lambda: panel.shown.difference is None)
         assert panel.difference.layout.display == "none"
 
