@@ -35,7 +35,7 @@ MACHINE = (
 
 
 def evaluations(book):
-    return int(re.search(r"(\d+) evaluations ·", book.page.locator("[data-state]").inner_text()).group(1))
+    return int(re.search(r"(\d+) evaluations ·", book.status).group(1))
 
 
 def restart(book):
@@ -83,7 +83,7 @@ def main():
             shown.append(rate)
             pictures.append(frames)
             bare.append(float(book.ask(BARE.format(count=options.evaluations))))
-            book.button("Start").scroll_into_view_if_needed()
+            book.show_panel()
             restart(book)
             waits += [latency(book, "PageUp"), latency(book, "PageDown")]
             book.button("Pause").click()

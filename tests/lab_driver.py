@@ -144,14 +144,14 @@ class Notebook:
             if kind == "code" and (whole or k <= network):
                 self.run(k)
         self.run(panel)
-        self.show_panel(panel)
+        self.panel = panel
+        self.show_panel()
         return panel
 
-    def show_panel(self, panel):
+    def show_panel(self):
         """Scroll to the panel's cell, since JupyterLab draws only what is near the window."""
-        self.page.evaluate("i => jupyterapp.shell.currentWidget.content.scrollToItem(i, 'start')", panel)
+        self.page.evaluate("i => jupyterapp.shell.currentWidget.content.scrollToItem(i, 'start')", self.panel)
         self.page.wait_for_timeout(500)
-        self.screenshot("opened")
         self.button("Start").scroll_into_view_if_needed(timeout=10_000)
 
     def button(self, name):
@@ -162,10 +162,14 @@ class Notebook:
     def state(self):
         return self.page.locator("[data-state]").get_attribute("data-state")
 
+    @property
+    def status(self):
+        return self.page.locator("[data-state]").text_content()
+
     def wait_for(self, condition, seconds=20):
         end = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < end, self.page.locator("[data-state]").inner_text()
+            assert time.monotonic() < end, self.status
             time.sleep(0.03)
 
     @property
@@ -177,7 +181,7 @@ class Notebook:
         return self.page.locator("img.living-picture").screenshot()
 
     def losses(self):
-        text = self.page.locator("[data-state]").inner_text()
+        text = self.status
         return {name: float(value) for name, value in re.findall(r"(loss|content|style) ([\d.e+-]+\d)", text)}
 
     def sees_change(self, frames=3, seconds=20):

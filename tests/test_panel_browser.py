@@ -36,7 +36,7 @@ def test_style_transfer_from_start_to_a_closed_panel(browser, server):
     book.button("Start").click()
     book.sees_change(5)
     assert book.state == "running"
-    book.wait_for(lambda: "341 × 256" in book.page.locator("[data-state]").inner_text(), 90)
+    book.wait_for(lambda: "341 × 256" in book.status, 90)
     book.wait_for(lambda: book.losses()["loss"] < 4, 90)
     book.screenshot("running")
     book.still("panel_content_and_style")
@@ -57,7 +57,7 @@ def test_style_transfer_from_start_to_a_closed_panel(browser, server):
     # The kernel answers while the panel runs.
     assert book.ask("print(6 * 7)") == "42"
     assert book.state == "running"
-    book.button("Start").scroll_into_view_if_needed()
+    book.show_panel()
 
     # Another style picture.
     style = book.losses()["style"]
@@ -76,7 +76,7 @@ def test_style_transfer_from_start_to_a_closed_panel(browser, server):
     assert book.pixels() == kept
 
     book.button("Save").click()
-    book.wait_for(lambda: "saved" in book.page.locator("[data-state]").inner_text())
+    book.wait_for(lambda: "saved" in book.status)
     (path,) = (server.folder / "saved").iterdir()
     with Image.open(path) as file:
         about = json.loads(file.text["settings"])
@@ -95,7 +95,7 @@ def test_style_transfer_from_start_to_a_closed_panel(browser, server):
 
     # Dark, and narrow.
     book.page.evaluate("jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
-    book.button("Start").scroll_into_view_if_needed()
+    book.show_panel()
     book.button("Start").click()
     book.sees_change()
     book.screenshot("dark")
