@@ -41,7 +41,7 @@ def test_style_transfer_from_start_to_a_closed_panel(browser, server):
     book.screenshot("running")
     book.still("panel_content_and_style")
 
-    # More style weight: the style loss falls below where it would have gone.
+    # More style weight: the total jumps, and of the two losses the style's falls faster than before.
     before = book.losses()
     handle = book.page.locator(".widget-hslider", has_text="style weight").locator(".noUi-handle")
     box = handle.bounding_box()
@@ -50,8 +50,8 @@ def test_style_transfer_from_start_to_a_closed_panel(browser, server):
     book.page.mouse.move(box["x"] + 60, box["y"] + box["height"] / 2, steps=8)
     book.page.mouse.up()
     book.wait_for(lambda: book.losses()["loss"] > 1.5 * before["loss"], 10)
-    book.wait_for(lambda: book.losses()["style"] < 0.8 * before["style"], 60)
-    assert book.losses()["content"] > before["content"]
+    share = before["style"] / before["content"]
+    book.wait_for(lambda: book.losses()["style"] / book.losses()["content"] < 0.5 * share, 60)
     book.screenshot("more_style")
 
     # The kernel answers while the panel runs.
