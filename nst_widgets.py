@@ -53,7 +53,7 @@ class Painter:
         self.precisions = nst.pick_precisions(self.device)
         self.made = {}
         self.settings = self.image = self.first = self.run = None
-        self.scales, self.history = [], []
+        self.scales, self.history, self.curves = [], [], []
 
     def once(self, name, key, make):
         """`make()`, kept under `name` for as long as `key` stays the same."""
@@ -77,6 +77,7 @@ class Painter:
             self.run = None
             return None
         self.history.append(step)
+        self.curves.append((step.total, settings.content_weight * step.content, settings.style_weight * step.style))
         return step
 
     def load(self, kind, path, size):
@@ -132,7 +133,7 @@ class Painter:
             self.first = torch.rand(1, 3, *scales[0], generator=torch.Generator().manual_seed(seed)).to(self.device)
         else:
             self.first, scales = nst.resize(content if kind == "content" else self.image, shape), [shape]
-        self.scales, self.history = scales, []
+        self.scales, self.history, self.curves = scales, [], []
         return self.first, scales
 
 
@@ -146,15 +147,11 @@ def jpeg(image):
     return buffer.getvalue()
 
 
-def draw_losses(history, content_weight, style_weight):
-    """The curves of the total and of its two weighted parts, as the bytes of a PNG file."""
+def draw_losses(curves):
+    """Loss curves as the bytes of a PNG file; curves: [(total, weighted content loss, weighted style loss), ...]."""
     figure = Figure(figsize=(5.2, 2.1), layout="constrained")  # not pyplot's: this runs beside the main thread
     axes = figure.subplots()
-    curves = {
-        "total": [step.total for step in history],
-        f"content × {content_weight:g}": [content_weight * step.content for step in history],
-        f"style × {style_weight:.3g}": [style_weight * step.style for step in history],
-    }
+    curves = dict(zip(("total", "content × its weight", "style × its weight"), zip(*curves)))
     for (label, values), colour, line in zip(curves.items(), ("black", "C0", "C1"), ("-", "--", "-.")):
         if any(values):
             axes.semilogy(range(1, len(values) + 1), values, line, color=colour, label=label, linewidth=1.3)
@@ -462,7 +459,7 @@ class Studio:
             difference, mean = jpeg(gap), gap.mean().item()
         chart = None
         if len(painter.history) > 1 and (turns or self.moments[-1] > self.last_chart + CHART):
-            chart = draw_losses(painter.history, settings.content_weight, settings.style_weight)
+            chart = draw_losses(painter.curves)
             self.last_chart = time.perf_counter()
         return Frame(image, step, settings, jpeg(image), difference, mean, chart)
 
