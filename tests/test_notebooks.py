@@ -76,3 +76,11 @@ def test_figures_have_alternative_text(path):
             assert output.metadata.get(kind, {}).get("alt", "").strip(), f"a figure of {path.name} has none"
             figures += 1
     assert figures > 0
+
+
+@notebooks
+def test_the_panel_leaves_a_still_where_there_is_no_kernel(path):
+    (panel,) = (
+        output for output in outputs(path) if "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+    )
+    assert len(panel.data["image/jpeg"]) > 20_000 and panel.data["text/plain"].startswith("The panel in use")
