@@ -29,9 +29,10 @@ for _ in range({count}):
     painter.step(settings)
 print({count} / (time.perf_counter() - begun))
 """
-MACHINE = (
-    "print(platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), "threads,", *panel.shown.step[:2])"
-)
+MACHINE = """
+print(platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), "threads,")
+print(*panel.shown.step[:2])
+"""
 
 
 def evaluations(book):
