@@ -627,6 +627,17 @@ def shrink_style(style, scale, layers):
     return resize(style, [max(1, round(side * scale)) for side in style.shape[-2:]])
 
 
+def scale_pictures(content, style, style_layers, factor, shape):
+    """Content and style as a coarse scale sees them, `factor` times their size; the content gets `shape` exactly."""
+    content = content if content is None else resize(content, shape)
+    return content, style if style is None else shrink_style(style, factor, style_layers)
+
+
+def draw_noise(shape, seed, device):
+    """A picture of uniform noise; drawn on the CPU, so that a seed means the same noise on every device."""
+    return torch.rand(1, 3, *shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
 def prepare_network(vgg, layers, device, dtype):
     """A copy of `vgg` cut after the deepest of `layers`, on `device`, in `dtype` and channels-last."""
     names = [name for name, _ in vgg.named_children()]
@@ -760,17 +771,13 @@ def optimise(
     networks = {name: prepare_network(vgg, layers, device, getattr(torch, name)) for name in precisions}
     if isinstance(init, str) and init == "noise":
         scales = plan_scales(shape, content_layers, style_layers) if coarse_to_fine else [tuple(shape)]
-        # Drawn on the CPU, so that a seed means the same noise on every device.
-        image = torch.rand(1, 3, *scales[0], generator=torch.Generator().manual_seed(seed)).to(device)
+        image = draw_noise(scales[0], seed, device)
     else:  # a start with detail of its own would lose it at a coarse scale
         scales = [tuple(shape)]
         image = (content if isinstance(init, str) else init).detach().float().to(device)
 
     def objective_at(scale, name):
-        pictures = (
-            content if content is None else resize(content, scale),
-            style if style is None else shrink_style(style, min(scale) / min(shape), style_layers),
-        )
+        pictures = scale_pictures(content, style, style_layers, min(scale) / min(shape), scale)
         return make_objective(networks[name], *pictures, content_layers, style_layers, content_weight, style_weight)
 
     def precondition_at(scale):

@@ -7,6 +7,7 @@ stays free for the panel's events and for other cells.
 
 import asyncio
 import io
+import itertools
 import json
 import math
 import tempfile
@@ -104,10 +105,7 @@ class Painter:
         image, scales = self.begin(start, content, shape, nst.plan_scales(shape, content_layers, style_layers))
 
         def targets_at(scale, name):
-            pictures = (
-                content if content is None else nst.resize(content, scale),
-                style if style is None else nst.shrink_style(style, min(scale) / min(shape), style_layers),
-            )
+            pictures = nst.scale_pictures(content, style, style_layers, min(scale) / min(shape), scale)
             return nst.make_targets(networks[name], *pictures, content_layers, style_layers)
 
         def objective_at(scale, name):
@@ -128,9 +126,9 @@ class Painter:
             here = tuple(self.image.shape[-2:])
             self.scales = self.scales[self.scales.index(here) :] if self.scales[-1] == shape else [shape]
             return nst.resize(self.image, self.scales[0]), self.scales
-        kind, seed = start
+        self.began = kind, seed = start
         if kind == "noise":
-            self.first = torch.rand(1, 3, *scales[0], generator=torch.Generator().manual_seed(seed)).to(self.device)
+            self.first = nst.draw_noise(scales[0], seed, self.device)
         else:
             self.first, scales = nst.resize(content if kind == "content" else self.image, shape), [shape]
         self.scales, self.history, self.curves = scales, [], []
@@ -202,6 +200,7 @@ class Studio:
         self.painter = Painter(vgg)
         self.uploads = tempfile.TemporaryDirectory(prefix="style-studio-")
         self.task, self.state, self.shown, self.snapshot, self.restarting = None, "ready", None, None, False
+        self.once = False
         self.moments, self.last_chart = deque(maxlen=20), -math.inf
         self.build(content, style, size)
         self.tell()
@@ -330,11 +329,11 @@ class Studio:
 
     def start(self):
         """Go on from the present picture until paused or until progress is slow."""
-        self.loop.call_soon_threadsafe(self.begin, None)
+        self.loop.call_soon_threadsafe(self.begin, False)
 
     def step(self):
         """One evaluation of the network."""
-        self.loop.call_soon_threadsafe(self.begin, 1)
+        self.loop.call_soon_threadsafe(self.begin, True)
 
     def pause(self):
         """Stop; what is on display stays. An evaluation under way ends unseen."""
@@ -370,14 +369,15 @@ class Studio:
         }
         about |= {
             "layer_weights": dict(settings.layer_weights),
-            "start": self.start_from.value,
-            "seed": self.seed.value,
+            "start": self.painter.began[0],
+            "seed": self.painter.began[1],
         }
         text = PngInfo()
         text.add_text("settings", json.dumps(about | {"losses": self.shown.step._asdict()}))
         folder = Path("saved")
         folder.mkdir(exist_ok=True)
-        path = folder / f"{'_'.join(names)}_{len(list(folder.glob('*.png'))) + 1:03}.png"
+        paths = (folder / f"{'_'.join(names)}_{k:03}.png" for k in itertools.count(1))
+        path = next(path for path in paths if not path.exists())
         nst.to_pil(self.shown.image).save(path, pnginfo=text)
         self.tell(note=f"saved {path}")
 
@@ -411,34 +411,35 @@ class Studio:
 
     # The loop
 
-    def begin(self, turns):
-        """Set the loop going for `turns` turns, or without end (None)."""
+    def begin(self, once):
+        """Set the loop going, for one evaluation or without end; a loop still at work takes this over."""
         if self.state == "closed":
             return
+        self.once = once
         self.tell("running")
         if self.task is None or self.task.done():
-            self.task = self.loop.create_task(self.work(turns))
+            self.task = self.loop.create_task(self.work())
 
-    async def work(self, turns):
+    async def work(self):
         try:
             while self.state == "running":
                 start = (self.start_from.value, self.seed.value) if self.restarting or not self.shown else None
                 self.restarting = False
                 frame = await self.loop.run_in_executor(
-                    self.worker, self.turn, self.settings(), start, self.compare.value, turns
+                    self.worker, self.turn, self.settings(), start, self.compare.value, self.once
                 )
                 if self.state != "running":
                     return
                 if frame is None:
                     return self.tell("done")
                 self.show(frame)
-                if turns:
+                if self.once:
                     return self.tell("paused")
         except Exception as error:  # nothing else would ever show it
             if self.state != "closed":
                 self.tell("paused", note=f"{type(error).__name__}: {error}")
 
-    def turn(self, settings, start, compare, turns):
+    def turn(self, settings, start, compare, once):
         """On the worker's thread: evaluations for as long as a frame lasts, at least one; then the frame."""
         painter, begun = self.painter, time.perf_counter()
         if start and start[0] == "present" and painter.image is None:
@@ -449,7 +450,7 @@ class Studio:
                 return None
             self.moments.append(time.perf_counter())
             start = None
-            if turns or self.moments[-1] - begun > FRAME:
+            if once or self.moments[-1] - begun > FRAME:
                 break
         image = painter.image
         reference = {"the start": painter.first, "the snapshot": self.snapshot}.get(compare)
@@ -458,7 +459,7 @@ class Studio:
             gap = nst.difference_map(image, nst.resize(reference, image.shape[-2:]))
             difference, mean = jpeg(gap), gap.mean().item()
         chart = None
-        if len(painter.history) > 1 and (turns or self.moments[-1] > self.last_chart + CHART):
+        if len(painter.history) > 1 and (once or self.moments[-1] > self.last_chart + CHART):
             chart = draw_losses(painter.curves)
             self.last_chart = time.perf_counter()
         return Frame(image, step, settings, jpeg(image), difference, mean, chart)
@@ -513,11 +514,9 @@ class Studio:
                 "version_minor": 0,
                 "model_id": self.view.model_id,
             },
+            "image/jpeg": (nst.IMAGES / f"panel_{form}.jpg").read_bytes(),
             "text/plain": alt,
         }
-        still = nst.IMAGES / f"panel_{form}.jpg"
-        if still.exists():
-            bundle["image/jpeg"] = still.read_bytes()
         publish_display_data(bundle, metadata={"image/jpeg": {"alt": alt}})
 
 

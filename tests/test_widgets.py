@@ -225,6 +225,20 @@ def test_step_is_one_evaluation(vgg):
     play(scene, vgg=vgg)
 
 
+def test_step_takes_over_from_a_loop_that_was_just_paused(vgg):
+    async def scene(panel):
+        panel.start()
+        await until(lambda: panel.shown)
+        panel.pause()
+        panel.step()
+        await until(lambda: panel.state == "paused" and panel.task.done())
+        count = len(panel.painter.history)
+        await asyncio.sleep(0.3)
+        assert panel.state == "paused" and len(panel.painter.history) == count
+
+    play(scene, vgg=vgg)
+
+
 def test_restart_begins_again_from_the_chosen_start(vgg):
     async def scene(panel):
         panel.start()
@@ -344,7 +358,10 @@ def test_a_saved_picture_carries_its_settings(vgg, tmp_path, monkeypatch):
         panel.start()
         await until(lambda: len(panel.painter.history) > 2)
         panel.pause()
-        panel.buttons["Save"].click()
+        for _ in range(2):
+            panel.buttons["Save"].click()
+        (tmp_path / "saved" / "chenonceau_starry_night_001.png").unlink()
+        panel.seed.value = 7  # chosen after this picture's start
         panel.buttons["Save"].click()
 
     play(scene, vgg=vgg)
@@ -354,7 +371,7 @@ def test_a_saved_picture_carries_its_settings(vgg, tmp_path, monkeypatch):
         about = json.loads(file.text["settings"])
     assert (about["content"], about["style"], about["size"]) == ("chenonceau.jpg", "starry_night.jpg", 40)
     assert about["style_weight"] == 1e4 and about["layer_weights"] == dict(LAYERS)
-    assert about["losses"]["total"] > 0
+    assert about["losses"]["total"] > 0 and (about["start"], about["seed"]) == ("noise", 0)
 
 
 def uploaded(name, content):
