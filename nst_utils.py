@@ -7,6 +7,7 @@ Papers named in the docstrings
     [VGG]      Simonyan & Zisserman 2014, Very Deep Convolutional Networks
     [texture]  Gatys, Ecker & Bethge 2015, Texture Synthesis Using Convolutional Neural Networks
     [style]    Gatys, Ecker & Bethge 2016, Image Style Transfer Using Convolutional Neural Networks
+    [noise]    Galerne, Gousseau & Morel 2011, Random Phase Textures: Theory and Synthesis
     [L-BFGS]   Byrd, Nocedal & Schnabel 1994, Representations of Quasi-Newton Matrices
     [two-metric] Bertsekas 1982, Projected Newton Methods for Problems with Simple Constraints
 """
@@ -569,7 +570,7 @@ ROUNDING = {"float32": 0.0, "bfloat16": 0.01}  # of the loss, as a share
 COARSE = 0.1  # at a coarse scale, whose detail the next one replaces
 ROUGH = 0.05  # at full size in bfloat16, which float32 refines
 FINE = 0.005  # at the end
-ENOUGH = 0.001  # a coarse scale also ends when its loss is down to this share: the next one starts far above that
+ENOUGH = 0.004  # a coarse scale also ends when its loss is down to this share: the next one starts far above that
 
 
 def until_slow(run, tolerance, enough, window=10):
@@ -628,14 +629,31 @@ def shrink_style(style, scale, layers):
 
 
 def scale_pictures(content, style, style_layers, factor, shape):
-    """Content and style as a coarse scale sees them, `factor` times their size; the content gets `shape` exactly."""
+    """Content and style as a coarse scale sees them, `factor` times their size; the content gets `shape` exactly.
+
+    None in the place of a content that is None, and of the style if it has no layers.
+    """
     content = content if content is None else resize(content, shape)
-    return content, style if style is None else shrink_style(style, factor, style_layers)
+    return content, shrink_style(style, factor, style_layers) if style_layers else None
 
 
 def draw_noise(shape, seed, device):
     """A picture of uniform noise; drawn on the CPU, so that a seed means the same noise on every device."""
     return torch.rand(1, 3, *shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def draw_detail(style, shape, seed):
+    """What a picture enlarged twofold lacks: noise like the finest detail of `style`, (1, 3, *shape) around 0.
+
+    White noise convolved with what the style loses when halved ([noise]): its frequencies and colours, random phases.
+    Without a style (None), which alone could tell the detail before it is found, 0.
+    """
+    if style is None:
+        return 0.0
+    detail = style - resize(resize(style, [max(1, side // 2) for side in style.shape[-2:]]), style.shape[-2:])
+    white = torch.randn(1, 1, *shape, generator=torch.Generator().manual_seed(seed)).to(style.device)
+    used = math.prod(map(min, shape, style.shape[-2:]))  # of its pixels: rfft2 cuts or pads it to `shape`
+    return torch.fft.irfft2(torch.fft.rfft2(detail, s=shape) * torch.fft.rfft2(white), s=shape) / math.sqrt(used)
 
 
 def prepare_network(vgg, layers, device, dtype):
@@ -678,17 +696,19 @@ def make_objective(vgg, content, style, content_layers, style_layers, content_we
     return weigh_losses(vgg, *targets, content_weight, style_weight)
 
 
-def descend(image, scales, precisions, objective_at, precondition_at, evaluations):
+def descend(image, scales, precisions, objective_at, precondition_at, detail_at, evaluations):
     """The whole way down: yield (picture, `Step`) after each evaluation, scale after scale, precision after precision.
 
-    objective_at(shape, precision) and precondition_at(shape) make what a stage needs when it begins; evaluations is
-    the limit for all of them together. The pictures have the shape of their scale.
+    objective_at(shape, precision) and precondition_at(shape) make what a stage needs when it begins, detail_at(shape)
+    what to add to a picture that was enlarged; evaluations is the limit for all of them together. The pictures have
+    the shape of their scale.
     """
     # How a scale is worked on: (precision, tolerance and share of the loss that end it, evaluations at most).
     coarse = [(precisions[0], COARSE, ENOUGH, evaluations // (len(scales) + 1))]
     full = [(name, FINE if name == precisions[-1] else ROUGH, 0.0, evaluations) for name in precisions]
     for scale in scales:
-        image = resize(image, scale)
+        if tuple(image.shape[-2:]) != scale:
+            image = (resize(image, scale) + detail_at(scale)).clamp(0, 1)
         curvature = InverseCurvature(precondition_at(scale), image)
         for name, tolerance, enough, limit in full if scale == scales[-1] else coarse:
             count = min(limit, evaluations)
@@ -776,14 +796,20 @@ def optimise(
         scales = [tuple(shape)]
         image = (content if isinstance(init, str) else init).detach().float().to(device)
 
+    def pictures_at(scale):
+        return scale_pictures(content, style, style_layers, min(scale) / min(shape), scale)
+
     def objective_at(scale, name):
-        pictures = scale_pictures(content, style, style_layers, min(scale) / min(shape), scale)
-        return make_objective(networks[name], *pictures, content_layers, style_layers, content_weight, style_weight)
+        weights = content_weight, style_weight
+        return make_objective(networks[name], *pictures_at(scale), content_layers, style_layers, *weights)
 
     def precondition_at(scale):
         return spectral_preconditioner(vgg, scale, pick_floor(layers), device)
 
-    run = descend(image, scales, precisions, objective_at, precondition_at, evaluations)
+    def detail_at(scale):
+        return draw_detail(pictures_at(scale)[1], scale, seed)
+
+    run = descend(image, scales, precisions, objective_at, precondition_at, detail_at, evaluations)
     history, start = [], time.perf_counter()
     silent = not progress or "TQDM_DISABLE" in os.environ  # which tqdm's bar for notebooks passes by
     with tqdm(total=evaluations, disable=silent, leave=False, desc="optimising") as bar:

@@ -104,9 +104,11 @@ class Painter:
         shape = tuple((style if content is None else content).shape[-2:])
         image, scales = self.begin(start, content, shape, nst.plan_scales(shape, content_layers, style_layers))
 
+        def pictures_at(scale):
+            return nst.scale_pictures(content, style, style_layers, min(scale) / min(shape), scale)
+
         def targets_at(scale, name):
-            pictures = nst.scale_pictures(content, style, style_layers, min(scale) / min(shape), scale)
-            return nst.make_targets(networks[name], *pictures, content_layers, style_layers)
+            return nst.make_targets(networks[name], *pictures_at(scale), content_layers, style_layers)
 
         def objective_at(scale, name):
             pictures = (settings.content, settings.style, settings.size)
@@ -118,7 +120,10 @@ class Painter:
             key = scale, nst.pick_floor(layers)
             return self.once("preconditioner", key, lambda: nst.spectral_preconditioner(self.vgg, *key, self.device))
 
-        return nst.descend(image, scales, self.precisions, objective_at, precondition_at, LIMIT)
+        def detail_at(scale):
+            return nst.draw_detail(pictures_at(scale)[1], scale, self.began[1])
+
+        return nst.descend(image, scales, self.precisions, objective_at, precondition_at, detail_at, LIMIT)
 
     def begin(self, start, content, shape, scales):
         """(picture to begin with, scales to go through); without a `start`, the present ones, at this shape."""

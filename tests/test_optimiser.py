@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import nst_utils
 from nst_utils import plan_scales, reconstruct_content, synthesize_texture, transfer_style
@@ -341,6 +342,49 @@ def test_the_coarsest_scale_is_as_small_as_the_layers_allow(shape):
 def test_scales_of_the_leading_example():
     scales = plan_scales((256, 384), ("conv1_2",), nst_utils.FIRST_FIVE)
     assert scales == [(64, 96), (128, 192), (256, 384)]
+
+
+def fine_colours(image):
+    """Covariance (3, 3) of the colours in what a picture loses when halved, and of its differences along a row."""
+    halved = [side // 2 for side in image.shape[-2:]]
+    detail = image - F.interpolate(F.interpolate(image, halved, mode="area"), image.shape[-2:], mode="bilinear")
+    return [torch.cov(values.flatten(2)[0]) for values in (detail, detail.diff(dim=3))]
+
+
+@pytest.mark.parametrize("shape", [(192, 192), (96, 250), (251, 133)])
+def test_drawn_detail_has_the_colours_and_frequencies_of_the_style(shape):
+    style = nst_utils.load_image(nst_utils.IMAGES / "style" / "starry_night.jpg", 192, "cpu")
+    detail = nst_utils.draw_detail(style, shape, seed=3)
+    assert detail.shape == (1, 3, *shape)
+    for ours, its in zip(fine_colours(detail), fine_colours(style)):
+        torch.testing.assert_close(ours, its, atol=0.3 * its.max().item(), rtol=0)
+    coarse, its = (F.avg_pool2d(image, 8).std().item() for image in (detail, style))
+    assert coarse < 0.05 * its
+
+
+def test_drawn_detail_is_noise_of_its_seed(picture):
+    first, again, other = (nst_utils.draw_detail(picture(64, 64), (64, 64), seed) for seed in (0, 0, 1))
+    assert first.equal(again)
+    assert abs(torch.corrcoef(torch.stack([first.flatten(), other.flatten()]))[0, 1]) < 0.05
+    assert abs(torch.corrcoef(torch.stack([first.flatten(), picture(64, 64).flatten()]))[0, 1]) < 0.05
+
+
+def test_without_a_style_there_is_no_detail_to_draw():
+    assert nst_utils.draw_detail(None, (64, 64), seed=0) == 0
+
+
+@pytest.mark.parametrize("style", [None, "style"])
+def test_a_finer_scale_begins_with_the_enlarged_picture_and_the_drawn_detail(vgg, picture, settings, style):
+    """The first picture of a scale, evaluated before any step; the last of the scale before is what it came from."""
+    style = style and picture(128, 128)
+    seen = []
+    options = {"callback": lambda image, step: seen.append(image), "evaluations": 8, "shape": (128, 128), "seed": 5}
+    layers = ((), ("conv1_1",)) if style is not None else (("conv1_1",), ())
+    content = None if style is not None else picture(128, 128)
+    nst_utils.optimise(content, style, *layers, 1.0, 1.0, **options, **settings)
+    coarse, fine = next(pair for pair in itertools.pairwise(seen) if pair[1].shape[-1] == 128)
+    detail = nst_utils.draw_detail(style, (128, 128), seed=5)
+    torch.testing.assert_close(fine, (nst_utils.resize(coarse, (128, 128)) + detail).clamp(0, 1))
 
 
 # --- Whole runs ----------------------------------------------------------------------------------
