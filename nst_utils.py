@@ -399,10 +399,14 @@ def pick_precisions(device, precision=None):
     return ("bfloat16", "float32") if fast else ("float32",)
 
 
+def sees_detail(layers):
+    """Whether one of `layers` is in the first block: those behind a max-pooling hardly see fine detail."""
+    return any(layer_name(name)[4] == "1" for name in layers)
+
+
 def pick_floor(layers):
-    """The preconditioner's floor: layers behind a max-pooling hardly see fine detail, and steps made for the first
-    block would fill it with noise."""
-    return 0.05 if any(layer_name(name)[4] == "1" for name in layers) else 0.5
+    """The preconditioner's floor: steps made for the first block would fill detail that is not seen with noise."""
+    return 0.05 if sees_detail(layers) else 0.5
 
 
 def spectral_preconditioner(vgg, shape, floor, device):
@@ -642,13 +646,14 @@ def draw_noise(shape, seed, device):
     return torch.rand(1, 3, *shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
-def draw_detail(style, shape, seed):
+def draw_detail(style, layers, shape, seed):
     """What a picture enlarged twofold lacks: noise like the finest detail of `style`, (1, 3, *shape) around 0.
 
     White noise convolved with what the style loses when halved ([noise]): its frequencies and colours, random phases.
-    Without a style (None), which alone could tell the detail before it is found, 0.
+    It only saves time where `layers`, the style's, determine such detail. Where they do not (or there are none), it
+    would show what they do not know: 0.
     """
-    if style is None:
+    if not sees_detail(layers):
         return 0.0
     detail = style - resize(resize(style, [max(1, side // 2) for side in style.shape[-2:]]), style.shape[-2:])
     white = torch.randn(1, 1, *shape, generator=torch.Generator().manual_seed(seed)).to(style.device)
@@ -807,7 +812,7 @@ def optimise(
         return spectral_preconditioner(vgg, scale, pick_floor(layers), device)
 
     def detail_at(scale):
-        return draw_detail(pictures_at(scale)[1], scale, seed)
+        return draw_detail(pictures_at(scale)[1], style_layers, scale, seed)
 
     run = descend(image, scales, precisions, objective_at, precondition_at, detail_at, evaluations)
     history, start = [], time.perf_counter()

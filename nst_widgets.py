@@ -121,7 +121,7 @@ class Painter:
             return self.once("preconditioner", key, lambda: nst.spectral_preconditioner(self.vgg, *key, self.device))
 
         def detail_at(scale):
-            return nst.draw_detail(pictures_at(scale)[1], scale, self.began[1])
+            return nst.draw_detail(pictures_at(scale)[1], style_layers, scale, self.began[1])
 
         return nst.descend(image, scales, self.precisions, objective_at, precondition_at, detail_at, LIMIT)
 

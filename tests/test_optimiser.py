@@ -354,7 +354,7 @@ def fine_colours(image):
 @pytest.mark.parametrize("shape", [(192, 192), (96, 250), (251, 133)])
 def test_drawn_detail_has_the_colours_and_frequencies_of_the_style(shape):
     style = nst_utils.load_image(nst_utils.IMAGES / "style" / "starry_night.jpg", 192, "cpu")
-    detail = nst_utils.draw_detail(style, shape, seed=3)
+    detail = nst_utils.draw_detail(style, ("relu1_1",), shape, seed=3)
     assert detail.shape == (1, 3, *shape)
     for ours, its in zip(fine_colours(detail), fine_colours(style)):
         torch.testing.assert_close(ours, its, atol=0.3 * its.max().item(), rtol=0)
@@ -363,14 +363,15 @@ def test_drawn_detail_has_the_colours_and_frequencies_of_the_style(shape):
 
 
 def test_drawn_detail_is_noise_of_its_seed(picture):
-    first, again, other = (nst_utils.draw_detail(picture(64, 64), (64, 64), seed) for seed in (0, 0, 1))
+    first, again, other = (nst_utils.draw_detail(picture(64, 64), ("conv1_2",), (64, 64), seed) for seed in (0, 0, 1))
     assert first.equal(again)
     assert abs(torch.corrcoef(torch.stack([first.flatten(), other.flatten()]))[0, 1]) < 0.05
     assert abs(torch.corrcoef(torch.stack([first.flatten(), picture(64, 64).flatten()]))[0, 1]) < 0.05
 
 
-def test_without_a_style_there_is_no_detail_to_draw():
-    assert nst_utils.draw_detail(None, (64, 64), seed=0) == 0
+def test_no_detail_is_drawn_that_the_layers_do_not_know(picture):
+    assert nst_utils.draw_detail(None, (), (64, 64), seed=0) == 0
+    assert nst_utils.draw_detail(picture(64, 64), ("conv2_1", "conv_5"), (64, 64), seed=0) == 0
 
 
 @pytest.mark.parametrize("style", [None, "style"])
@@ -383,7 +384,7 @@ def test_a_finer_scale_begins_with_the_enlarged_picture_and_the_drawn_detail(vgg
     content = None if style is not None else picture(128, 128)
     nst_utils.optimise(content, style, *layers, 1.0, 1.0, **options, **settings)
     coarse, fine = next(pair for pair in itertools.pairwise(seen) if pair[1].shape[-1] == 128)
-    detail = nst_utils.draw_detail(style, (128, 128), seed=5)
+    detail = nst_utils.draw_detail(style, layers[1], (128, 128), seed=5)
     torch.testing.assert_close(fine, (nst_utils.resize(coarse, (128, 128)) + detail).clamp(0, 1))
 
 

@@ -24,7 +24,7 @@ BREAKS = {
     "style target from the content picture": ("features(vgg, style, style_layers)", "features(vgg, style if content is None else content, style_layers)"),
     "average in place of max pooling": ('names.append(f"pool{block}")', 'names.append(f"pool{block}"); modules[len(names) - 1] = nn.AvgPool2d(2)'),
     "difference map signed": ("(a.clamp(0, 1) - b.clamp(0, 1)).abs()", "a.clamp(0, 1) - b.clamp(0, 1)"),
-    "seed ignored": ("manual_seed(seed)", "manual_seed(0)"),
+    "seed ignored": ("torch.rand(1, 3, *shape, generator=torch.Generator().manual_seed(seed))", "torch.rand(1, 3, *shape, generator=torch.Generator().manual_seed(0))"),
     "content target from the style picture": ("features(vgg, content, content_layers)", "features(vgg, content if style is None else resize(style, content.shape[-2:]), content_layers)"),
     "losses not averaged": ("square() / gap.numel()", "square() / gap.shape[-1]"),
     "gradient of the Gram matrix halved": ("((gradient + gradient.T) / rows.numel())", "(gradient / rows.numel())"),
