@@ -650,8 +650,8 @@ def draw_detail(style, layers, shape, seed):
     """What a picture enlarged twofold lacks: noise like the finest detail of `style`, (1, 3, *shape) around 0.
 
     White noise convolved with what the style loses when halved ([noise]): its frequencies and colours, random phases.
-    It only saves time where `layers`, the style's, determine such detail. Where they do not (or there are none), it
-    would show what they do not know: 0.
+    Where `layers`, the style's, determine such detail, this only saves time. Where they do not, or there are none, it
+    would show what they do not know, and the answer is 0.
     """
     if not sees_detail(layers):
         return 0.0
@@ -704,15 +704,15 @@ def make_objective(vgg, content, style, content_layers, style_layers, content_we
 def descend(image, scales, precisions, objective_at, precondition_at, detail_at, evaluations):
     """The whole way down: yield (picture, `Step`) after each evaluation, scale after scale, precision after precision.
 
-    objective_at(shape, precision) and precondition_at(shape) make what a stage needs when it begins, detail_at(shape)
-    what to add to a picture that was enlarged; evaluations is the limit for all of them together. The pictures have
-    the shape of their scale.
+    image: of the first scale's shape. objective_at(shape, precision) and precondition_at(shape) make what a stage needs
+    when it begins, detail_at(shape) what to add to a picture enlarged to that shape; evaluations is the limit for all
+    scales together. The pictures have the shape of their scale.
     """
     # How a scale is worked on: (precision, tolerance and share of the loss that end it, evaluations at most).
     coarse = [(precisions[0], COARSE, ENOUGH, evaluations // (len(scales) + 1))]
     full = [(name, FINE if name == precisions[-1] else ROUGH, 0.0, evaluations) for name in precisions]
     for scale in scales:
-        if tuple(image.shape[-2:]) != scale:
+        if scale != scales[0]:
             image = (resize(image, scale) + detail_at(scale)).clamp(0, 1)
         curvature = InverseCurvature(precondition_at(scale), image)
         for name, tolerance, enough, limit in full if scale == scales[-1] else coarse:
@@ -799,8 +799,9 @@ def optimise(
         image = draw_noise(scales[0], seed, device)
     else:  # a start with detail of its own would lose it at a coarse scale
         scales = [tuple(shape)]
-        image = (content if isinstance(init, str) else init).detach().float().to(device)
+        image = resize((content if isinstance(init, str) else init).detach().float().to(device), shape)
 
+    @functools.cache  # asked for by the objective of each precision, and for the detail
     def pictures_at(scale):
         return scale_pictures(content, style, style_layers, min(scale) / min(shape), scale)
 

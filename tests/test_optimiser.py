@@ -374,18 +374,20 @@ def test_no_detail_is_drawn_that_the_layers_do_not_know(picture):
     assert nst_utils.draw_detail(picture(64, 64), ("conv2_1", "conv_5"), (64, 64), seed=0) == 0
 
 
-@pytest.mark.parametrize("style", [None, "style"])
-def test_a_finer_scale_begins_with_the_enlarged_picture_and_the_drawn_detail(vgg, picture, settings, style):
+@pytest.mark.parametrize("layers", [("conv1_1",), ("conv2_1",)])
+def test_a_finer_scale_begins_with_the_enlarged_picture_and_the_drawn_detail(picture, settings, layers):
     """The first picture of a scale, evaluated before any step; the last of the scale before is what it came from."""
-    style = style and picture(128, 128)
-    seen = []
-    options = {"callback": lambda image, step: seen.append(image), "evaluations": 8, "shape": (128, 128), "seed": 5}
-    layers = ((), ("conv1_1",)) if style is not None else (("conv1_1",), ())
-    content = None if style is not None else picture(128, 128)
-    nst_utils.optimise(content, style, *layers, 1.0, 1.0, **options, **settings)
+    style, seen = picture(128, 128), []
+    options = {"callback": lambda image, step: seen.append(image), "evaluations": 8, "seed": 5}
+    synthesize_texture(style, layers, **options, **settings)
     coarse, fine = next(pair for pair in itertools.pairwise(seen) if pair[1].shape[-1] == 128)
-    detail = nst_utils.draw_detail(style, layers[1], (128, 128), seed=5)
+    detail = nst_utils.draw_detail(style, layers, (128, 128), seed=5)
     torch.testing.assert_close(fine, (nst_utils.resize(coarse, (128, 128)) + detail).clamp(0, 1))
+
+
+def test_a_picture_of_another_size_to_start_from_is_scaled_and_nothing_added(picture, settings):
+    result = synthesize_texture(picture(64, 64), "conv1_1", init=picture(40, 90), evaluations=1, **settings)
+    torch.testing.assert_close(result.image, nst_utils.resize(picture(40, 90), (64, 64)))
 
 
 # --- Whole runs ----------------------------------------------------------------------------------
