@@ -14,6 +14,7 @@ Papers named in the docstrings
 
 import base64
 import copy
+import ctypes
 import functools
 import hashlib
 import importlib.metadata
@@ -22,6 +23,7 @@ import itertools
 import math
 import os
 import pickle
+import sys
 import time
 import urllib.error
 from collections import OrderedDict
@@ -367,6 +369,11 @@ def content_loss(maps, targets):
     return sum(_MeanSquare.apply(maps[name] - targets[name]) for name in targets)
 
 
+def gram_errors(maps, targets):
+    """Gram matrices minus those to reach, {layer: (C, C)}; maps: {layer: (1, C, h, w)}, targets: {layer: (C, C)}."""
+    return {name: gram_matrix(maps[name]) - target for name, target in targets.items()}
+
+
 def style_loss(maps, targets, layer_weights=None):
     """Mean squared error of Gram matrices, summed over layers ([style], equations 4 and 5).
 
@@ -374,8 +381,43 @@ def style_loss(maps, targets, layer_weights=None):
     the paper's w_l, by default 1 each. The paper divides the sum of squares by 4 where we divide by C^2, so it gives
     wide layers more weight.
     """
-    weights = layer_weights or dict.fromkeys(targets, 1.0)
-    return sum(weights[name] * _MeanSquare.apply(gram_matrix(maps[name]) - targets[name]) for name in targets)
+    return sum_errors(gram_errors(maps, targets), layer_weights)
+
+
+def sum_errors(errors, layer_weights=None):
+    """`style_loss` from its `gram_errors`."""
+    weights = layer_weights or dict.fromkeys(errors, 1.0)
+    return sum(weights[name] * _MeanSquare.apply(error) for name, error in errors.items())
+
+
+def whiten_style(vgg, style, layers):
+    """How to weigh Gram errors so that descent lowers all their parts about equally fast: {layer: (basis, weights)}.
+
+    A step down the gradient A with respect to a Gram matrix G changes G by about B A G + G A B, where B says which
+    channels answer together to a change of the picture, here to white noise. In the basis Q with Q^T B Q = 1 and
+    Q^T G Q diagonal, entry (i, j) of the error therefore falls at the rate G_ii + G_jj, and these differ a
+    thousandfold. Its square is divided by that rate: a Gauss-Newton metric, one block a layer. basis, weights: (C, C).
+    """
+    noise = torch.randn(style.shape, generator=torch.Generator().manual_seed(0)).to(style.device)
+    with torch.no_grad():
+        still, moved = (features(vgg, style + change, layers) for change in (0.0, 0.01 * noise))
+    whitening = {}
+    for name, maps in still.items():
+        answer, gram = (gram_matrix(x).cpu().double() for x in (moved[name] - maps, maps))
+        # A little of the identity, and of the largest rate below, for what these estimates do not know; the smallest
+        # numbers, against mean activations of 1, for a layer that is silent.
+        answer = answer / (answer.diagonal().mean() + 1e-12) + 0.3 * torch.eye(len(gram))
+        root = torch.linalg.inv(torch.linalg.cholesky(answer))
+        rates, basis = torch.linalg.eigh(root @ gram @ root.T)
+        rates = rates.clamp(min=0)[:, None] + rates.clamp(min=0)
+        weights = (maps.numel() / (rates + 0.003 * rates.max() + 1e-6)).sqrt() * len(gram)
+        whitening[name] = tuple(matrix.float().to(style.device) for matrix in (root.T @ basis, weights))
+    return whitening
+
+
+def whiten_errors(errors, whitening):
+    """Gram errors as `whiten_style` weighs them: zero for the same pictures, and brought there sooner."""
+    return {name: weights * (basis.T @ errors[name] @ basis) for name, (basis, weights) in whitening.items()}
 
 
 # --- Optimiser -----------------------------------------------------------------------------------
@@ -397,6 +439,18 @@ def pick_precisions(device, precision=None):
     elif device.type == "cpu":
         fast = any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
     return ("bfloat16", "float32") if fast else ("float32",)
+
+
+def keep_freed_memory():
+    """Have the C library keep what an evaluation frees for the next one, up to 2 GiB (glibc, so Linux alone).
+
+    Feature maps are freed and asked for again all the time. Given back to the system, each of their pages is cleared
+    when it returns, which took a third of an evaluation at 512 pixels.
+    """
+    if sys.platform == "linux":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: from here on a block is the system's and goes back to it
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: more than this, free at the end of the heap, goes back
 
 
 def sees_detail(layers):
@@ -592,8 +646,20 @@ def until_slow(run, tolerance, enough, window=10):
             return
 
 
+def best_so_far(run):
+    """Pass on, after each evaluation, the picture of the smallest total so far and its (total, content, style) losses.
+
+    What is minimised may be something else, a whitened loss, or may be rounded; what is shown never becomes worse.
+    """
+    best = None
+    for image, losses in run:
+        if best is None or losses[-3] < best[1][0]:
+            best = image, losses[-3:]
+        yield best
+
+
 class Step(NamedTuple):
-    """The losses after one evaluation of the network, of the present picture."""
+    """The losses after one evaluation of the network, of the best picture so far at this scale and precision."""
 
     shape: tuple  # (height, width) of the scale that is being worked on
     precision: str  # of the network at the time, "bfloat16" or "float32"
@@ -663,6 +729,7 @@ def draw_detail(style, layers, shape, seed):
 
 def prepare_network(vgg, layers, device, dtype):
     """A copy of `vgg` cut after the deepest of `layers`, on `device`, in `dtype` and channels-last."""
+    keep_freed_memory()
     names = [name for name, _ in vgg.named_children()]
     depth = 1 + max(names.index(layer_name(name)) for name in layers)
     network = nn.Sequential(OrderedDict((name, vgg.get_submodule(name)) for name in names[:depth]))
@@ -682,15 +749,23 @@ def make_targets(vgg, content, style, content_layers, style_layers):
     return content_targets, style_targets
 
 
-def weigh_losses(vgg, content_targets, style_targets, content_weight, style_weight, layer_weights=None):
-    """Return the function to minimise: picture -> tensor (total, content loss, style loss)."""
+def weigh_losses(vgg, content_targets, style_targets, content_weight, style_weight, layer_weights=None, whitening=None):
+    """Return the function to minimise: picture -> tensor (total, content loss, style loss).
+
+    With the `whitening` of the style, for a texture, four: the whitened style loss comes first.
+    """
 
     def objective(image):
         maps = features(vgg, image, {**content_targets, **style_targets})
+        errors = gram_errors(maps, style_targets)
         zero = image.new_zeros(())
         content_part = zero + content_loss(maps, content_targets)
-        style_part = zero + style_loss(maps, style_targets, layer_weights)
-        return torch.stack([content_weight * content_part + style_weight * style_part, content_part, style_part])
+        style_part = zero + sum_errors(errors, layer_weights)
+        losses = torch.stack([content_weight * content_part + style_weight * style_part, content_part, style_part])
+        if whitening:
+            whitened = sum_errors(whiten_errors(errors, whitening), layer_weights)
+            losses = torch.cat([whitened[None], losses.detach()])
+        return losses
 
     return objective
 
@@ -701,28 +776,32 @@ def make_objective(vgg, content, style, content_layers, style_layers, content_we
     return weigh_losses(vgg, *targets, content_weight, style_weight)
 
 
-def descend(image, scales, precisions, objective_at, precondition_at, detail_at, evaluations):
-    """The whole way down: yield (picture, `Step`) after each evaluation, scale after scale, precision after precision.
+def descend(image, scales, precisions, whiten, objective_at, precondition_at, detail_at, evaluations):
+    """The whole way down: yield (picture, `Step`) after each evaluation, scale after scale, stage after stage.
 
-    image: of the first scale's shape. objective_at(shape, precision) and precondition_at(shape) make what a stage needs
-    when it begins, detail_at(shape) what to add to a picture enlarged to that shape; evaluations is the limit for all
-    scales together. The pictures have the shape of their scale.
+    image: of the first scale's shape. whiten: whether a whitened loss leads the way, and the plain one only has the
+    last word. objective_at(shape, precision, whiten) and precondition_at(shape) make what a stage needs when it begins,
+    detail_at(shape) what to add to a picture enlarged to that shape; evaluations is the limit for all scales together.
+    The pictures have the shape of their scale.
     """
-    # How a scale is worked on: (precision, tolerance and share of the loss that end it, evaluations at most).
-    coarse = [(precisions[0], COARSE, ENOUGH, evaluations // (len(scales) + 1))]
-    full = [(name, FINE if name == precisions[-1] else ROUGH, 0.0, evaluations) for name in precisions]
+    # How a scale is worked on: precision, whitened or not, tolerance and share of the loss that end it, evaluations.
+    coarse = [(precisions[0], whiten, COARSE, ENOUGH, evaluations // (len(scales) + 1))]
+    stages = [(name, whiten) for name in precisions] + [(precisions[-1], False)] * whiten
+    full = [(*stage, FINE if stage == stages[-1] else ROUGH, 0.0, evaluations) for stage in stages]
     for scale in scales:
         if scale != scales[0]:
             image = (resize(image, scale) + detail_at(scale)).clamp(0, 1)
         curvature = InverseCurvature(precondition_at(scale), image)
-        for name, tolerance, enough, limit in full if scale == scales[-1] else coarse:
+        for name, whitened, tolerance, enough, limit in full if scale == scales[-1] else coarse:
             count = min(limit, evaluations)
             if not count:
                 continue
-            run = projected_lbfgs(objective_at(scale, name), image, curvature, ROUNDING[name])
-            for image, losses in itertools.islice(until_slow(run, tolerance, enough), count):
+            run = projected_lbfgs(objective_at(scale, name, whitened), image, curvature, ROUNDING[name])
+            for image, losses in itertools.islice(until_slow(best_so_far(run), tolerance, enough), count):
                 evaluations -= 1
                 yield image, Step(scale, name, *losses)
+            if whitened:  # whose curvature is not the plain loss's
+                curvature.forget()
 
 
 def check_picture(image, name):
@@ -805,9 +884,10 @@ def optimise(
     def pictures_at(scale):
         return scale_pictures(content, style, style_layers, min(scale) / min(shape), scale)
 
-    def objective_at(scale, name):
-        weights = content_weight, style_weight
-        return make_objective(networks[name], *pictures_at(scale), content_layers, style_layers, *weights)
+    def objective_at(scale, name, whitened):
+        targets = make_targets(networks[name], *pictures_at(scale), content_layers, style_layers)
+        whitening = whiten_style(networks[precisions[-1]], pictures_at(scale)[1], style_layers) if whitened else None
+        return weigh_losses(networks[name], *targets, content_weight, style_weight, whitening=whitening)
 
     def precondition_at(scale):
         return spectral_preconditioner(vgg, scale, pick_floor(layers), device)
@@ -815,7 +895,8 @@ def optimise(
     def detail_at(scale):
         return draw_detail(pictures_at(scale)[1], style_layers, scale, seed)
 
-    run = descend(image, scales, precisions, objective_at, precondition_at, detail_at, evaluations)
+    whiten = content_weight == 0  # a balance of content and style would be another one with whitened errors
+    run = descend(image, scales, precisions, whiten, objective_at, precondition_at, detail_at, evaluations)
     history, start = [], time.perf_counter()
     silent = not progress or "TQDM_DISABLE" in os.environ  # which tqdm's bar for notebooks passes by
     with tqdm(total=evaluations, disable=silent, leave=False, desc="optimising") as bar:

@@ -110,11 +110,15 @@ class Painter:
         def targets_at(scale, name):
             return nst.make_targets(networks[name], *pictures_at(scale), content_layers, style_layers)
 
-        def objective_at(scale, name):
-            pictures = (settings.content, settings.style, settings.size)
-            targets = self.once(f"{name} targets", (pictures, layers, scale), lambda: targets_at(scale, name))
+        def whitening_at(scale):
+            return nst.whiten_style(self.vgg, pictures_at(scale)[1], style_layers)
+
+        def objective_at(scale, name, whitened):
+            key = (settings.content, settings.style, settings.size), layers, scale
+            targets = self.once(f"{name} targets", key, lambda: targets_at(scale, name))
+            whitening = whitened and self.once("whitening", key, lambda: whitening_at(scale))
             weights = settings.content_weight, settings.style_weight, dict(settings.layer_weights)
-            return nst.weigh_losses(networks[name], *targets, *weights)
+            return nst.weigh_losses(networks[name], *targets, *weights, whitening)
 
         def precondition_at(scale):
             key = scale, nst.pick_floor(layers)
@@ -123,7 +127,9 @@ class Painter:
         def detail_at(scale):
             return nst.draw_detail(pictures_at(scale)[1], style_layers, scale, self.began[1])
 
-        return nst.descend(image, scales, self.precisions, objective_at, precondition_at, detail_at, LIMIT)
+        whiten = not (content_layers and settings.content_weight)  # a texture
+        run = objective_at, precondition_at, detail_at, LIMIT
+        return nst.descend(image, scales, self.precisions, whiten, *run)
 
     def begin(self, start, content, shape, scales):
         """(picture to begin with, scales to go through); without a `start`, the present ones, at this shape."""

@@ -447,13 +447,13 @@ def test_the_callback_sees_every_evaluation(transfer):
 def test_the_number_of_evaluations_is_kept_to(evaluations, settings, picture, monkeypatch):
     """Counted at the network, not in the history."""
     count = itertools.count()
-    make_objective = nst_utils.make_objective
+    weigh_losses = nst_utils.weigh_losses
 
-    def counting(*arguments):
-        objective = make_objective(*arguments)
+    def counting(*arguments, **options):
+        objective = weigh_losses(*arguments, **options)
         return lambda image: (next(count), objective(image))[1]
 
-    monkeypatch.setattr(nst_utils, "make_objective", counting)
+    monkeypatch.setattr(nst_utils, "weigh_losses", counting)
     result = reconstruct_content(picture(70, 66), evaluations=evaluations, **settings)
     assert next(count) == result.evaluations == len(result.history) == evaluations
 
