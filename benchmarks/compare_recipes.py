@@ -221,7 +221,8 @@ def run_cell(task, pair, seed, size, limit, precisions, vgg, repeat):
     runs += [("ours", "mixed" if "bfloat16" in precisions else "float32", ours(None))]
     if len(precisions) > 1:
         runs += [("ours", "float32", ours("float32"))]
-    runs = runs[repeat % len(runs) :] + runs[: repeat % len(runs)]
+    first = (repeat + seed) % len(runs)  # another recipe begins each time
+    runs = runs[first:] + runs[:first]
     results = []
     for name, precision, recipe in runs:
         make = None
@@ -358,6 +359,7 @@ def main():
     parser.add_argument("--precisions", nargs="*", default=None, help="of the rivals; by default all that pay here")
     parser.add_argument("--name", default="latest", help="of the result files")
     parser.add_argument("--device", default=None)
+    parser.add_argument("--resume", action="store_true", help="go on with NAME.json, a run that was cut off")
     options = parser.parse_args()
     if options.quick:
         options.size, options.seconds, options.pairs, options.seeds, options.repeats = 128, 8, 1, 1, 1
@@ -365,11 +367,6 @@ def main():
     vgg = nst.load_vgg19(device=options.device)
     device = vgg.mean.device
     precisions = options.precisions or nst.pick_precisions(device)[::-1]
-    runs = []
-    for repeat, seed in itertools.product(range(options.repeats), range(options.seeds)):
-        for task, pair in itertools.product(options.tasks, PAIRS[: options.pairs]):
-            if seed == 0 or TASKS[task][-1] == "noise":
-                runs += run_cell(task, pair, seed, options.size, options.seconds, precisions, vgg, repeat + seed)
     machine = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
@@ -381,11 +378,24 @@ def main():
     )
     out = HERE / "results"
     out.mkdir(exist_ok=True)
-    (out / f"{options.name}.json").write_text(json.dumps({"about": about, "runs": runs}))
-    text = report(runs, about)
-    (out / f"{options.name}.md").write_text(text)
-    plot(runs).savefig(out / f"{options.name}.png", dpi=110)
-    print(text)
+    stored = out / f"{options.name}.json"
+    runs = []
+    if options.resume:
+        before = json.loads(stored.read_text())
+        if before["about"] != about:
+            parser.error(f"{stored.name} is of another machine or other settings: {before['about']}")
+        runs = before["runs"]
+    done = {(run["repeat"], run["seed"], run["task"], run["pair"]) for run in runs}
+    for repeat, seed in itertools.product(range(options.repeats), range(options.seeds)):
+        for task, pair in itertools.product(options.tasks, PAIRS[: options.pairs]):
+            if seed and TASKS[task][-1] != "noise" or (repeat, seed, task, "/".join(pair)) in done:
+                continue
+            runs += run_cell(task, pair, seed, options.size, options.seconds, precisions, vgg, repeat)
+            stored.write_text(json.dumps({"about": about, "runs": runs}))
+
+            (out / f"{options.name}.md").write_text(report(runs, about))
+            plot(runs).savefig(out / f"{options.name}.png", dpi=110)
+    print(report(runs, about))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,19 @@
 import pytest
 import torch
 
-from nst_utils import content_loss, gram_matrices, gram_matrix, make_objective, style_loss
+import nst_utils
+from nst_utils import (
+    content_loss,
+    features,
+    gram_matrices,
+    gram_matrix,
+    make_objective,
+    make_targets,
+    style_loss,
+    weigh_losses,
+    whiten_errors,
+    whiten_style,
+)
 
 SHAPES = {"a": (1, 5, 3, 4), "b": (1, 7, 2, 6)}  # C != h * w, h != w
 
@@ -173,3 +185,70 @@ def test_the_objectives_gradient_by_finite_differences(vgg, picture):
     (gradient,) = torch.autograd.grad(objective(leaf)[0], leaf)
     ahead, behind = (objective(image + step * direction)[0].item() for step in (0.003, -0.003))
     assert (gradient * direction).sum().item() == pytest.approx((ahead - behind) / 0.006, rel=0.01)
+
+
+# --- Whitened errors -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whitening(vgg, style):
+    return whiten_style(vgg, style, STYLE_LAYERS)
+
+
+def test_the_basis_makes_the_answer_to_noise_and_the_gram_matrix_diagonal(vgg, style, whitening):
+    change = 0.01 * torch.randn(style.shape, generator=torch.Generator().manual_seed(0))
+    for name, (basis, weights) in whitening.items():
+        still, moved = (features(vgg, image, [name])[name].flatten(2)[0].double() for image in (style, style + change))
+        answer = (moved - still) @ (moved - still).T
+        answer = answer / answer.diagonal().mean() + 0.3 * torch.eye(len(answer))
+        unit, rates = basis.T.double() @ answer @ basis.double(), basis.T.double() @ still @ still.T @ basis.double()
+        torch.testing.assert_close(unit, torch.eye(len(answer), dtype=torch.float64), atol=5e-3, rtol=0)
+        rates = rates / still.numel()
+        assert (rates - rates.diag().diag()).abs().max() < 1e-3 * rates.max()
+        # What falls fast weighs little: weight^2 * rate is one number for all entries that are not at the bottom.
+        sums = rates.diagonal()[:, None] + rates.diagonal()
+        even = weights.double().square() * (sums + 0.003 * sums.max())
+        assert even.max() / even.min() < 1.05
+
+
+def test_whitened_errors_are_zero_only_where_the_errors_are(whitening):
+    zero = {name: torch.zeros_like(weights) for name, (_, weights) in whitening.items()}
+    assert all((error == 0).all() for error in whiten_errors(zero, whitening).values())
+    for name, (basis, weights) in whitening.items():
+        error = torch.randn(weights.shape, generator=torch.Generator().manual_seed(1))
+        error = error + error.T
+        found = whiten_errors({**zero, name: error}, whitening)[name]
+        torch.testing.assert_close(found, weights * (basis.T @ error @ basis))
+        back = torch.linalg.solve(basis.T.double(), (found / weights).double())
+        back = torch.linalg.solve(basis.T.double(), back.T).T
+        torch.testing.assert_close(back.float(), error, atol=0.02 * error.abs().max().item(), rtol=0)
+
+
+def test_a_whitened_objective_puts_its_loss_before_the_others(vgg, style, whitening, picture):
+    image = picture(*style.shape[-2:]).requires_grad_()
+    targets = make_targets(vgg, None, style, (), STYLE_LAYERS)
+    plain = weigh_losses(vgg, *targets, 0.0, 1e4)(image)
+    layer_weights = dict(zip(STYLE_LAYERS, (0.5, 2.0)))
+    whitened = weigh_losses(vgg, *targets, 0.0, 1e4, None, whitening)(image)
+    torch.testing.assert_close(whitened[1:], plain)
+    assert weigh_losses(vgg, *targets, 0.0, 1e4, None, whitening)(style)[0] < 1e-6 * whitened[0]
+    maps, expected = features(vgg, image, STYLE_LAYERS), {}
+    for name, (basis, weights) in whitening.items():
+        error = maps[name].flatten(2)[0] @ maps[name].flatten(2)[0].T / maps[name].numel() - targets[1][name]
+        expected[name] = ((basis.T @ error @ basis) * weights).square().mean()
+    torch.testing.assert_close(whitened[0], sum(expected.values()), rtol=1e-3, atol=0)
+    gradients = [
+        torch.autograd.grad(loss, image, retain_graph=True)[0] for loss in (whitened[0], sum(expected.values()))
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-2, atol=1e-3 * gradients[1].abs().max().item())
+    weighed = weigh_losses(vgg, *targets, 0.0, 1e4, layer_weights, whitening)(image)[0]
+    torch.testing.assert_close(
+        weighed, sum(layer_weights[name] * expected[name] for name in expected), rtol=1e-3, atol=0
+    )
+
+
+def test_a_silent_layer_is_whitened_without_a_nan(vgg, style, monkeypatch):
+    """As a ReLU of block 5 may be at a single position."""
+    monkeypatch.setattr(nst_utils, "features", lambda *_: {"relu5_4": torch.zeros(1, 8, 1, 1)})
+    for matrix in whiten_style(vgg, style, ["relu5_4"])["relu5_4"]:
+        assert matrix.isfinite().all()

@@ -1,6 +1,7 @@
 import contextlib
 import itertools
 import math
+import sys
 
 import pytest
 import torch
@@ -289,6 +290,28 @@ def test_a_slow_run_is_ended_and_a_fast_one_is_not():
     assert len(run([0.0] * 50)) == 50  # nothing left to gain is for the optimiser to notice
 
 
+def test_what_is_shown_is_the_best_so_far_by_the_total():
+    """The total is the third from the end; what comes before it is minimised, and may go its own way."""
+    run = [("a", [9.0, 5.0, 0, 0]), ("b", [8.0, 6.0, 0, 1]), ("c", [7.0, 4.0, 0, 2]), ("d", [6.0, 4.5, 0, 3])]
+    shown = list(nst_utils.best_so_far(run))
+    assert [image for image, _ in shown] == ["a", "a", "c", "c"]
+    assert [losses for _, losses in shown] == [[5.0, 0, 0], [5.0, 0, 0], [4.0, 0, 2], [4.0, 0, 2]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the C library of Linux")
+def test_freed_memory_is_kept_for_the_next_evaluation():
+    """40 MB in pages of 4 KiB are 10,000 page faults each time they come from the system."""
+    import resource  # which Windows does not have
+
+    nst_utils.keep_freed_memory()
+    faults = []
+    for _ in range(6):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(10_000_000)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert sum(faults[1:]) < 1000, faults
+
+
 @pytest.mark.parametrize("floor", [0.05, 0.5])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 5)])
 def test_the_preconditioner_undoes_the_first_two_convolutions(shape, floor, vgg):
@@ -391,6 +414,45 @@ def test_a_picture_of_another_size_to_start_from_is_scaled_and_nothing_added(pic
 
 
 # --- Whole runs ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stages(monkeypatch):
+    """[(shape, whitened?), ...] as objectives are made."""
+    seen, weigh_losses = [], nst_utils.weigh_losses
+
+    def noted(vgg, content_targets, style_targets, *weights, whitening):
+        objective = weigh_losses(vgg, content_targets, style_targets, *weights, whitening=whitening)
+        return lambda image: seen.append((tuple(image.shape[-2:]), whitening is not None)) or objective(image)
+
+    monkeypatch.setattr(nst_utils, "weigh_losses", noted)
+    return seen
+
+
+def test_a_texture_is_led_by_whitened_errors_and_ends_by_the_plain_loss(picture, settings, stages):
+    style = nst_utils.resize(picture(8, 8), (128, 128))
+    result = synthesize_texture(style, "conv1_1", evaluations=1000, **settings)
+    assert [key for key, _ in itertools.groupby(stages)] == [((64, 64), True), ((128, 128), True), ((128, 128), False)]
+    for _, steps in itertools.groupby(result.history, key=lambda step: step.shape):
+        assert non_increasing([step.total for step in steps])
+    objective = nst_utils.make_objective(settings["vgg"], None, style, (), ("conv1_1",), 0.0, 1e4)
+    assert result.history[-1].total == pytest.approx(objective(result.image)[0].item(), rel=1e-2)
+
+
+def test_only_a_texture_is_whitened(content, style, settings, stages):
+    transfer_style(content, style, **QUICK, **settings)
+    reconstruct_content(content, **QUICK, **settings)
+    assert {whitened for _, whitened in stages} == {False}
+    transfer_style(content, style, content_weight=0, **QUICK, **settings)
+    assert stages[-1][1]
+
+
+def test_whitened_errors_make_a_texture_faster(settings, monkeypatch):
+    style = nst_utils.load_image(nst_utils.IMAGES / "style" / "great_wave.jpg", 64, "cpu")
+    options = {"evaluations": 60, "coarse_to_fine": False, **settings}
+    whitened = synthesize_texture(style, **options).history[-1].total
+    monkeypatch.setattr(nst_utils, "whiten_style", lambda *_: None)
+    assert whitened < 0.6 * synthesize_texture(style, **options).history[-1].total
 
 
 @pytest.fixture(scope="module")

@@ -90,6 +90,19 @@ def test_another_picture_makes_new_targets_and_nothing_else(painter, monkeypatch
     }
 
 
+def test_a_textures_weights_go_on_with_the_whitening_it_has(painter, monkeypatch):
+    made = counted(monkeypatch, "whiten_style")
+    texture = TRANSFER._replace(content=None)
+    first = steps(painter, texture, 3)
+    assert first.content == 0 and first.total == pytest.approx(1e4 * first.style, rel=1e-4)
+    steps(painter, texture._replace(style_weight=1e5, layer_weights=(("conv1_1", 0.5), *LAYERS[1:])), 2)
+    assert len(made) == 1
+    steps(painter, texture._replace(style=WAVE), 1)
+    assert len(made) == 2
+    steps(painter, TRANSFER, 2)  # a transfer has no use for it
+    assert len(made) == 2
+
+
 def test_weights_pull_the_picture_different_ways(painter):
     steps(painter, TRANSFER, 8, ("content", 0))
     middle, picture = painter.history[-1], painter.image
