@@ -305,11 +305,11 @@ def test_freed_memory_is_kept_for_the_next_evaluation():
 
     nst_utils.keep_freed_memory()
     faults = []
-    for _ in range(6):
+    for _ in range(12):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         torch.ones(10_000_000)
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    assert sum(faults[2:]) < 1000, faults  # the first may still enlarge the heap
+    assert sum(faults[-6:]) < 1000, faults  # the first ones may still enlarge the heap
 
 
 @pytest.mark.parametrize("floor", [0.05, 0.5])
