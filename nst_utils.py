@@ -844,7 +844,7 @@ def optimise(
     progress has become slow. From noise, coarse scales come first unless `coarse_to_fine` is False. vgg: from
     `load_vgg19`, which is the default. precision: "float32" or "bfloat16"; by default bfloat16 where that is fast,
     then float32 for the end. progress: show a bar. callback(image, step): called after each
-    evaluation with the present picture and its `Step`. An interrupt (the notebook's stop button) ends
+    evaluation with the best picture so far of its scale and the `Step`. An interrupt (the notebook's stop button) ends
     the run and returns that picture. Returns a `Result`; raises ValueError for bad input.
     """
     if not isinstance(init, str):

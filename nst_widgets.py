@@ -111,7 +111,7 @@ class Painter:
             return nst.make_targets(networks[name], *pictures_at(scale), content_layers, style_layers)
 
         def whitening_at(scale):
-            return nst.whiten_style(self.vgg, pictures_at(scale)[1], style_layers)
+            return nst.whiten_style(networks[self.precisions[-1]], pictures_at(scale)[1], style_layers)
 
         def objective_at(scale, name, whitened):
             key = (settings.content, settings.style, settings.size), layers, scale

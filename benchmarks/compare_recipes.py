@@ -392,7 +392,6 @@ def main():
                 continue
             runs += run_cell(task, pair, seed, options.size, options.seconds, precisions, vgg, repeat)
             stored.write_text(json.dumps({"about": about, "runs": runs}))
-
             (out / f"{options.name}.md").write_text(report(runs, about))
             plot(runs).savefig(out / f"{options.name}.png", dpi=110)
     print(report(runs, about))
