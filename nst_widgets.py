@@ -211,7 +211,7 @@ class Studio:
         self.painter = Painter(vgg)
         self.uploads = tempfile.TemporaryDirectory(prefix="style-studio-")
         self.task, self.state, self.shown, self.snapshot, self.restarting = None, "ready", None, None, False
-        self.once = False
+        self.once, self.asked = False, 0
         self.moments, self.last_chart = deque(maxlen=20), -math.inf
         self.build(content, style, size)
         self.tell()
@@ -426,7 +426,7 @@ class Studio:
         """Set the loop going, for one evaluation or without end; a loop still at work takes this over."""
         if self.state == "closed":
             return
-        self.once = once
+        self.once, self.asked = once, self.asked + 1
         self.tell("running")
         if self.task is None or self.task.done():
             self.task = self.loop.create_task(self.work())
@@ -435,7 +435,7 @@ class Studio:
         try:
             while self.state == "running":
                 start = (self.start_from.value, self.seed.value) if self.restarting or not self.shown else None
-                self.restarting = False
+                self.restarting, asked = False, self.asked
                 frame = await self.loop.run_in_executor(
                     self.worker, self.turn, self.settings(), start, self.compare.value, self.once
                 )
@@ -444,7 +444,7 @@ class Studio:
                 if frame is None:
                     return self.tell("done")
                 self.show(frame)
-                if self.once:
+                if self.once and asked == self.asked:  # else the evaluation was under way when Step was pressed
                     return self.tell("paused")
         except Exception as error:  # nothing else would ever show it
             if self.state != "closed":

@@ -172,6 +172,12 @@ class Notebook:
             assert time.monotonic() < end, self.status
             time.sleep(0.03)
 
+    def step(self):
+        """Press Step and wait for its evaluation."""
+        status = self.status
+        self.button("Step").click()
+        self.wait_for(lambda: self.state == "paused" and self.status != status)
+
     @property
     def picture(self):
         """The address of the living picture in the browser, another one for every frame."""

@@ -134,15 +134,16 @@ def test_the_other_notebooks_panels(browser, server, name, form, loss):
         book.page.get_by_label("content layer").select_option("conv3_1")
         book.wait_for(lambda: book.losses()["loss"] > loss)
     else:
-        # Paused, so that the next step is the present picture's, by the new weights: one layer more to match.
+        # Paused, and the last evaluation shown, so that the next one is of that picture: one layer more to match.
         book.button("Pause").click()
         book.wait_for(lambda: book.state == "paused")
+        book.step()
         loss = book.losses()["loss"]
         book.page.locator(".widget-hslider", has_text="style conv4_1").locator(".noUi-handle").focus()
         for _ in range(10):
             book.page.keyboard.press("ArrowRight")
-        book.button("Step").click()
-        book.wait_for(lambda: book.losses()["loss"] > loss)
+        book.step()
+        assert book.losses()["loss"] > loss
         book.button("Start").click()
     book.sees_change()
     time.sleep(3)

@@ -243,8 +243,10 @@ def test_step_takes_over_from_a_loop_that_was_just_paused(vgg):
         panel.start()
         await until(lambda: panel.shown)
         panel.pause()
-        panel.step()
+        panel.content_weight.value = 7.0
+        panel.step()  # the evaluation under way began with another weight, and is none
         await until(lambda: panel.state == "paused" and panel.task.done())
+        assert panel.shown.settings.content_weight == 7
         count = len(panel.painter.history)
         await asyncio.sleep(0.3)
         assert panel.state == "paused" and len(panel.painter.history) == count
