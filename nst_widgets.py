@@ -427,8 +427,11 @@ class Studio:
         if self.state == "closed":
             return
         self.once, self.asked = once, self.asked + 1
+        idle = self.task is None or self.task.done()
+        if idle:
+            self.moments.clear()  # so that the rate on display counts no pause
         self.tell("running")
-        if self.task is None or self.task.done():
+        if idle:
             self.task = self.loop.create_task(self.work())
 
     async def work(self):

@@ -205,9 +205,11 @@ def test_start_pause_and_start_again(vgg):
         picture, count = panel.picture.value, len(panel.painter.history)
         await until(panel.task.done)
         assert panel.picture.value == picture and len(panel.painter.history) <= count + 2
+        again = time.perf_counter()
         panel.buttons["Start"].click()
         await until(lambda: len(panel.painter.history) > count + 3)
         assert panel.picture.value != picture and panel.state == "running"
+        assert panel.moments[0] > again  # the rate on display counts no pause
 
     play(scene, vgg=vgg)
 
