@@ -444,10 +444,12 @@ class Studio:
                 )
                 if self.state != "running":
                     return
+                if asked != self.asked:
+                    continue  # a button was pressed meanwhile: this is not yet its answer
                 if frame is None:
                     return self.tell("done")
                 self.show(frame)
-                if self.once and asked == self.asked:  # else the evaluation was under way when Step was pressed
+                if self.once:
                     return self.tell("paused")
         except Exception as error:  # nothing else would ever show it
             if self.state != "closed":
