@@ -174,9 +174,10 @@ class Notebook:
 
     def step(self):
         """Press Step and wait for its evaluation."""
-        status = self.status
+        before = self.status
         self.button("Step").click()
-        self.wait_for(lambda: self.state == "paused" and self.status != status)
+        # One reading of the page, since between two the panel may go from paused to running.
+        self.wait_for(lambda: (now := self.status).startswith("Paused.") and now != before)
 
     @property
     def picture(self):
