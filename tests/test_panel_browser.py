@@ -99,6 +99,7 @@ def test_style_transfer_from_start_to_a_closed_panel(browser, server):
     book.button("Start").click()
     book.sees_change()
     book.screenshot("dark")
+    book.page.evaluate("jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})")
     book.page.set_viewport_size({"width": 460, "height": 1250})
     time.sleep(1)
     book.screenshot("narrow")
