@@ -120,7 +120,7 @@ class Difference(NamedTuple):
 
 def difference_numbers(a, b):
     """The `Difference` of two pictures (1, 3, H, W) of equal shape."""
-    gap = difference_map(a, b).double()
+    gap = difference_map(a, b).cpu().double()  # in this order: Apple's GPUs have no float64
     # Two 8-bit values one step apart can differ by a hair less than 1/255 once they are float32.
     share = (gap.amax(dim=1) >= 0.9995 / 255).double().mean().item()
     mse = gap.square().mean().item()
@@ -445,12 +445,14 @@ def keep_freed_memory():
     """Have the C library keep what an evaluation frees for the next one, up to 2 GiB (glibc, so Linux alone).
 
     Feature maps are freed and asked for again all the time. Given back to the system, each of their pages is cleared
-    when it returns, which took a third of an evaluation at 512 pixels.
+    when it returns, which took a third of an evaluation at 512 pixels. Other threads than the main one, the panel's
+    among them, have small heaps of their own and gain little.
     """
     if sys.platform == "linux":
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: from here on a block is the system's and goes back to it
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: more than this, free at the end of the heap, goes back
+        # M_MMAP_THRESHOLD: from here on a block is the system's and goes back to it. Before version 2.35 refused.
+        if mallopt(-3, 2**30):
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: more than this, free at the end of the heap, goes back
 
 
 def sees_detail(layers):
@@ -517,7 +519,7 @@ class InverseCurvature:
         slot = free[0] if free else self.used.pop(0)
         self.used.append(slot)
         self.pairs[slot], self.pairs[self.memory + slot] = s, self.precondition(y)
-        products = (self.pairs @ y).double().cpu().numpy()
+        products = (self.pairs @ y).cpu().double().numpy()
         self.sy[:, slot] = products[: self.memory]
         self.yy[:, slot] = self.yy[slot] = products[self.memory :]
 
@@ -527,7 +529,7 @@ class InverseCurvature:
         if not self.used:
             return start * (0.02 / start.abs().mean())
         used, last = self.used, self.used[-1]
-        p, q = (self.pairs @ vector).view(2, -1)[:, used].double().cpu().numpy()
+        p, q = (self.pairs @ vector).view(2, -1)[:, used].cpu().double().numpy()
         r, yy = np.triu(self.sy[np.ix_(used, used)]), self.yy[np.ix_(used, used)]
         gamma = self.sy[last, last] / self.yy[last, last]
         u = np.linalg.solve(r, p)
@@ -626,15 +628,15 @@ ROUNDING = {"float32": 0.0, "bfloat16": 0.01}  # of the loss, as a share
 
 # A stage ends when ten evaluations lower the loss by less than this share of it.
 COARSE = 0.1  # at a coarse scale, whose detail the next one replaces
-ROUGH = 0.05  # at full size in bfloat16, which float32 refines
+ROUGH = 0.05  # at full size before the last stage, which refines: in bfloat16, or whitened
 FINE = 0.005  # at the end
 ENOUGH = 0.004  # a coarse scale also ends when its loss is down to this share: the next one starts far above that
 
 
-def until_slow(run, tolerance, enough, window=10):
-    """Pass on what `projected_lbfgs` yields until `window` evaluations lower the loss by less than this share of it.
+def until_slow(run, tolerance, enough):
+    """Pass on what `best_so_far` yields until ten evaluations lower the total by less than this share of it.
 
-    Or until the loss is below the share `enough` of the first one.
+    Or until the total is below the share `enough` of the first one.
     """
     totals = []
     for image, losses in run:
@@ -642,7 +644,7 @@ def until_slow(run, tolerance, enough, window=10):
         totals.append(losses[0])
         if totals[-1] < enough * totals[0]:
             return
-        if len(totals) > window and totals[-1] > (1 - tolerance) * totals[-1 - window]:
+        if len(totals) > 10 and totals[-1] > (1 - tolerance) * totals[-11]:
             return
 
 
@@ -796,16 +798,16 @@ def descend(image, scales, precisions, whiten, objective_at, precondition_at, de
             count = min(limit, evaluations)
             if not count:
                 continue
+            if whiten and not whitened:
+                curvature.forget()  # what it knows is the whitened loss's
             run = projected_lbfgs(objective_at(scale, name, whitened), image, curvature, ROUNDING[name])
             for image, losses in itertools.islice(until_slow(best_so_far(run), tolerance, enough), count):
                 evaluations -= 1
                 yield image, Step(scale, name, *losses)
-            if whitened:  # whose curvature is not the plain loss's
-                curvature.forget()
 
 
 def check_picture(image, name):
-    """Raise ValueError unless `image` is a picture: (1, 3, H, W), floating point, finite."""
+    """Raise ValueError unless `image` is a picture: (1, 3, H, W), floating point, values in [0, 1]."""
     if not (
         torch.is_tensor(image)
         and image.dim() == 4
@@ -843,9 +845,9 @@ def optimise(
     evaluations: how many times the network is run forward and back, at most, over all scales; it ends sooner when
     progress has become slow. From noise, coarse scales come first unless `coarse_to_fine` is False. vgg: from
     `load_vgg19`, which is the default. precision: "float32" or "bfloat16"; by default bfloat16 where that is fast,
-    then float32 for the end. progress: show a bar. callback(image, step): called after each
-    evaluation with the best picture so far of its scale and the `Step`. An interrupt (the notebook's stop button) ends
-    the run and returns that picture. Returns a `Result`; raises ValueError for bad input.
+    then float32 for the end. progress: show a bar. callback(image, step): called after each evaluation with the best
+    picture so far of its scale and precision, and the `Step`. An interrupt (the notebook's stop button) ends the run
+    and returns that picture. Returns a `Result`; raises ValueError for bad input.
     """
     if not isinstance(init, str):
         check_picture(init, "init")
@@ -868,6 +870,11 @@ def optimise(
     layers = (*content_layers, *style_layers)
     if not layers:
         raise ValueError("no layers given: name at least one, such as 'conv1_2'")
+    has_content, has_style = bool(content_layers and content_weight), bool(style_layers and style_weight)
+    if not (has_content or has_style):
+        raise ValueError(
+            f"content_weight {content_weight} and style_weight {style_weight}: the only layers have weight 0"
+        )
 
     device = next(image for image in (content, style) if image is not None).device
     vgg = vgg or load_vgg19(device=device)
@@ -895,7 +902,7 @@ def optimise(
     def detail_at(scale):
         return draw_detail(pictures_at(scale)[1], style_layers, scale, seed)
 
-    whiten = content_weight == 0  # a balance of content and style would be another one with whitened errors
+    whiten = not has_content  # a balance of content and style would be another one with whitened errors
     run = descend(image, scales, precisions, whiten, objective_at, precondition_at, detail_at, evaluations)
     history, start = [], time.perf_counter()
     silent = not progress or "TQDM_DISABLE" in os.environ  # which tqdm's bar for notebooks passes by

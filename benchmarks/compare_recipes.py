@@ -218,8 +218,9 @@ def run_cell(task, pair, seed, size, limit, precisions, vgg, repeat):
         return recipe
 
     runs = [(name, precision, recipe) for name, recipe in RIVALS.items() for precision in precisions]
-    runs += [("ours", "mixed" if "bfloat16" in precisions else "float32", ours(None))]
-    if len(precisions) > 1:
+    if "bfloat16" in precisions:
+        runs += [("ours", "mixed", ours(None))]
+    if "float32" in precisions:
         runs += [("ours", "float32", ours("float32"))]
     first = (repeat + seed) % len(runs)  # another recipe begins each time
     runs = runs[first:] + runs[:first]
