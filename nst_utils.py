@@ -858,8 +858,6 @@ def optimise(
     for name, weight in {"content_weight": content_weight, "style_weight": style_weight}.items():
         if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
             raise ValueError(f"{name} is {weight!r}: it must be a finite number, 0 or more")
-    if content_weight == style_weight == 0:
-        raise ValueError("content_weight and style_weight are both 0: give at least one of them a weight")
     starts = ("noise",) if content is None else ("noise", "content")
     if isinstance(init, str) and init not in starts:
         raise ValueError(f"unknown init {init!r}: use {' or '.join(map(repr, starts))} or a picture to start from")
@@ -870,10 +868,11 @@ def optimise(
     layers = (*content_layers, *style_layers)
     if not layers:
         raise ValueError("no layers given: name at least one, such as 'conv1_2'")
-    has_content, has_style = bool(content_layers and content_weight), bool(style_layers and style_weight)
-    if not (has_content or has_style):
+    has_content = content_layers and content_weight
+    if not has_content and not (style_layers and style_weight):
         raise ValueError(
-            f"content_weight {content_weight} and style_weight {style_weight}: the only layers have weight 0"
+            f"content_weight is {content_weight} and style_weight {style_weight}, and every layer named has weight 0: "
+            "give one that has layers a weight above 0"
         )
 
     device = next(image for image in (content, style) if image is not None).device
