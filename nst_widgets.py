@@ -1,11 +1,12 @@
 """The interactive panel: an optimisation that goes on while its weights are moved.
 
-`style_studio` makes the panel. `Painter` is the optimisation behind it, one turn a call, and knows nothing of
+`style_studio` makes the panel. `Painter` is the optimisation behind it, one evaluation a call, and knows nothing of
 widgets; `Studio` is the widgets and the loop that lets the painter work on a thread of its own, so that the kernel
 stays free for the panel's events and for other cells.
 """
 
 import asyncio
+import functools
 import io
 import itertools
 import json
@@ -50,17 +51,13 @@ class Painter:
     """An optimisation whose settings may change between one evaluation and the next."""
 
     def __init__(self, vgg):
-        self.vgg, self.device = vgg, vgg.mean.device
-        self.precisions = nst.pick_precisions(self.device)
-        self.made = {}
-        self.settings = self.image = self.first = self.run = None
-        self.scales, self.history, self.curves = [], [], []
-
-    def once(self, name, key, make):
-        """`make()`, kept under `name` for as long as `key` stays the same."""
-        if name not in self.made or self.made[name][0] != key:
-            self.made[name] = key, make()
-        return self.made[name][1]
+        self.preparation = nst.Preparation(vgg, vgg.mean.device)
+        self.load = functools.lru_cache(maxsize=2)(nst.load_image)  # the content and the style
+        self.settings = self.run = None
+        self.image = self.first = None  # the present picture, and the one that the run began with
+        self.start = None  # (kind, seed) of that beginning
+        self.scales = []  # still to go through, the present one first
+        self.history, self.curves = [], []
 
     def step(self, settings, start=None):
         """Evaluate the network once; return the `Step`, or None when progress has become slow.
@@ -68,9 +65,9 @@ class Painter:
         start: None to go on from the present picture, or where to begin again: ("noise", seed), ("content", 0) or
         ("present", 0). Raises what `nst_utils` raises for bad input.
         """
-        if start or self.image is None or settings != self.settings or self.run is None:
+        if start or self.run is None or settings != self.settings:
             self.run = None  # stays so if the settings are refused
-            self.run = self.follow(settings, start or (None if self.image is not None else ("noise", 0)))
+            self.run = self.new_run(settings, start)
             self.settings = settings
         try:
             self.image, step = next(self.run)
@@ -81,69 +78,38 @@ class Painter:
         self.curves.append((step.total, settings.content_weight * step.content, settings.style_weight * step.style))
         return step
 
-    def load(self, kind, path, size):
-        return path and self.once(kind, (path, size), lambda: nst.load_image(path, size, self.device))
-
-    def follow(self, settings, start):
-        """The run that these settings ask for; only what depends on a changed setting is made anew."""
-        content = self.load("content", settings.content, settings.size)
-        style = self.load("style", settings.style, settings.size)
-        content_layers = (settings.content_layer,) if settings.content else ()
-        style_layers = tuple(name for name, _ in settings.layer_weights) if settings.style else ()
-        if not style_layers and not (content_layers and settings.content_weight):
-            raise ValueError("every weight is 0: give the content or a style layer a weight above 0")
-        layers = content_layers + style_layers
-        networks = self.once(
-            "networks",
-            layers,
-            lambda: {
-                name: nst.prepare_network(self.vgg, layers, self.device, getattr(torch, name))
-                for name in self.precisions
-            },
-        )
-        shape = tuple((style if content is None else content).shape[-2:])
-        image, scales = self.begin(start, content, shape, nst.plan_scales(shape, content_layers, style_layers))
-
-        def pictures_at(scale):
-            return nst.scale_pictures(content, style, style_layers, min(scale) / min(shape), scale)
-
-        def targets_at(scale, name):
-            return nst.make_targets(networks[name], *pictures_at(scale), content_layers, style_layers)
-
-        def whitening_at(scale):
-            return nst.whiten_style(networks[self.precisions[-1]], pictures_at(scale)[1], style_layers)
-
-        def objective_at(scale, name, whitened):
-            key = (settings.content, settings.style, settings.size), layers, scale
-            targets = self.once(f"{name} targets", key, lambda: targets_at(scale, name))
-            whitening = whitened and self.once("whitening", key, lambda: whitening_at(scale))
-            weights = settings.content_weight, settings.style_weight, dict(settings.layer_weights)
-            return nst.weigh_losses(networks[name], *targets, *weights, whitening)
-
-        def precondition_at(scale):
-            key = scale, nst.pick_floor(layers)
-            return self.once("preconditioner", key, lambda: nst.spectral_preconditioner(self.vgg, *key, self.device))
-
-        def detail_at(scale):
-            return nst.draw_detail(pictures_at(scale)[1], style_layers, scale, self.began[1])
-
-        whiten = not (content_layers and settings.content_weight)  # a texture
-        run = objective_at, precondition_at, detail_at, LIMIT
-        return nst.descend(image, scales, self.precisions, whiten, *run)
-
-    def begin(self, start, content, shape, scales):
-        """(picture to begin with, scales to go through); without a `start`, the present ones, at this shape."""
-        if start is None:
-            here = tuple(self.image.shape[-2:])
-            self.scales = self.scales[self.scales.index(here) :] if self.scales[-1] == shape else [shape]
-            return nst.resize(self.image, self.scales[0]), self.scales
-        self.began = kind, seed = start
-        if kind == "noise":
-            self.first = nst.draw_noise(scales[0], seed, self.device)
+    def new_run(self, settings, start):
+        """The run that these settings ask for, from `start` or from the present picture."""
+        task = self.task(settings)
+        nst.check_task(task)
+        shape = tuple((task.style if task.content is None else task.content).shape[-2:])
+        if start or self.image is None:
+            self.begin(task, shape, start or ("noise", 0))
+        elif shape == self.scales[-1]:
+            self.scales = self.scales[self.scales.index(tuple(self.image.shape[-2:])) :]
         else:
-            self.first, scales = nst.resize(content if kind == "content" else self.image, shape), [shape]
-        self.scales, self.history, self.curves = scales, [], []
-        return self.first, scales
+            self.image, self.scales = self.preparation.start(task, shape, self.image)
+        return self.preparation.run(task, self.image, self.scales, LIMIT, self.start[1])
+
+    def begin(self, task, shape, start):
+        """Forget the run before, and make the picture that `start` names the present one."""
+        kind, seed = start
+        if kind == "present" and self.image is None:
+            raise ValueError("there is no present picture to start from yet: choose noise or content")
+        init = {"noise": None, "content": task.content, "present": self.image}[kind]
+        self.image, self.scales = self.preparation.start(task, shape, init, seed)
+        self.first, self.start = self.image, start
+        self.history, self.curves = [], []
+
+    def task(self, settings):
+        device = self.preparation.device
+        content, style = (
+            None if path is None else self.load(path, settings.size, device)
+            for path in (settings.content, settings.style)
+        )
+        content_layers = () if content is None else (settings.content_layer,)
+        style_layers = {} if style is None else dict(settings.layer_weights)
+        return nst.Task(content, style, content_layers, style_layers, settings.content_weight, settings.style_weight)
 
 
 # --- Drawing -------------------------------------------------------------------------------------
@@ -181,6 +147,8 @@ class Frame(NamedTuple):
     image: torch.Tensor
     step: nst.Step
     settings: Settings
+    start: tuple  # (kind, seed) of the run that it belongs to
+    evaluations: int  # since that start
     picture: bytes
     difference: bytes | None
     mean: float  # difference to the reference, averaged over pixels and channels; nan without one
@@ -202,16 +170,18 @@ def captioned(caption, picture):
 class Studio:
     """The panel: controls, the living picture, and the loop that moves it. Made by `style_studio`.
 
-    state: "ready", "running", "paused", "done" (progress is slow) or "closed".
+    state: "ready", "running", "paused", "done" (progress is slow) or "closed". painter: a `Painter`; only the worker's
+    thread touches it.
     """
 
-    def __init__(self, content, style, size, vgg):
+    def __init__(self, content, style, size, painter):
         self.loop = asyncio.get_running_loop()
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="style-studio")
-        self.painter = Painter(vgg)
+        self.painter = painter
         self.uploads = tempfile.TemporaryDirectory(prefix="style-studio-")
-        self.task, self.state, self.shown, self.snapshot, self.restarting = None, "ready", None, None, False
-        self.once, self.asked = False, 0
+        self.state, self.task = "ready", None
+        self.shown, self.snapshot = None, None  # the last Frame, and a picture that was kept
+        self.single, self.restarting, self.presses = False, False, 0  # what the last button asked for
         self.moments, self.last_chart = deque(maxlen=20), -math.inf
         self.build(content, style, size)
         self.tell()
@@ -340,11 +310,11 @@ class Studio:
 
     def start(self):
         """Go on from the present picture until paused or until progress is slow."""
-        self.loop.call_soon_threadsafe(self.begin, False)
+        self.loop.call_soon_threadsafe(self.set_going, False)
 
     def step(self):
         """One evaluation of the network."""
-        self.loop.call_soon_threadsafe(self.begin, True)
+        self.loop.call_soon_threadsafe(self.set_going, True)
 
     def pause(self):
         """Stop; what is on display stays. An evaluation under way ends unseen."""
@@ -380,8 +350,8 @@ class Studio:
         }
         about |= {
             "layer_weights": dict(settings.layer_weights),
-            "start": self.painter.began[0],
-            "seed": self.painter.began[1],
+            "start": self.shown.start[0],
+            "seed": self.shown.start[1],
         }
         text = PngInfo()
         text.add_text("settings", json.dumps(about | {"losses": self.shown.step._asdict()}))
@@ -422,11 +392,11 @@ class Studio:
 
     # The loop
 
-    def begin(self, once):
+    def set_going(self, single):
         """Set the loop going, for one evaluation or without end; a loop still at work takes this over."""
         if self.state == "closed":
             return
-        self.once, self.asked = once, self.asked + 1
+        self.single, self.presses = single, self.presses + 1
         idle = self.task is None or self.task.done()
         if idle:
             self.moments.clear()  # so that the rate on display counts no pause
@@ -438,47 +408,64 @@ class Studio:
         try:
             while self.state == "running":
                 start = (self.start_from.value, self.seed.value) if self.restarting or not self.shown else None
-                self.restarting, asked = False, self.asked
-                frame = await self.loop.run_in_executor(
-                    self.worker, self.turn, self.settings(), start, self.compare.value, self.once
+                self.restarting, presses = False, self.presses
+                frame, finished = await self.loop.run_in_executor(
+                    self.worker, self.turn, self.settings(), start, self.compare.value, self.single
                 )
                 if self.state != "running":
                     return
-                if asked != self.asked:
+                if presses != self.presses:
                     continue  # a button was pressed meanwhile: this is not yet its answer
-                if frame is None:
+                if frame:
+                    self.show(frame)
+                if finished:
                     return self.tell("done")
-                self.show(frame)
-                if self.once:
+                if self.single:
                     return self.tell("paused")
         except Exception as error:  # nothing else would ever show it
             if self.state != "closed":
                 self.tell("paused", note=f"{type(error).__name__}: {error}")
 
-    def turn(self, settings, start, compare, once):
-        """On the worker's thread: evaluations for as long as a frame lasts, at least one; then the frame."""
-        painter, begun = self.painter, time.perf_counter()
-        if start and start[0] == "present" and painter.image is None:
-            raise ValueError("there is no present picture to start from yet: choose noise or content")
+    def turn(self, settings, start, compare, single):
+        """On the worker's thread: evaluations for as long as a frame lasts, at least one.
+
+        Returns (the `Frame`, or None where no evaluation was left; whether progress has become slow).
+        """
+        begun, last = time.perf_counter(), None
         while True:
-            step = painter.step(settings, start)
+            step = self.painter.step(settings, start)
             if step is None:
-                return None
-            self.moments.append(time.perf_counter())
-            start = None
-            if once or self.moments[-1] - begun > FRAME:
                 break
-        image = painter.image
+            self.moments.append(time.perf_counter())
+            start, last = None, step
+            if single or self.moments[-1] - begun > FRAME:
+                break
+        finished = step is None
+        return last and self.draw(last, settings, compare, with_chart=single or finished), finished
+
+    def draw(self, step, settings, compare, with_chart):
+        """The `Frame` of the painter's present picture; the loss curves are drawn now and then, or `with_chart`."""
+        painter = self.painter
         reference = {"the start": painter.first, "the snapshot": self.snapshot}.get(compare)
         difference, mean = None, math.nan
         if reference is not None:
-            gap = nst.difference_map(image, nst.resize(reference, image.shape[-2:]))
+            gap = nst.difference_map(painter.image, nst.resize(reference, painter.image.shape[-2:]))
             difference, mean = jpeg(gap), gap.mean().item()
         chart = None
-        if len(painter.history) > 1 and (once or self.moments[-1] > self.last_chart + CHART):
+        if len(painter.history) > 1 and (with_chart or time.perf_counter() > self.last_chart + CHART):
             chart = draw_losses(painter.curves)
             self.last_chart = time.perf_counter()
-        return Frame(image, step, settings, jpeg(image), difference, mean, chart)
+        return Frame(
+            image=painter.image,
+            step=step,
+            settings=settings,
+            start=painter.start,
+            evaluations=len(painter.history),
+            picture=jpeg(painter.image),
+            difference=difference,
+            mean=mean,
+            chart=chart,
+        )
 
     def show(self, frame):
         self.shown = frame
@@ -508,7 +495,7 @@ class Studio:
         numbers = ""
         if self.shown:
             step, (height, width) = self.shown.step, self.shown.step.shape
-            numbers = f"{len(self.painter.history)} evaluations · {width} × {height}, {step.precision} · "
+            numbers = f"{self.shown.evaluations} evaluations · {width} × {height}, {step.precision} · "
             numbers += f"loss {step.total:.4g}"
             if len(self.choices) == 2:
                 numbers += f", of content {step.content:.3g} and style {step.style:.3g}, unweighted"
@@ -555,5 +542,5 @@ def style_studio(content=None, style=None, size=256, vgg=None):
             nst.load_image(path, 32, "cpu")
     while _open:
         _open.pop().close()
-    _open.append(Studio(content, style, size, vgg or nst.load_vgg19()))
+    _open.append(Studio(content, style, size, Painter(vgg or nst.load_vgg19())))
     return _open[-1]

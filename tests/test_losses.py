@@ -1,19 +1,15 @@
+import copy
+
 import pytest
 import torch
 
-import nst_utils
-from nst_utils import (
-    content_loss,
-    features,
-    gram_matrices,
-    gram_matrix,
-    make_objective,
-    make_targets,
-    style_loss,
-    weigh_losses,
-    whiten_errors,
-    whiten_style,
-)
+from nst_engine.losses import gram_matrices as fast_gram_matrices
+from nst_engine.losses import measure, weigh
+from nst_engine.preparation import Preparation, Task, find_whitening
+from nst_engine.whitening import whiten, whitening_of
+from nst_utils import content_loss, features, gram_matrices, gram_matrix, make_objective, style_loss
+
+CPU = torch.device("cpu")
 
 SHAPES = {"a": (1, 5, 3, 4), "b": (1, 7, 2, 6)}  # C != h * w, h != w
 
@@ -97,6 +93,9 @@ def test_losses_at_the_target_are_zero():
     assert style_loss(maps, gram_matrices(maps)).item() == 0
 
 
+# --- The engine's fast forms -----------------------------------------------------------------------
+
+
 def finite_differences(function, maps, step=1e-4):
     """Central differences of a float64 function, element by element."""
     gradients = {name: torch.zeros_like(feature_map) for name, feature_map in maps.items()}
@@ -111,37 +110,80 @@ def finite_differences(function, maps, step=1e-4):
     return gradients
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("kind", ["content", "style"])
-def test_gradients_are_those_of_the_formulas(kind, channels_last):
-    maps, others = random_maps(0), random_maps(1)
-    if kind == "content":
-        loss, loss64, targets = content_loss, content64, others
-    else:
-        loss, loss64, targets = style_loss, style64, gram_matrices(others)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    leaves = {name: m.clone(memory_format=layout).requires_grad_() for name, m in maps.items()}
-    (3 * loss(leaves, targets)).backward()  # the factor shows that the incoming gradient is used
-    expected = finite_differences(lambda m: 3 * loss64(m, targets), {name: m.double() for name, m in maps.items()})
+def fast_losses(maps, content_targets, style_targets, weights=(1.0, 1.0), layer_weights=None):
+    """(what is minimised, total, content, style) by the engine."""
+    layer_weights = layer_weights or dict.fromkeys(style_targets, 1.0)
+    sizes = {name: feature_map.numel() for name, feature_map in maps.items()}
+    statistics = measure(maps, content_targets, style_targets)
+    return weigh(statistics, sizes, style_targets, layer_weights, *weights)
+
+
+def as_leaves(maps, layout=torch.contiguous_format):
+    return {name: feature_map.clone(memory_format=layout).requires_grad_() for name, feature_map in maps.items()}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_fast_losses_are_the_plain_ones_values_and_gradients(layout):
+    maps, others = ({name: x.double() for name, x in random_maps(seed).items()} for seed in (0, 1))
+    layer_weights = {"a": 0.5, "b": 2.0}
+    grams = gram_matrices(others)
+    fast, plain = as_leaves(maps, layout), as_leaves(maps)
+    found = fast_losses(fast, others, grams, (3.0, 700.0), layer_weights)
+    content, style = content_loss(plain, others), style_loss(plain, grams, layer_weights)
+    expected = torch.stack([3 * content + 700 * style, 3 * content + 700 * style, content, style])
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    found[0].backward()
+    expected[0].backward()
     for name in maps:
-        torch.testing.assert_close(leaves[name].grad.double(), expected[name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(fast[name].grad, plain[name].grad, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(fast_gram_matrices(maps), gram_matrices(maps), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("losses", ["plain", "fast"])
+@pytest.mark.parametrize("kind", ["content", "style"])
+def test_gradients_are_those_of_the_formulas(kind, losses):
+    maps, others = ({name: x.double() for name, x in random_maps(seed).items()} for seed in (0, 1))
+    grams = {name: gram64(feature_map) for name, feature_map in others.items()}
+    leaves = as_leaves(maps)
+    if losses == "fast":
+        loss = fast_losses(leaves, *((others, {}) if kind == "content" else ({}, grams)))[0]
+    else:
+        loss = content_loss(leaves, others) if kind == "content" else style_loss(leaves, grams)
+    (3 * loss).backward()  # the factor shows that the incoming gradient is used
+    formula = (lambda m: 3 * content64(m, others)) if kind == "content" else (lambda m: 3 * style64(m, grams))
+    expected = finite_differences(formula, maps)
+    for name in maps:
+        torch.testing.assert_close(leaves[name].grad, expected[name], rtol=1e-6, atol=1e-8)
 
 
 def test_gram_gradient_for_a_gradient_that_is_not_symmetric():
-    feature_map = random_maps(0)["a"]
-    weights = torch.randn(5, 5, generator=torch.Generator().manual_seed(2))
-    leaf = feature_map.clone().requires_grad_()
-    (gram_matrix(leaf) * weights).sum().backward()
-    expected = finite_differences(lambda m: (gram64(m["x"]) * weights).sum(), {"x": feature_map.double()})
-    torch.testing.assert_close(leaf.grad.double(), expected["x"], rtol=1e-4, atol=1e-6)
+    feature_map = random_maps(0)["a"].double()
+    weights = torch.randn(5, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    leaves = as_leaves({"x": feature_map})
+    (fast_gram_matrices(leaves)["x"] * weights).sum().backward()
+    expected = finite_differences(lambda m: (gram64(m["x"]) * weights).sum(), {"x": feature_map})
+    torch.testing.assert_close(leaves["x"].grad, expected["x"], rtol=1e-6, atol=1e-8)
 
 
 def test_bfloat16_maps_are_summed_in_float32():
     # 0.01^2 * 2^18 = 26.2: a bfloat16 sum would stop growing after 256 equal terms.
-    feature_map = torch.full((1, 1, 512, 512), 0.1, dtype=torch.bfloat16)
-    loss = content_loss({"x": feature_map}, {"x": torch.zeros_like(feature_map)})
-    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(0.01, rel=0.01)
-    assert gram_matrix(feature_map).item() == pytest.approx(0.01, rel=0.01)
+    maps = {"x": torch.full((1, 1, 512, 512), 0.1, dtype=torch.bfloat16)}
+    found = fast_losses(maps, {"x": torch.zeros_like(maps["x"])}, {})
+    assert found.dtype == torch.float32 and found[2].item() == pytest.approx(0.01, rel=0.01)
+    assert fast_gram_matrices(maps)["x"].item() == pytest.approx(0.01, rel=0.01)
+
+
+def test_statistics_of_parts_add_up_to_those_of_the_whole():
+    maps, targets = random_maps(0), random_maps(1)
+    parts = [
+        measure({name: x[..., columns] for name, x in maps.items()}, {"a": targets["a"][..., columns]}, maps)
+        for columns in (slice(0, 1), slice(1, None))
+    ]
+    whole = measure(maps, {"a": targets["a"]}, maps)
+    torch.testing.assert_close(parts[0].squares["a"] + parts[1].squares["a"], whole.squares["a"])
+    for name in maps:
+        torch.testing.assert_close(parts[0].grams[name] + parts[1].grams[name], whole.grams[name])
 
 
 # --- The objective -------------------------------------------------------------------------------
@@ -177,6 +219,46 @@ def test_a_picture_left_out_costs_nothing(vgg, content, style):
     assert make_objective(vgg, None, style, (), STYLE_LAYERS, 1.0, 1e4)(content)[1] == 0
 
 
+def exact(vgg):
+    """The network in float64."""
+    return copy.deepcopy(vgg).double()
+
+
+def fast_objective(network, task, shape, **options):
+    """The engine's objective on a given network, picture -> losses."""
+    preparation = Preparation(network, CPU, "float32")
+    preparation.cut_network = lambda *_: network
+    objective = preparation.objective(task, shape, shape, "float32", **options)
+    return lambda image: objective.loss(objective.statistics(image))
+
+
+@pytest.mark.parametrize(
+    "content_layers, style_layers",
+    [
+        (("conv1_2",), {"conv1_1": 1.0, "conv1_2": 1.0, "conv2_1": 1.0}),
+        (("conv_4", "relu3_1"), {"relu1_1": 0.5, "conv_4": 2.0}),
+        (("conv1_1",), {}),
+        ((), {"conv3_1": 1.0}),
+    ],
+)
+def test_the_engines_objective_is_the_helpers_values_and_gradients(content_layers, style_layers, vgg, picture):
+    """In float64, through the whole network; sizes that pooling does not divide."""
+    network, image = exact(vgg), picture(21, 27).double()
+    content, style = picture(21, 27, 1).double(), picture(18, 33, 2).double()
+    weights = {"content_weight": 3.0, "style_weight": 700.0}
+    task = Task(content, style, content_layers, style_layers, **weights)
+    leaves = [image.clone().requires_grad_() for _ in range(2)]
+    fast = fast_objective(network, task, (21, 27))(leaves[0])
+    plain = make_objective(network, content, style, content_layers, style_layers, *weights.values())(leaves[1])
+    if set(style_layers.values()) <= {1.0}:  # the helper's has no weights of single layers
+        torch.testing.assert_close(fast, plain[[0, 0, 1, 2]], rtol=1e-10, atol=0)
+        gradients = [torch.autograd.grad(losses[0], leaf)[0] for losses, leaf in zip((fast, plain), leaves)]
+        torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-12)
+    targets = gram_matrices(features(network, style, style_layers)) if style_layers else {}
+    style_part = style_loss(features(network, image, style_layers), targets, style_layers) if style_layers else 0.0
+    assert fast[3].item() == pytest.approx(float(style_part), rel=1e-10)
+
+
 def test_the_objectives_gradient_by_finite_differences(vgg, picture):
     """Along one direction in the picture: normalisation, network and both losses together."""
     image, direction = picture(8, 10), picture(8, 10, seed=3) - 0.5
@@ -192,7 +274,7 @@ def test_the_objectives_gradient_by_finite_differences(vgg, picture):
 
 @pytest.fixture(scope="module")
 def whitening(vgg, style):
-    return whiten_style(vgg, style, STYLE_LAYERS)
+    return find_whitening(vgg, style, STYLE_LAYERS)
 
 
 def test_the_basis_makes_the_answer_to_noise_and_the_gram_matrix_diagonal(vgg, style, whitening):
@@ -212,43 +294,39 @@ def test_the_basis_makes_the_answer_to_noise_and_the_gram_matrix_diagonal(vgg, s
 
 
 def test_whitened_errors_are_zero_only_where_the_errors_are(whitening):
-    zero = {name: torch.zeros_like(weights) for name, (_, weights) in whitening.items()}
-    assert all((error == 0).all() for error in whiten_errors(zero, whitening).values())
-    for name, (basis, weights) in whitening.items():
+    for basis, weights in whitening.values():
         error = torch.randn(weights.shape, generator=torch.Generator().manual_seed(1))
         error = error + error.T
-        found = whiten_errors({**zero, name: error}, whitening)[name]
+        assert (whiten(torch.zeros_like(error), basis, weights) == 0).all()
+        found = whiten(error, basis, weights)
         torch.testing.assert_close(found, weights * (basis.T @ error @ basis))
         back = torch.linalg.solve(basis.T.double(), (found / weights).double())
         back = torch.linalg.solve(basis.T.double(), back.T).T
         torch.testing.assert_close(back.float(), error, atol=0.02 * error.abs().max().item(), rtol=0)
 
 
-def test_a_whitened_objective_puts_its_loss_before_the_others(vgg, style, whitening, picture):
+def test_a_whitened_objective_minimises_its_loss_and_tells_the_others(vgg, style, whitening, picture):
     image = picture(*style.shape[-2:]).requires_grad_()
-    targets = make_targets(vgg, None, style, (), STYLE_LAYERS)
-    plain = weigh_losses(vgg, *targets, 0.0, 1e4)(image)
+    shape = tuple(style.shape[-2:])
     layer_weights = dict(zip(STYLE_LAYERS, (0.5, 2.0)))
-    whitened = weigh_losses(vgg, *targets, 0.0, 1e4, None, whitening)(image)
-    torch.testing.assert_close(whitened[1:], plain)
-    assert weigh_losses(vgg, *targets, 0.0, 1e4, None, whitening)(style)[0] < 1e-6 * whitened[0]
-    maps, expected = features(vgg, image, STYLE_LAYERS), {}
+    task = Task(None, style, (), layer_weights, 0.0, 1e4)
+    plain = fast_objective(vgg, task, shape)(image)
+    objective = fast_objective(vgg, task, shape, whitened=True)
+    losses = objective(image)
+    torch.testing.assert_close(losses[1:], plain[1:])
+    assert objective(style)[0] < 1e-6 * losses[0]
+    maps, expected = features(vgg, image, STYLE_LAYERS), 0.0
+    targets = gram_matrices(features(vgg, style, STYLE_LAYERS))
     for name, (basis, weights) in whitening.items():
-        error = maps[name].flatten(2)[0] @ maps[name].flatten(2)[0].T / maps[name].numel() - targets[1][name]
-        expected[name] = ((basis.T @ error @ basis) * weights).square().mean()
-    torch.testing.assert_close(whitened[0], sum(expected.values()), rtol=1e-3, atol=0)
-    gradients = [
-        torch.autograd.grad(loss, image, retain_graph=True)[0] for loss in (whitened[0], sum(expected.values()))
-    ]
+        error = basis.T @ (gram_matrix(maps[name]) - targets[name]) @ basis
+        expected = expected + layer_weights[name] * (error * weights).square().mean()
+    torch.testing.assert_close(losses[0], expected, rtol=1e-3, atol=0)
+    gradients = [torch.autograd.grad(loss, image, retain_graph=True)[0] for loss in (losses[0], expected)]
     torch.testing.assert_close(*gradients, rtol=1e-2, atol=1e-3 * gradients[1].abs().max().item())
-    weighed = weigh_losses(vgg, *targets, 0.0, 1e4, layer_weights, whitening)(image)[0]
-    torch.testing.assert_close(
-        weighed, sum(layer_weights[name] * expected[name] for name in expected), rtol=1e-3, atol=0
-    )
 
 
-def test_a_silent_layer_is_whitened_without_a_nan(vgg, style, monkeypatch):
+def test_a_silent_layer_is_whitened_without_a_nan():
     """As a ReLU of block 5 may be at a single position."""
-    monkeypatch.setattr(nst_utils, "features", lambda *_: {"relu5_4": torch.zeros(1, 8, 1, 1)})
-    for matrix in whiten_style(vgg, style, ["relu5_4"])["relu5_4"]:
+    silent = {"relu5_4": torch.zeros(8, 8)}
+    for matrix in whitening_of(silent, silent, {"relu5_4": 8})["relu5_4"]:
         assert matrix.isfinite().all()

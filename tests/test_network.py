@@ -10,11 +10,22 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models.vgg import cfgs, make_layers
 
-import nst_utils
-from nst_utils import CONVOLUTIONS, RELUS, build_vgg19, features, layer_name, load_vgg19, normalise_activations
+from nst_engine import network as network_module
+from nst_engine.layers import CONVOLUTIONS, FIRST_FIVE, RELUS, deepest, layer_name, stride
+from nst_engine.network import (
+    CALIBRATION_PICTURES,
+    build_vgg19,
+    cut_network,
+    features,
+    load_vgg19,
+    map_size,
+    normalise_activations,
+)
+from nst_engine.weights import OXFORD_SHA256, convolutions_of
+from nst_utils import IMAGES, load_image
 
 CPU = torch.device("cpu")
-load_uncached = nst_utils._load_vgg19.__wrapped__  # (weights, device): what load_vgg19 remembers the answers of
+load_uncached = network_module._load_vgg19.__wrapped__  # (weights, device): what load_vgg19 remembers the answers of
 BLOCKS = {1: 2, 2: 2, 3: 4, 4: 4, 5: 4}  # convolutions per block, [VGG] table 1, column E
 POSITIONS = [i for i, module in enumerate(make_layers(cfgs["E"], False)) if isinstance(module, nn.Conv2d)]
 
@@ -49,7 +60,7 @@ def torchvision_file(tmp_path_factory):
 @pytest.fixture
 def one_calibration_picture(monkeypatch):
     """For made-up weights, whose scale is not what is tested: a quarter of the work."""
-    monkeypatch.setattr(nst_utils, "CALIBRATION_PICTURES", nst_utils.CALIBRATION_PICTURES[:1])
+    monkeypatch.setattr(network_module, "CALIBRATION_PICTURES", CALIBRATION_PICTURES[:1])
 
 
 @torch.no_grad()
@@ -70,9 +81,7 @@ def plain_forward(state, x):
 
 @pytest.fixture(scope="session")
 def image():
-    return nst_utils.load_image(
-        nst_utils.IMAGES / "content" / "kitten_on_fence.jpg", 51, "cpu"
-    )  # odd: pools drop a row
+    return load_image(IMAGES / "content" / "kitten_on_fence.jpg", 51, "cpu")  # odd: pools drop a row
 
 
 @pytest.fixture(scope="session")
@@ -97,12 +106,10 @@ def scaled_maps(vgg, image):
 @pytest.fixture(scope="session")
 def unscaled(oxford):
     """The network before `normalise_activations`, and the factors which that returns."""
-    convolutions, mean = nst_utils._from_oxford(oxford)
+    convolutions, mean = convolutions_of(oxford)
     network = build_vgg19(convolutions, mean)
     scaled = build_vgg19({name: (w.clone(), b.clone()) for name, (w, b) in convolutions.items()}, mean)
-    pictures = [
-        nst_utils.load_image(nst_utils.IMAGES / "content" / name, 192, "cpu") for name in nst_utils.CALIBRATION_PICTURES
-    ]
+    pictures = [load_image(IMAGES / "content" / name, 192, "cpu") for name in CALIBRATION_PICTURES]
     return network, dict(zip(CONVOLUTIONS, normalise_activations(scaled, pictures)))
 
 
@@ -116,7 +123,7 @@ def relative_error(a, b):
 def test_the_sixteen_convolutions():
     assert CONVOLUTIONS == tuple(f"conv{b}_{i}" for b, n in BLOCKS.items() for i in range(1, n + 1))
     assert RELUS == tuple(f"relu{b}_{i}" for b, n in BLOCKS.items() for i in range(1, n + 1))
-    assert nst_utils.FIRST_FIVE == ("conv1_1", "conv1_2", "conv2_1", "conv2_2", "conv3_1")
+    assert FIRST_FIVE == ("conv1_1", "conv1_2", "conv2_1", "conv2_2", "conv3_1")
 
 
 @pytest.mark.parametrize(
@@ -136,6 +143,12 @@ def test_an_unknown_layer_is_named(name, refuses, vgg, image):
     for use in (lambda: layer_name(name), lambda: features(vgg, image, ["conv1_1", name])):
         with refuses(ValueError, f"unknown layer {name!r}"):
             use()
+
+
+def test_the_deepest_layer_is_the_last_in_the_network():
+    assert deepest(["relu1_2", "conv2_1", "conv1_1"]) == "conv2_1"
+    assert deepest(["relu3_4", "conv3_4"]) == "relu3_4"
+    assert deepest(["conv_16", "conv5_3"]) == "conv5_4"
 
 
 # --- Feature maps --------------------------------------------------------------------------------
@@ -158,8 +171,11 @@ def test_conv_is_before_relu(conv, relu, scaled_maps):
     assert torch.equal(scaled_maps[relu], scaled_maps[conv].clamp(min=0))
 
 
-def test_shapes_of_feature_maps(scaled_maps):
+def test_shapes_of_feature_maps(scaled_maps, vgg):
     height, width = 51, scaled_maps["conv1_1"].shape[-1]
+    for name, feature_map in scaled_maps.items():
+        assert map_size(vgg, name, (height, width)) == feature_map.numel()
+        assert feature_map.shape[-1] == width // stride(name)
     for name in CONVOLUTIONS:
         block = int(name[4])
         channels = (64, 128, 256, 512, 512)[block - 1]
@@ -168,10 +184,10 @@ def test_shapes_of_feature_maps(scaled_maps):
 
 def test_mean_activation_is_one_over_the_calibration_pictures(vgg):
     means = dict.fromkeys(RELUS, 0.0)
-    for name in nst_utils.CALIBRATION_PICTURES:
-        picture = nst_utils.load_image(nst_utils.IMAGES / "content" / name, 192, "cpu")
+    for name in CALIBRATION_PICTURES:
+        picture = load_image(IMAGES / "content" / name, 192, "cpu")
         for relu, feature_map in features(vgg, picture, RELUS).items():
-            means[relu] += feature_map.mean().item() / len(nst_utils.CALIBRATION_PICTURES)
+            means[relu] += feature_map.mean().item() / len(CALIBRATION_PICTURES)
     assert list(means.values()) == pytest.approx([1.0] * 16, rel=1e-4)
 
 
@@ -182,7 +198,7 @@ def test_the_network_is_frozen_and_shared(vgg):
 
 def test_a_channels_last_network_gives_the_same(vgg, picture):
     layers = ("conv1_2", "relu2_1", "conv3_1")
-    network = nst_utils.prepare_network(vgg, layers, CPU, torch.float32)
+    network = cut_network(vgg, deepest(layers), CPU, "float32")
     assert list(network._modules)[-1] == "conv3_1"  # nothing deeper is computed
     image = picture(20, 26)
     for name, feature_map in features(network, image, layers).items():
@@ -205,7 +221,7 @@ def test_a_picture_too_small_for_a_layer_is_refused(name, smallest, vgg, picture
 
 def test_the_weight_file_is_the_one_we_know(oxford_file):
     known = "c34748d2a8b1ad0a651c18a3addff1b0189af7f070cdaaa0dced0db6150b6af6"
-    assert hashlib.sha256(oxford_file.read_bytes()).hexdigest() == known == nst_utils.OXFORD_SHA256
+    assert hashlib.sha256(oxford_file.read_bytes()).hexdigest() == known == OXFORD_SHA256
 
 
 def test_a_path_in_oxfords_format(oxford_file, vgg):

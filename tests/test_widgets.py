@@ -1,10 +1,16 @@
-"""The panel without a browser: the painter's promises, the states, and that errors come to light."""
+"""The panel without a browser: the painter's promises, the states, and that errors come to light.
+
+The panel's logic is tested on a stand-in for the painter, whose steps the test releases one by one; the real painter is
+left to tests that compare ends. So nothing depends on how fast the machine is.
+"""
 
 import asyncio
 import datetime
 import json
+import math
 import threading
 import time
+from collections import deque
 
 import pytest
 import torch
@@ -12,7 +18,8 @@ from PIL import Image
 
 import nst_utils as nst
 import nst_widgets
-from nst_widgets import Painter, Settings, style_studio
+from nst_engine import preparation
+from nst_widgets import Painter, Settings, Studio, style_studio
 
 CASTLE, NIGHT = nst.IMAGES / "content" / "chenonceau.jpg", nst.IMAGES / "style" / "starry_night.jpg"
 WAVE = nst.IMAGES / "style" / "great_wave.jpg"
@@ -22,7 +29,7 @@ TRANSFER = Settings(CASTLE, NIGHT, 40, "conv1_2", 1.0, 1e4, LAYERS)
 
 @pytest.fixture(autouse=True)
 def in_float32(monkeypatch):
-    monkeypatch.setattr(nst, "pick_precisions", lambda device: ("float32",))
+    monkeypatch.setattr(preparation, "pick_precisions", lambda *_: ("float32",))
 
 
 @pytest.fixture
@@ -59,48 +66,35 @@ def test_every_weight_reaches_the_loss(painter, vgg):
     assert step.style != pytest.approx(nst.style_loss(maps, targets).item(), rel=1e-2)
 
 
-def counted(monkeypatch, name):
-    calls, function = [], getattr(nst, name)
-    monkeypatch.setattr(nst, name, lambda *a: calls.append(a) or function(*a))
-    return calls
-
-
-def test_a_weight_goes_on_from_the_present_picture_with_the_targets_it_has(painter, monkeypatch):
+def test_a_weight_goes_on_from_the_present_picture(painter):
+    """That it has the targets already is in test_preparation.py."""
     steps(painter, TRANSFER, 6, ("content", 0))
     before = painter.image.clone()
-    made = {name: counted(monkeypatch, name) for name in ("make_targets", "prepare_network", "spectral_preconditioner")}
     step = painter.step(TRANSFER._replace(style_weight=1e6))
     assert torch.equal(painter.image, before) and len(painter.history) == 7
     assert step.total == pytest.approx(step.content + 1e6 * step.style, rel=1e-4)
     painter.step(TRANSFER._replace(style_weight=1e6))
     assert not torch.equal(painter.image, before)
-    assert made == dict.fromkeys(made, [])
 
 
-def test_another_picture_makes_new_targets_and_nothing_else(painter, monkeypatch):
+def test_a_weight_makes_nothing_anew_and_another_picture_only_its_own(painter):
+    def misses():
+        kept = painter.preparation
+        functions = (kept.cut_network, kept.content_targets, kept.style_targets, kept.preconditioner, painter.load)
+        return [function.cache_info().misses for function in functions]
+
     steps(painter, TRANSFER, 4, ("content", 0))
+    assert misses() == [1, 1, 1, 1, 2]
+    painter.step(TRANSFER._replace(content_weight=2.0, layer_weights=(("conv1_1", 0.5), *LAYERS[1:])))
+    assert misses() == [1, 1, 1, 1, 2]
     before = painter.image.clone()
-    made = {name: counted(monkeypatch, name) for name in ("make_targets", "prepare_network", "spectral_preconditioner")}
     painter.step(TRANSFER._replace(style=WAVE))
-    assert torch.equal(painter.image, before)
-    assert {name: len(calls) for name, calls in made.items()} == {
-        "make_targets": 1,
-        "prepare_network": 0,
-        "spectral_preconditioner": 0,
-    }
+    assert misses() == [1, 1, 2, 1, 3] and torch.equal(painter.image, before)
 
 
-def test_a_textures_weights_go_on_with_the_whitening_it_has(painter, monkeypatch):
-    made = counted(monkeypatch, "whiten_style")
-    texture = TRANSFER._replace(content=None)
-    first = steps(painter, texture, 3)
-    assert first.content == 0 and first.total == pytest.approx(1e4 * first.style, rel=1e-4)
-    steps(painter, texture._replace(style_weight=1e5, layer_weights=(("conv1_1", 0.5), *LAYERS[1:])), 2)
-    assert len(made) == 1
-    steps(painter, texture._replace(style=WAVE), 1)
-    assert len(made) == 2
-    steps(painter, TRANSFER, 2)  # a transfer has no use for it
-    assert len(made) == 2
+def test_a_texture_has_the_style_loss_alone(painter):
+    step = steps(painter, TRANSFER._replace(content=None), 3)
+    assert step.content == 0 and step.total == pytest.approx(1e4 * step.style, rel=1e-4)
 
 
 def test_weights_pull_the_picture_different_ways(painter):
@@ -115,7 +109,8 @@ def test_weights_pull_the_picture_different_ways(painter):
 def test_a_layer_may_come_and_go(painter):
     steps(painter, TRANSFER, 3)
     step = painter.step(TRANSFER._replace(layer_weights=LAYERS[:2]))
-    assert set(painter.made["networks"][1]["float32"]._modules) == {"conv1_1", "relu1_1", "conv1_2"}
+    network = painter.preparation.network(painter.task(painter.settings), "float32")
+    assert list(network._modules) == ["conv1_1", "relu1_1", "conv1_2"]  # nothing deeper is computed
     assert step.style < painter.history[-2].style
 
 
@@ -155,7 +150,7 @@ def test_it_ends_when_progress_is_slow_and_then_may_go_on(painter):
 def test_weights_that_are_all_zero_are_refused_and_the_picture_stays(painter, refuses):
     steps(painter, TRANSFER, 2)
     before = painter.image
-    with refuses(ValueError, "every weight is 0"):
+    with refuses(ValueError, "every layer named has weight 0"):
         painter.step(TRANSFER._replace(content_weight=0.0, layer_weights=()))
     assert painter.image is before
     assert painter.step(TRANSFER) is not None
@@ -164,26 +159,70 @@ def test_weights_that_are_all_zero_are_refused_and_the_picture_stays(painter, re
 # --- The panel -----------------------------------------------------------------------------------
 
 
-async def until(condition, seconds=30):
-    end = time.monotonic() + seconds
+class StandIn:
+    """In the painter's place: a step waits, on the worker's thread, until the test releases it."""
+
+    def __init__(self):
+        self.gate = threading.Semaphore(0)
+        self.calls = []  # (settings, start) of every step that was begun
+        self.outcomes = deque()  # of the next steps: None for slow progress, an exception, or True
+        self.image = self.first = self.start = None
+        self.history, self.curves = [], []
+
+    def step(self, settings, start=None):
+        self.calls.append((settings, start))
+        assert self.gate.acquire(timeout=120), "no test released this step"
+        outcome = self.outcomes.popleft() if self.outcomes else True
+        if outcome is None:
+            return None
+        if isinstance(outcome, Exception):
+            raise outcome
+        if start:
+            self.history, self.curves, self.start, self.first = [], [], start, torch.zeros(1, 3, 4, 5)
+        self.image = torch.full((1, 3, 4, 5), (len(self.calls) % 50) / 50)
+        self.history.append(nst.Step((4, 5), "float32", 3 / len(self.calls), 2 / len(self.calls), 1 / len(self.calls)))
+        self.curves.append(self.history[-1][2:])
+        return self.history[-1]
+
+
+async def until(condition):
+    """Wait for something that, once it holds, holds until the test goes on."""
+    end = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < end, "it did not happen"
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.005)
 
 
-def play(scene, *arguments, **options):
-    """Run `scene(panel)`, a coroutine, with a small panel open on the castle and the night; then close it."""
+async def begun(panel, count):
+    """Until the step with this number waits to be released."""
+    await until(lambda: len(panel.painter.calls) == count)
 
-    async def main():
-        panel = style_studio(*(arguments or (CASTLE, NIGHT)), size=40, **options)
-        try:
-            await scene(panel)
-        finally:
-            panel.close()
-            nst_widgets._open.clear()
-            await until(lambda: not workers())
 
-    asyncio.run(main())
+async def release(panel):
+    """Let one step go, and wait until the next one has begun or the loop has ended."""
+    count = len(panel.painter.calls)
+    panel.painter.gate.release()
+    await until(lambda: len(panel.painter.calls) > count or panel.task.done())
+
+
+@pytest.fixture
+def play(monkeypatch):
+    """Run `scene(panel)`, a coroutine, with a panel whose painter is a `StandIn`: one evaluation a frame."""
+    monkeypatch.setattr(nst_widgets, "FRAME", -1.0)
+
+    def run(scene, content=CASTLE, style=NIGHT):
+        async def main():
+            panel = Studio(content, style, 40, StandIn())
+            try:
+                await scene(panel)
+            finally:
+                panel.close()
+                panel.painter.gate.release(1000)
+                await until(lambda: not workers())
+
+        asyncio.run(main())
+
+    return run
 
 
 def workers():
@@ -194,194 +233,196 @@ def says(panel):
     return panel.status.value
 
 
-def test_start_pause_and_start_again(vgg):
+def test_start_pause_and_start_again(play):
     async def scene(panel):
         assert panel.state == "ready" and panel.shown is None and panel.task is None
         panel.buttons["Start"].click()
-        await until(lambda: panel.shown and len(panel.painter.history) > 3)
+        await begun(panel, 1)
         assert panel.state == "running" and panel.buttons["Start"].disabled and "Running" in says(panel)
+        await release(panel)
+        await release(panel)
+        assert panel.shown.evaluations == 2 and "2 evaluations" in says(panel)
         panel.buttons["Pause"].click()
         assert panel.state == "paused" and panel.buttons["Pause"].disabled and "Paused" in says(panel)
-        picture, count = panel.picture.value, len(panel.painter.history)
-        await until(panel.task.done)
-        assert panel.picture.value == picture and len(panel.painter.history) <= count + 2
+        picture = panel.picture.value
+        await release(panel)  # the step that was under way
+        assert panel.task.done() and panel.picture.value == picture and len(panel.painter.calls) == 3
         again = time.perf_counter()
         panel.buttons["Start"].click()
-        await until(lambda: len(panel.painter.history) > count + 3)
+        await begun(panel, 4)
+        await release(panel)
         assert panel.picture.value != picture and panel.state == "running"
         assert panel.moments[0] > again  # the rate on display counts no pause
+        assert [start for _, start in panel.painter.calls] == [("noise", 0), None, None, None, None]
 
-    play(scene, vgg=vgg)
+    play(scene)
 
 
-def test_a_second_press_of_start_makes_no_second_loop(vgg):
+def test_a_second_press_of_start_makes_no_second_loop(play):
     async def scene(panel):
         panel.start()
         panel.start()
-        await until(lambda: panel.shown)
+        await begun(panel, 1)
         task = panel.task
         panel.pause()
         panel.start()
-        await asyncio.sleep(0.05)
+        await until(lambda: panel.presses == 3)
         assert panel.task is task and len(asyncio.all_tasks()) == 2  # the scene's and the loop's
+        await release(panel)
+        assert panel.task is task and panel.state == "running"
 
-    play(scene, vgg=vgg)
+    play(scene)
 
 
-def test_step_is_one_evaluation(vgg):
+def test_step_is_one_evaluation(play):
     async def scene(panel):
         for count in (1, 2, 3):
             panel.buttons["Step"].click()
-            await until(lambda: panel.state == "paused" and panel.task.done() and panel.shown)
-            assert len(panel.painter.history) == count
-            panel.tell("ready")
+            await begun(panel, count)
+            await release(panel)
+            assert panel.task.done() and panel.state == "paused"
+            assert panel.shown.evaluations == len(panel.painter.calls) == count
         assert panel.chart.value
 
-    play(scene, vgg=vgg)
+    play(scene)
 
 
-def test_step_takes_over_from_a_loop_that_was_just_paused(vgg):
+def test_step_takes_over_from_a_loop_that_was_just_paused(play):
     async def scene(panel):
         panel.start()
-        await until(lambda: panel.shown)
+        await begun(panel, 1)
+        await release(panel)
         panel.pause()
         panel.content_weight.value = 7.0
-        panel.step()  # the evaluation under way began with another weight, and is none
-        await until(lambda: panel.state == "paused" and panel.task.done())
-        assert panel.shown.settings.content_weight == 7
-        count = len(panel.painter.history)
-        await asyncio.sleep(0.3)
-        assert panel.state == "paused" and len(panel.painter.history) == count
+        panel.step()
+        await until(lambda: panel.presses == 2)
+        await release(panel)  # began with another weight, and is not what Step asked for
+        assert panel.state == "running" and panel.shown.settings.content_weight == 1
+        await release(panel)
+        assert panel.state == "paused" and panel.task.done()
+        assert panel.shown.settings.content_weight == 7 and len(panel.painter.calls) == 3
 
-    play(scene, vgg=vgg)
+    play(scene)
 
 
-def test_restart_begins_again_from_the_chosen_start(vgg):
+def test_restart_begins_again_from_the_chosen_start(play):
     async def scene(panel):
         panel.start()
-        await until(lambda: len(panel.painter.history) > 4)
-        panel.start_from.value = "content"
+        await begun(panel, 1)
+        await release(panel)
+        panel.start_from.value, panel.seed.value = "content", 5
         panel.buttons["Restart"].click()
-        content = nst.load_image(CASTLE, 40, "cpu")
-        await until(lambda: torch.equal(panel.painter.first, content))
-        await until(lambda: panel.shown.step.content < 1)
+        await until(lambda: panel.presses == 2)
+        await release(panel)
+        assert panel.shown.start == ("noise", 0)  # the step under way is of the run before
+        await release(panel)
+        assert [start for _, start in panel.painter.calls] == [("noise", 0), None, ("content", 5), None]
+        assert panel.shown.start == ("content", 5) and panel.shown.evaluations == 1
 
-    play(scene, vgg=vgg)
+    play(scene)
 
 
-def test_the_kernel_stays_free_while_it_runs(vgg):
+def test_a_moved_slider_reaches_the_next_step_and_reset_takes_it_back(play):
     async def scene(panel):
         panel.start()
-        await until(lambda: panel.shown)
-        slowest = 0
-        for _ in range(40):
-            moment = time.monotonic()
-            await asyncio.sleep(0)
-            slowest = max(slowest, time.monotonic() - moment)
-            await asyncio.sleep(0.01)
-        assert panel.state == "running" and slowest < 0.25
-
-    play(scene, vgg=vgg)
-
-
-def test_a_moved_slider_reaches_the_loss_and_reset_takes_it_back(vgg):
-    async def scene(panel):
-        panel.start()
-        await until(lambda: panel.shown)
+        await begun(panel, 1)
         panel.style_weight.value, panel.content_weight.value = 1e6, 2.5
         panel.layer_weights["conv1_1"].value = 0
-        await until(lambda: panel.painter.settings.content_weight == 2.5)
-        panel.pause()
-        await until(panel.task.done)
-        step = panel.painter.history[-1]
-        assert step.total == pytest.approx(2.5 * step.content + 1e6 * step.style, rel=1e-4)
-        assert "conv1_1" not in dict(panel.painter.settings.layer_weights)
+        await release(panel)
+        before, after = (settings for settings, _ in panel.painter.calls)
+        assert before == TRANSFER
+        assert after == TRANSFER._replace(style_weight=1e6, content_weight=2.5, layer_weights=LAYERS[1:])
         panel.buttons["Reset"].click()
-        assert panel.settings() == TRANSFER
+        await release(panel)
+        assert panel.painter.calls[-1][0] == TRANSFER
 
-    play(scene, vgg=vgg)
+    play(scene)
 
 
-def test_a_panel_that_has_finished_goes_on_when_a_control_moves(vgg):
+def test_a_panel_that_has_finished_goes_on_when_a_control_moves(play):
     async def scene(panel):
-        panel.start_from.value = "content"
+        panel.painter.outcomes.extend([True, None])
         panel.start()
-        await until(lambda: panel.state == "done")
-        assert panel.task.done() or await asyncio.wait_for(panel.task, 5) is None
+        await begun(panel, 1)
+        await release(panel)
+        await release(panel)
+        assert panel.state == "done" and panel.task.done()
         assert "Finished" in says(panel) and not panel.buttons["Start"].disabled
         panel.content_layer.value = "conv2_1"
-        await until(lambda: panel.painter.settings.content_layer == "conv2_1")
+        await begun(panel, 3)
+        assert panel.state == "running" and panel.painter.calls[-1][0].content_layer == "conv2_1"
 
-    play(scene, CASTLE, None, vgg=vgg)
+    play(scene)
 
 
-def test_an_error_in_the_loop_comes_to_light(vgg, monkeypatch):
+def test_a_frame_holds_as_many_evaluations_as_its_time_and_the_last_ones_are_shown(play, monkeypatch):
+    monkeypatch.setattr(nst_widgets, "FRAME", math.inf)
+
     async def scene(panel):
+        panel.painter.outcomes.extend([True, True, True, None])
         panel.start()
-        await until(lambda: panel.shown)
-        monkeypatch.setattr(Painter, "step", lambda *a: 1 / 0)
-        await until(lambda: panel.state == "paused")
-        assert "ZeroDivisionError: division by zero" in says(panel)
-        monkeypatch.undo()
-        panel.start()
-        await until(lambda: panel.state == "running" and "ZeroDivision" not in says(panel))
+        await begun(panel, 1)
+        for _ in range(3):
+            await release(panel)
+            assert panel.shown is None
+        await release(panel)
+        assert panel.state == "done" and panel.shown.evaluations == 3 and panel.chart.value
 
-    play(scene, vgg=vgg)
+    play(scene)
 
 
-def test_bad_settings_are_answered_in_the_panel(vgg):
+def test_an_error_in_the_loop_comes_to_light(play):
     async def scene(panel):
-        panel.content_weight.value = 0
-        for control in panel.layer_weights.values():
-            control.value = 0
+        panel.painter.outcomes.extend([True, ZeroDivisionError("division by <zero>")])
         panel.start()
-        await until(lambda: panel.state == "paused")
-        assert "every weight is 0" in says(panel)
-        panel.reset()
-        panel.start_from.value = "present"
+        await begun(panel, 1)
+        await release(panel)
+        await release(panel)
+        assert panel.state == "paused" and "ZeroDivisionError: division by &lt;zero&gt;" in says(panel)
         panel.start()
-        await until(lambda: panel.state == "paused" and "no present picture" in says(panel))
-        panel.save()
-        assert "no picture to save" in says(panel)
+        await begun(panel, 3)
+        assert panel.state == "running" and "ZeroDivision" not in says(panel)
 
-    play(scene, vgg=vgg)
+    play(scene)
 
 
-def test_the_difference_is_to_the_start_or_to_the_snapshot(vgg):
+def test_the_difference_is_to_the_start_or_to_the_snapshot(play):
     async def scene(panel):
-        panel.start_from.value, panel.compare.value = "content", "the start"
+        panel.compare.value = "the start"
         panel.start()
-        await until(lambda: len(panel.painter.history) > 5)
-        assert panel.shown.mean > 0 and panel.difference.value
-        expected = nst.difference_map(panel.shown.image, nst.load_image(CASTLE, 40, "cpu")).mean().item()
-        assert panel.shown.mean == pytest.approx(expected, rel=1e-5)
-        panel.pause()
+        await begun(panel, 1)
+        await release(panel)
+        assert panel.shown.mean == pytest.approx(1 / 50) and panel.difference.value  # the stand-in's pictures
         kept = panel.shown.image
         panel.buttons["Snapshot"].click()
         assert panel.snapshot is kept and panel.compare.value == "the snapshot"
-        panel.start()
-        await until(lambda: 0 < panel.shown.mean < expected)
+        await release(panel)
+        await release(panel)
+        assert panel.shown.mean == pytest.approx(2 / 50)
         panel.compare.value = "nothing"
-        await until(lambda: panel.shown.difference is None)
-        assert panel.difference.layout.display == "none"
+        await release(panel)
+        await release(panel)
+        assert panel.shown.difference is None and panel.difference.layout.display == "none"
 
-    play(scene, vgg=vgg)
+    play(scene)
 
 
-def test_a_saved_picture_carries_its_settings(vgg, tmp_path, monkeypatch):
+def test_a_saved_picture_carries_its_settings(play, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     async def scene(panel):
+        panel.save()
+        assert "no picture to save" in says(panel)
         panel.start()
-        await until(lambda: len(panel.painter.history) > 2)
-        panel.pause()
+        await begun(panel, 1)
+        await release(panel)
         for _ in range(2):
             panel.buttons["Save"].click()
         (tmp_path / "saved" / "chenonceau_starry_night_001.png").unlink()
-        panel.seed.value = 7  # chosen after this picture's start
+        panel.seed.value, panel.style_weight.value = 7, 10.0  # chosen after this picture was made
         panel.buttons["Save"].click()
 
-    play(scene, vgg=vgg)
+    play(scene)
     files = sorted((tmp_path / "saved").iterdir())
     assert [file.name for file in files] == ["chenonceau_starry_night_001.png", "chenonceau_starry_night_002.png"]
     with Image.open(files[0]) as file:
@@ -396,7 +437,7 @@ def uploaded(name, content):
     return {"name": name, "type": "", "size": len(content), "content": memoryview(content), "last_modified": now}
 
 
-def test_an_upload_is_offered_and_a_file_that_is_no_picture_is_not(vgg, tmp_path):
+def test_an_upload_is_offered_and_a_file_that_is_no_picture_is_not(play):
     async def scene(panel):
         offered = len(panel.choices["style"].options)
         panel.uploaders["style"].value = (uploaded("notes.txt", b"no picture"),)
@@ -406,44 +447,103 @@ def test_an_upload_is_offered_and_a_file_that_is_no_picture_is_not(vgg, tmp_path
         assert chosen.name == "mine.jpg" and str(chosen).startswith(panel.uploads.name)
         assert len(panel.choices["style"].options) == offered + 1
         panel.buttons["Step"].click()
-        await until(lambda: panel.shown)
+        await begun(panel, 1)
+        assert panel.painter.calls[0][0].style == chosen
 
-    play(scene, vgg=vgg)
+    play(scene)
 
 
-@pytest.mark.parametrize(
-    "content, style, weights", [(CASTLE, None, (1.0, 0.0)), (None, NIGHT, (0.0, 1e4)), (CASTLE, NIGHT, (1.0, 1e4))]
-)
-def test_the_forms_ask_for_what_their_notebook_does(content, style, weights, vgg):
+FORMS = [(CASTLE, None, (1.0, 0.0)), (None, NIGHT, (0.0, 1e4)), (CASTLE, NIGHT, (1.0, 1e4))]
+
+
+@pytest.mark.parametrize("content, style, weights", FORMS)
+def test_the_forms_ask_for_what_their_notebook_does(content, style, weights, play):
     async def scene(panel):
         settings = panel.settings()
         assert (settings.content, settings.style) == (content, style)
         assert (settings.content_weight, settings.style_weight) == weights
         assert settings.layer_weights == (LAYERS if style else ())
         assert set(panel.choices) == {kind for kind, path in (("content", content), ("style", style)) if path}
+
+    play(scene, content, style)
+
+
+# --- The panel with the real painter ---------------------------------------------------------------
+
+
+def play_real(scene, *paths, vgg):
+    async def main():
+        panel = style_studio(*paths, size=40, vgg=vgg)
+        try:
+            await scene(panel)
+        finally:
+            panel.close()
+            nst_widgets._open.clear()
+            await until(lambda: not workers())
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("content, style, weights", FORMS)
+def test_a_step_shows_the_losses_of_the_picture_on_display(content, style, weights, vgg):
+    async def scene(panel):
         panel.step()
-        await until(lambda: panel.shown)
+        await until(lambda: panel.state == "paused")
         step = panel.shown.step
         assert step.total == pytest.approx(weights[0] * step.content + weights[1] * step.style, rel=1e-4)
+        assert torch.equal(panel.shown.image, panel.painter.first) and panel.shown.evaluations == 1
 
-    play(scene, content, style, vgg=vgg)
+    play_real(scene, content, style, vgg=vgg)
+
+
+@pytest.mark.parametrize("content, style, weights", FORMS)
+def test_it_runs_to_the_same_end_as_the_task(content, style, weights, vgg):
+    async def scene(panel):
+        panel.start()
+        await until(lambda: panel.state == "done")
+        options = {"vgg": vgg, "progress": False}
+        pictures = [nst.load_image(path, 40, "cpu") for path in (content, style) if path]
+        if len(pictures) == 2:
+            result = nst.transfer_style(*pictures, **options)
+        else:
+            result = (nst.reconstruct_content if content else nst.synthesize_texture)(*pictures, **options)
+        assert torch.equal(panel.shown.image, result.image) and panel.shown.step == result.history[-1]
+        assert panel.shown.evaluations == result.evaluations and panel.chart.value
+
+    play_real(scene, content, style, vgg=vgg)
+
+
+def test_bad_settings_are_answered_in_the_panel(vgg):
+    async def scene(panel):
+        panel.content_weight.value = 0
+        for control in panel.layer_weights.values():
+            control.value = 0
+        panel.start()
+        await until(lambda: panel.state == "paused")
+        assert "every layer named has weight 0" in says(panel)
+        panel.reset()
+        panel.start_from.value = "present"
+        panel.start()
+        await until(lambda: panel.state == "paused" and "no present picture" in says(panel))
+
+    play_real(scene, CASTLE, NIGHT, vgg=vgg)
 
 
 def test_a_new_panel_closes_the_one_before_and_leaves_nothing_behind(vgg):
     async def scene(panel):
         panel.start()
-        await until(lambda: panel.shown)
+        await until(lambda: panel.task)
         second = style_studio(CASTLE, NIGHT, size=40, vgg=vgg)
         assert panel.state == "closed"
         await until(panel.task.done)
         await until(lambda: not workers())
-        panel.start()
-        panel.pause()
-        await asyncio.sleep(0.05)
+        for press in (panel.start, panel.step, panel.pause, panel.restart):
+            press()
+        await asyncio.sleep(0)  # so that what they asked the loop for is done
         assert panel.state == "closed" and not workers()
         second.close()
 
-    play(scene, vgg=vgg)
+    play_real(scene, CASTLE, NIGHT, vgg=vgg)
 
 
 def test_a_panel_without_pictures_or_with_a_missing_one(refuses):

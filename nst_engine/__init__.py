@@ -1,0 +1,17 @@
+"""What `nst_utils` and `nst_widgets` stand on; it imports neither of them. A line's home follows from the file's name:
+
+layers.py          the names of VGG-19's layers
+weights.py         how weights are read: packaged, torchvision's, a file
+network.py         VGG-19 with these weights; the feature maps of a picture
+pictures.py        load, save, resize and compare pictures; the device they are on
+checks.py          what is refused, in one sentence
+losses.py          Gram sums, squared differences, and the losses made of them: the fast forms
+whitening.py       a metric in which a texture's Gram errors fall evenly
+prior.py           what is known of pictures beforehand: preconditioner, noise
+evaluation.py      loss and gradient of an objective: precision, CUDA graph, memory
+optimiser.py       projected L-BFGS
+stopping.py        when a run ends, and which of its pictures is shown
+coarse_to_fine.py  scales and stages: the whole way down
+preparation.py     what a run needs, by scale and precision
+figures.py         pictures, difference maps and loss curves, drawn
+"""

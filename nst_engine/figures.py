@@ -1,0 +1,83 @@
+"""Pictures, difference maps and loss curves, drawn."""
+
+import base64
+import io
+
+from IPython.display import publish_display_data
+from matplotlib.figure import Figure
+
+from .pictures import difference_map, difference_numbers, to_pil
+
+
+def show_images(images, titles=None, columns=None, title=None, width=2.6):
+    """Draw pictures (1, 3, H, W), or single maps (H, W) in false colour, in a grid; return the Figure.
+
+    columns: by default one row; width: of a panel, in inches. None in `images` leaves that place empty.
+    """
+    images, columns = list(images), columns or len(images)
+    titles = list(titles or [""] * len(images))
+    heights = []  # of the rows in inches: the tallest picture, and room for the title's lines
+    for k in range(0, len(images), columns):
+        shapes = [image.shape[-2:] for image in images[k : k + columns] if image is not None]
+        lines = max(text.count("\n") + 1 if text else 0 for text in titles[k : k + columns])
+        heights.append(width * max(h / w for h, w in shapes) + 0.09 + 0.2 * lines)
+    figure = Figure(figsize=(width * columns, sum(heights) + (0.32 if title else 0)))
+    figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.04, wspace=0, hspace=0)
+    grid = figure.subplots(len(heights), columns, squeeze=False, gridspec_kw={"height_ratios": heights})
+    for axes in grid.flat:
+        axes.set_axis_off()
+        axes.set_anchor("N")  # so that the titles of a row stand on one line
+    for axes, image, text in zip(grid.flat, images, titles):
+        if image is not None and image.dim() == 2:
+            axes.imshow(image.detach().float().cpu(), cmap="magma")
+        elif image is not None:
+            axes.imshow(to_pil(image))
+        axes.set_title(text, fontsize=9)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def show_difference(a, b, titles, gain=1):
+    """Draw two pictures, their difference map times `gain` in colour, and one map a channel; return the Figure."""
+    gap, numbers = difference_map(a, b), difference_numbers(a, b)
+    times = f" × {gain}" if gain != 1 else ""
+    caption = (
+        f"{numbers.share:.1%} of pixels differ by 1/255 or more; "
+        f"mean difference {numbers.mean:.4f}; PSNR {numbers.psnr:.1f} dB"
+    )
+    channels = [gap[:, k : k + 1].expand_as(gap) * gain for k in range(3)]
+    panels = [a, b, gap * gain, *channels]
+    names = [*titles, f"|difference|{times}", *(f"{colour} only{times}" for colour in ("red", "green", "blue"))]
+    return show_images(panels, names, columns=3, title=caption, width=3.1)
+
+
+def plot_losses(results):
+    """Draw the total loss of {label: Result} against evaluations, in a log scale; return the Figure.
+
+    A dot marks the step to a finer scale, where the targets change and the loss jumps, or to float32.
+    """
+    figure = Figure(figsize=(7.5, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for label, result in results.items():
+        total = [step.total for step in result.history]
+        (line,) = axes.semilogy(range(1, len(total) + 1), total, label=label, linewidth=1.4)
+        stages = [(step.shape, step.precision) for step in result.history]
+        finer = [k for k in range(1, len(stages)) if stages[k] != stages[k - 1]]
+        axes.plot([k + 1 for k in finer], [total[k] for k in finer], "o", color=line.get_color(), markersize=4)
+    axes.set(xlabel="evaluations of the network", ylabel="loss")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    return figure
+
+
+def display_figure(figure, alt):
+    """Show a Figure in a notebook as a light JPEG with the alternative text `alt`.
+
+    The stored text is `alt` alone, so that a regression run compares nothing that a new machine would change.
+    """
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="jpeg", dpi=120, pil_kwargs={"quality": 85}, bbox_inches="tight", pad_inches=0.06)
+    picture = base64.b64encode(buffer.getvalue()).decode()
+    publish_display_data({"image/jpeg": picture, "text/plain": alt}, metadata={"image/jpeg": {"alt": alt}})

@@ -1,0 +1,32 @@
+"""The names of VGG-19's layers [VGG]: conv1_1, relu1_1, conv1_2, ..., relu5_4, as the papers have them."""
+
+CONVOLUTIONS = tuple(f"conv{block}_{i}" for block, n in enumerate((2, 2, 4, 4, 4), 1) for i in range(1, n + 1))
+RELUS = tuple(name.replace("conv", "relu") for name in CONVOLUTIONS)
+LAYERS = tuple(name for pair in zip(CONVOLUTIONS, RELUS) for name in pair)  # in the network's order
+FIRST_FIVE = CONVOLUTIONS[:5]  # conv1_1, conv1_2, conv2_1, conv2_2, conv3_1
+
+
+def layer_name(name):
+    """The papers' name of a layer: `conv3_1` stays, the assignment's `conv_5` becomes `conv3_1`.
+
+    Raises ValueError for a name that VGG-19 does not have.
+    """
+    counted = {f"conv_{k}": conv for k, conv in enumerate(CONVOLUTIONS, 1)}
+    if name not in LAYERS and name not in counted:
+        raise ValueError(f"unknown layer {name!r}: use conv1_1 ... conv5_4, relu1_1 ... relu5_4 or conv_1 ... conv_16")
+    return counted.get(name, name)
+
+
+def block(name):
+    """The block of a layer, 1 to 5."""
+    return int(layer_name(name)[4])
+
+
+def stride(name):
+    """How many pixels of the picture, along a side, there are to one position of a layer: 1, 2, 4, 8 or 16."""
+    return 2 ** (block(name) - 1)
+
+
+def deepest(layers):
+    """The papers' name of the last one of `layers` in the network."""
+    return max(map(layer_name, layers), key=LAYERS.index)

@@ -1,0 +1,87 @@
+"""The losses in two steps: sums over the positions of feature maps, and losses made of these sums.
+
+Sums of a picture's parts add up to those of the whole. The formulas are those of `nst_utils`, to which the tests hold
+them equal; here they are fast.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from .whitening import whiten
+
+
+class Statistics(NamedTuple):
+    """What the losses know of a picture: sums over the positions of its feature maps."""
+
+    squares: dict  # {content layer: the squared differences to the content's feature map, summed}
+    grams: dict  # {style layer: F F^T, (C, C), with F the (C, h w) rows of the feature map}
+
+
+class _GramSum(torch.autograd.Function):
+    """F F^T by hand: autograd would form both halves of a gradient that is symmetric, at twice the cost, and lay it
+    out by channels where the network works by pixels, which costs more still."""
+
+    @staticmethod
+    def forward(ctx, feature_map):
+        ctx.save_for_backward(feature_map)
+        rows = feature_map.flatten(2).squeeze(0)
+        return (rows @ rows.T).to(_precise(rows))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (feature_map,) = ctx.saved_tensors
+        rows = feature_map.flatten(2).squeeze(0)
+        return (rows.T @ (gradient + gradient.T).to(rows.dtype)).T.view_as(feature_map)
+
+
+class _SquareSum(torch.autograd.Function):
+    """The sum of squares in float32, without a float32 copy of a bfloat16 feature map, the largest array here."""
+
+    @staticmethod
+    def forward(ctx, gap):
+        ctx.save_for_backward(gap)
+        return torch.linalg.vector_norm(gap, dtype=_precise(gap)).square()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (gap,) = ctx.saved_tensors
+        return gap * (2 * gradient).to(gap.dtype)
+
+
+def _precise(x):
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def measure(maps, content_targets, style_layers):
+    """The `Statistics` of a picture's feature maps, {layer: (1, C, h, w)}."""
+    squares = {name: _SquareSum.apply(maps[name] - target) for name, target in content_targets.items()}
+    return Statistics(squares, {name: _GramSum.apply(maps[name]) for name in style_layers})
+
+
+def gram_matrices(maps):
+    """{layer: feature map (1, C, h, w)} -> {layer: Gram matrix F F^T / (C h w), (C, C)}."""
+    return {name: gram / maps[name].numel() for name, gram in measure(maps, {}, maps).grams.items()}
+
+
+def weigh(statistics, sizes, style_targets, style_layers, content_weight, style_weight, whitening=None):
+    """(what to minimise, total, content loss, style loss), a tensor of four numbers, from a picture's `Statistics`.
+
+    sizes: {layer: C h w}; style_targets: {layer: Gram matrix (C, C) to reach}; style_layers: {layer: its weight}, the
+    paper's w_l. What is minimised is the total = content_weight * content loss + style_weight * style loss, or with
+    the `whitening` of a texture, {layer: (basis, weights)}, its whitened style loss.
+    """
+    errors = {name: gram / sizes[name] - style_targets[name] for name, gram in statistics.grams.items()}
+    zero = next(iter((statistics.squares | errors).values())).new_zeros(())
+    content = sum((square / sizes[name] for name, square in statistics.squares.items()), zero)
+    style = sum((style_layers[name] * mean_square(error) for name, error in errors.items()), zero)
+    total = content_weight * content + style_weight * style
+    goal = total
+    if whitening:
+        whitened = {name: whiten(error, *whitening[name]) for name, error in errors.items()}
+        goal = sum(style_layers[name] * mean_square(error) for name, error in whitened.items())
+    return torch.stack([goal, total.detach(), content.detach(), style.detach()])
+
+
+def mean_square(x):
+    return _SquareSum.apply(x) / x.numel()

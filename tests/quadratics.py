@@ -1,0 +1,29 @@
+"""Small quadratics over flat pictures, whose minimum within [0, 1] is known otherwise."""
+
+import torch
+
+
+def quadratic(matrix, target, seen=None):
+    def objective(image):
+        if seen is not None:
+            seen.append(image.detach().clone())
+        gap = image.flatten() - target
+        return torch.stack([gap @ matrix @ gap, gap.abs().sum()])
+
+    return objective
+
+
+def projected_solution(matrix, target):
+    """The minimum over [0, 1] of the same quadratic, by many small projected gradient steps in float64."""
+    matrix, target = matrix.double(), target.double()
+    x, step = torch.full_like(target, 0.5), 0.5 / torch.linalg.eigvalsh(matrix)[-1]
+    for _ in range(20000):
+        x = (x - 2 * step * matrix @ (x - target)).clamp(0, 1)
+    return x
+
+
+def coupled(n=27, seed=0):
+    """A positive definite matrix, condition number 100, and a target of which a part lies outside [0, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    basis, _ = torch.linalg.qr(torch.randn(n, n, generator=generator))
+    return basis @ torch.diag(torch.logspace(-1, 1, n)) @ basis.T, torch.randn(n, generator=generator) + 0.5

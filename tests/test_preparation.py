@@ -1,0 +1,91 @@
+"""One place prepares what a run needs, and nothing in it is made twice."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from nst_engine import preparation
+from nst_engine.preparation import Preparation, Task
+from nst_utils import FIRST_FIVE
+
+CPU = torch.device("cpu")
+MADE = ("cut_network", "maps_of", "grams_of", "find_whitening", "spectral_preconditioner", "first_kernels")
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """{what: how often it was made}."""
+    counts = dict.fromkeys(MADE, 0)
+
+    def counting(name, make):
+        def counted(*arguments):
+            counts[name] += 1
+            return make(*arguments)
+
+        return counted
+
+    for name in MADE:
+        monkeypatch.setattr(preparation, name, counting(name, getattr(preparation, name)))
+    return counts
+
+
+def run(prepared, task, shape, evaluations=1000):
+    image, scales = prepared.start(task, shape, None)
+    return list(prepared.run(task, image, scales, evaluations))
+
+
+@pytest.mark.parametrize("precisions", [("float32",), ("bfloat16", "float32")])
+def test_a_run_makes_nothing_twice(precisions, vgg, picture, made, monkeypatch):
+    """A texture has the most stages: whitened in each precision, then the plain loss; here at two scales."""
+    monkeypatch.setattr(preparation, "pick_precisions", lambda *_: precisions)
+    task = Task(None, picture(8, 8).repeat_interleave(16, -1).repeat_interleave(16, -2), (), {"conv1_1": 1.0})
+    steps = [step for _, step in run(Preparation(vgg, CPU), task, (128, 128))]
+    stages = len({(step.shape, step.precision) for step in steps})
+    assert stages == len(precisions) + 1
+    assert made == {
+        "cut_network": len(precisions),
+        "maps_of": 0,
+        "grams_of": stages,  # the plain last stage has those of the whitened one before
+        "find_whitening": 2,
+        "spectral_preconditioner": 2,
+        "first_kernels": 1,
+    }
+
+
+def test_the_next_run_has_what_the_one_before_had(vgg, content, style, made):
+    """As when a weight is moved in the panel, and then a picture changed."""
+    prepared, shape = Preparation(vgg, CPU, "float32"), tuple(content.shape[-2:])
+    task = Task(content, style, ("conv1_2",), dict.fromkeys(FIRST_FIVE, 1.0))
+
+    def made_by(task):
+        before = dict(made)
+        list(prepared.run(task, content, [shape], 1))
+        return {name: made[name] - before[name] for name in MADE if made[name] > before[name]}
+
+    assert made_by(task).keys() == set(MADE) - {"find_whitening"}
+    assert made_by(task._replace(style_weight=1e6, content_weight=2.0)) == {}
+    assert made_by(task._replace(style_layers=dict.fromkeys(FIRST_FIVE, 0.5))) == {}
+    assert made_by(task._replace(style=content)) == {"grams_of": 1}
+    assert made_by(task._replace(content_layers=("conv2_1",))) == {"maps_of": 1}
+
+
+def test_nothing_outlives_a_preparation(vgg, content):
+    """Targets are large: they must go at once, without waiting for the collector of circles."""
+    gc.collect()
+    gc.disable()
+    try:
+        prepared = Preparation(vgg, CPU, "float32")
+        task, shape = Task(content, None, ("conv1_2",)), tuple(content.shape[-2:])
+        list(prepared.run(task, content * 0.9, [shape], 3))
+        target = prepared.content_targets(
+            prepared.network(task, "float32"), prepared.scaled(content, shape), task.content_layers
+        )["conv1_2"]
+        kept = weakref.ref(target)
+        del target
+        assert kept() is not None
+        del prepared
+        assert kept() is None
+    finally:
+        gc.enable()

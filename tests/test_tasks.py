@@ -1,0 +1,393 @@
+import itertools
+import math
+
+import pytest
+import torch
+
+from nst_engine import coarse_to_fine, preparation
+from nst_engine.stopping import FINE
+from nst_utils import (
+    IMAGES,
+    Preparation,
+    difference_numbers,
+    load_image,
+    make_objective,
+    reconstruct_content,
+    resize,
+    synthesize_texture,
+    transfer_style,
+)
+
+QUICK = {"evaluations": 12, "coarse_to_fine": False}
+
+
+def non_increasing(losses):
+    return all(after <= before for before, after in itertools.pairwise(losses))
+
+
+# --- Whole runs ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def evaluated(monkeypatch):
+    """[(shape, whitened?), ...], noted as the network is run."""
+    seen, objective = [], Preparation.objective
+
+    def noting(self, task, shape, full_size, precision, whitened=False):
+        made = objective(self, task, shape, full_size, precision, whitened)
+        return made._replace(statistics=lambda image: seen.append((shape, whitened)) or made.statistics(image))
+
+    monkeypatch.setattr(Preparation, "objective", noting)
+    return seen
+
+
+def test_a_texture_is_led_by_whitened_errors_and_ends_by_the_plain_loss(picture, settings, evaluated):
+    style = resize(picture(8, 8), (128, 128))
+    result = synthesize_texture(style, "conv1_1", evaluations=1000, **settings)
+    assert [key for key, _ in itertools.groupby(evaluated)] == [
+        ((64, 64), True),
+        ((128, 128), True),
+        ((128, 128), False),
+    ]
+    for _, steps in itertools.groupby(result.history, key=lambda step: step.shape):
+        assert non_increasing([step.total for step in steps])
+    objective = make_objective(settings["vgg"], None, style, (), ("conv1_1",), 0.0, 1e4)
+    assert result.history[-1].total == pytest.approx(objective(result.image)[0].item(), rel=1e-2)
+
+
+def test_only_a_texture_is_whitened(content, style, settings, evaluated):
+    transfer_style(content, style, **QUICK, **settings)
+    reconstruct_content(content, **QUICK, **settings)
+    assert {whitened for _, whitened in evaluated} == {False}
+    transfer_style(content, style, content_weight=0, **QUICK, **settings)
+    assert evaluated[-1][1]
+    evaluated.clear()
+    transfer_style(content, style, content_layers=(), **QUICK, **settings)
+    assert evaluated[-1][1]
+
+
+def test_whitened_errors_make_a_texture_faster(settings, monkeypatch):
+    """Where there are more pixels than statistics to match; with fewer, no picture has them all."""
+    style = load_image(IMAGES / "style" / "great_wave.jpg", 128, "cpu")
+    options = {"evaluations": 50, "coarse_to_fine": False, **settings}
+    whitened = synthesize_texture(style, **options).history[-1].total
+    monkeypatch.setattr(preparation, "find_whitening", lambda *_: None)
+    assert whitened < 0.6 * synthesize_texture(style, **options).history[-1].total
+
+
+@pytest.fixture(scope="module")
+def transfer(settings):
+    """One transfer from noise over two scales: (result, what the callback saw)."""
+    content = load_image(IMAGES / "content" / "chenonceau.jpg", 128, "cpu")[..., :150]
+    style = load_image(IMAGES / "style" / "starry_night.jpg", 100, "cpu")
+    calls = []
+    result = transfer_style(
+        content,
+        style,
+        evaluations=25,
+        content_weight=2.0,
+        style_weight=3e3,
+        callback=lambda *a: calls.append(a),
+        **settings,
+    )
+    return result, calls
+
+
+def test_what_a_run_gives_back(transfer):
+    result, _ = transfer
+    assert result.image.shape == (1, 3, 128, 150) and result.image.dtype == torch.float32
+    assert result.image.min() >= 0 and result.image.max() <= 1 and not result.image.requires_grad
+    assert len(result.history) == result.evaluations == 25
+    assert 0 < result.seconds < 600
+
+
+def test_losses_never_rise_and_do_fall_at_each_scale(transfer):
+    by_scale = {shape: list(steps) for shape, steps in itertools.groupby(transfer[0].history, lambda step: step.shape)}
+    assert list(by_scale) == [(64, 75), (128, 150)]
+    for steps in by_scale.values():
+        assert non_increasing([step.total for step in steps])
+        assert steps[-1].total < 0.7 * steps[0].total
+
+
+def test_the_total_weighs_content_and_style(transfer):
+    for step in transfer[0].history:
+        assert step.total == pytest.approx(2.0 * step.content + 3e3 * step.style, rel=1e-4)
+    assert any(
+        step.total != pytest.approx(3e3 * step.content + 2.0 * step.style, rel=0.1) for step in transfer[0].history
+    )
+
+
+def test_the_callback_sees_every_evaluation(transfer):
+    result, calls = transfer
+    assert [step for _, step in calls] == result.history
+    for image, step in calls:
+        assert image.shape == (1, 3, *step.shape) and 0 <= image.min() and image.max() <= 1
+    assert torch.equal(calls[-1][0], result.image)
+
+
+@pytest.mark.parametrize("evaluations", [1, 2, 5, 9])
+def test_the_number_of_evaluations_is_kept_to(evaluations, settings, picture, evaluated):
+    """Counted at the network, not in the history."""
+    result = reconstruct_content(picture(70, 66), evaluations=evaluations, **settings)
+    assert len(evaluated) == result.evaluations == len(result.history) == evaluations
+
+
+def test_an_interrupt_returns_the_best_picture_so_far(settings, content, style):
+    seen = []
+
+    def stop(image, step):
+        seen.append(image)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+
+    result = transfer_style(content, style, callback=stop, **QUICK, **settings)
+    assert result.evaluations == len(result.history) == 4
+    assert torch.equal(result.image, seen[-1])
+
+
+def test_an_interrupt_at_a_coarse_scale_returns_the_whole_size(settings, picture):
+    def stop(image, step):
+        raise KeyboardInterrupt
+
+    result = reconstruct_content(picture(70, 90), callback=stop, evaluations=9, **settings)
+    assert result.history[0].shape == (35, 45) and result.image.shape == (1, 3, 70, 90)
+
+
+def test_a_seed_repeats_a_run_bit_for_bit(settings, content, style):
+    runs = [transfer_style(content, style, seed=seed, **QUICK, **settings) for seed in (3, 3, 4)]
+    assert torch.equal(runs[0].image, runs[1].image) and runs[0].history == runs[1].history
+    assert difference_numbers(runs[0].image, runs[2].image).share > 0.5
+
+
+def test_noise_starts_uniform_and_is_the_seeds(settings, content):
+    start = {"evaluations": 1, "coarse_to_fine": False}
+    a, b, default = (
+        reconstruct_content(content, **seed, **start, **settings).image for seed in ({"seed": 1}, {"seed": 2}, {})
+    )
+    assert a.min() < 0.01 and a.max() > 0.99 and a.mean().item() == pytest.approx(0.5, abs=0.02)
+    assert not torch.equal(a, b)
+    assert torch.equal(default, reconstruct_content(content, seed=0, **start, **settings).image)
+    state = torch.get_rng_state()
+    torch.manual_seed(99)  # the seed alone decides, and the global generator is left as it was
+    assert torch.equal(a, reconstruct_content(content, seed=1, **start, **settings).image)
+    torch.set_rng_state(state)
+
+
+def test_content_start_is_the_content(settings, content, style):
+    result = transfer_style(content, style, init="content", evaluations=1, coarse_to_fine=False, **settings)
+    assert torch.equal(result.image, content)
+    assert result.history[0].content == pytest.approx(0, abs=1e-9) and result.history[0].style > 1e-4
+
+
+def test_style_target_is_the_styles(settings, content, picture):
+    """From a picture that is the style, of the content's size, no style is left to learn; the content is."""
+    style = picture(*content.shape[-2:])
+    result = transfer_style(content, style, init=style, evaluations=1, coarse_to_fine=False, **settings)
+    assert result.history[0].style == pytest.approx(0, abs=1e-9) and result.history[0].content > 1e-2
+
+
+def test_a_start_picture_is_used_and_not_changed(settings, content, picture):
+    init = picture(30, 31)  # of another size
+    before, content_before = init.clone(), content.clone()
+    start = reconstruct_content(content, init=init, evaluations=1, coarse_to_fine=False, **settings)
+    torch.testing.assert_close(start.image, resize(init, content.shape[-2:]))
+    reconstruct_content(content, init=init, **QUICK, **settings)
+    reconstruct_content(content, layers="conv2_1", init="content", **QUICK, **settings)
+    assert torch.equal(init, before) and torch.equal(content, content_before)
+
+
+def test_a_result_is_not_the_content_itself(settings, picture):
+    """Painting on the result must not paint on the picture it came from."""
+    source = picture(24, 20)
+    result = reconstruct_content(source, init="content", evaluations=1, coarse_to_fine=False, **settings)
+    result.image.zero_()
+    assert torch.equal(source, picture(24, 20))
+
+
+def test_a_reconstruction_comes_close(settings):
+    content = load_image(IMAGES / "content" / "kitten_on_fence.jpg", 64, "cpu")
+    result = reconstruct_content(content, evaluations=60, **settings)
+    assert difference_numbers(result.image, content).psnr > 18
+    assert result.history[-1].style == 0 and result.history[-1].total == pytest.approx(result.history[-1].content)
+
+
+def test_a_texture_takes_a_shape_of_its_own(settings, style):
+    result = synthesize_texture(style, shape=(33, 47), **QUICK, **settings)
+    assert result.image.shape == (1, 3, 33, 47)
+    assert result.history[-1].total < 0.2 * result.history[0].total and result.history[-1].content == 0
+    assert synthesize_texture(style, "conv1_1", **QUICK, **settings).image.shape == style.shape
+
+
+def test_a_style_may_have_any_size(settings, content, picture):
+    result = transfer_style(content, picture(90, 33), evaluations=4, **settings)
+    assert result.image.shape == content.shape
+
+
+def test_a_small_style_survives_the_coarse_scales(settings, picture):
+    """12 pixels are enough for conv3_1; the style must not be shrunk below the 4 which that layer needs."""
+    content, style = picture(256, 256), picture(12, 12)
+    assert transfer_style(content, style, evaluations=4, **settings).image.shape == content.shape
+
+
+def test_the_weights_pull_the_right_way(settings, content, style):
+    styled = transfer_style(content, style, content_weight=1.0, style_weight=1e5, **QUICK, **settings).history[-1]
+    kept = transfer_style(content, style, content_weight=100.0, style_weight=1.0, **QUICK, **settings).history[-1]
+    assert styled.style < 0.3 * kept.style and kept.content < 0.3 * styled.content
+
+
+def test_one_weight_may_be_zero(settings, content, style):
+    alone = transfer_style(content, style, style_weight=0, **QUICK, **settings)
+    torch.testing.assert_close(alone.image, reconstruct_content(content, **QUICK, **settings).image, atol=0.02, rtol=0)
+
+
+def test_bfloat16_agrees_loosely(settings, content, style):
+    single = transfer_style(content, style, **QUICK, **settings)
+    half = transfer_style(content, style, **QUICK, **(settings | {"precision": "bfloat16"}))
+    assert half.image.dtype == torch.float32
+    assert half.history[0].total == pytest.approx(single.history[0].total, rel=0.02)
+    assert half.history[0] != single.history[0]  # it was not float32 after all
+    assert half.history[-1].total == pytest.approx(single.history[-1].total, rel=0.3)
+
+
+def test_float32_goes_on_where_bfloat16_ends(settings, content, monkeypatch):
+    monkeypatch.setattr(preparation, "pick_precisions", lambda *_: ("bfloat16", "float32"))
+    result = reconstruct_content(content, init=torch.full_like(content, 0.5), evaluations=200, **settings)
+    precisions = [step.precision for step in result.history]
+    switch = precisions.index("float32")
+    assert set(precisions[:switch]) == {"bfloat16"} and set(precisions[switch:]) == {"float32"}
+    assert result.history[-1].total < 0.1 * result.history[switch].total
+
+
+def test_curvature_is_kept_for_the_same_loss_in_float32_and_forgotten_for_another(settings, style, monkeypatch):
+    monkeypatch.setattr(preparation, "pick_precisions", lambda *_: ("bfloat16", "float32"))
+    known, work = [], coarse_to_fine.work
+
+    def noting(image, scale, stage, curvature, needs):
+        known.append(len(curvature.used))
+        return work(image, scale, stage, curvature, needs)
+
+    monkeypatch.setattr(coarse_to_fine, "work", noting)
+    synthesize_texture(style, "conv1_1", coarse_to_fine=False, evaluations=1000, **settings)
+    whitened_rough, whitened, plain = known
+    assert whitened_rough == 0 and whitened > 0 and plain == 0
+
+
+def test_an_easy_picture_costs_less(settings, content, style):
+    result = transfer_style(content, style, "conv1_1", "conv1_1", init="content", evaluations=1000, **settings)
+    assert result.evaluations < 500
+    before, end = result.history[-11].total, result.history[-1].total
+    assert before / end - 1 < 1.01 * FINE  # it had become slow
+
+
+def test_layers_by_either_name_and_one_or_several(settings, content):
+    a = reconstruct_content(content, "conv2_1", **QUICK, **settings)
+    b = reconstruct_content(content, ["conv_3"], **QUICK, **settings)
+    assert torch.equal(a.image, b.image)
+
+
+# --- Bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["content_weight", "style_weight"])
+@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf, -math.inf])
+def test_a_bad_weight_is_named(name, weight, settings, content, style, refuses):
+    with refuses(ValueError, f"{name} is {weight!r}"):
+        transfer_style(content, style, **{name: weight}, **settings)
+
+
+@pytest.mark.parametrize("evaluations", [0, -1, 2.5, None])
+def test_a_bad_number_of_evaluations_is_named(evaluations, settings, content, refuses):
+    with refuses(ValueError, f"evaluations is {evaluations!r}"):
+        reconstruct_content(content, evaluations=evaluations, **settings)
+
+
+@pytest.mark.parametrize("seed", [1.5, None, "0"])
+def test_a_bad_seed_is_named(seed, settings, content, refuses):
+    with refuses(ValueError, f"seed is {seed!r}"):
+        reconstruct_content(content, seed=seed, **settings)
+
+
+def test_an_unknown_start_is_named(settings, content, style, refuses):
+    with refuses(ValueError, "unknown init 'white'"):
+        transfer_style(content, style, init="white", **settings)
+    with refuses(ValueError, "unknown init 'content'"):  # a texture has none
+        synthesize_texture(style, init="content", **settings)
+
+
+def test_an_unknown_precision_is_named(settings, content, refuses):
+    with refuses(ValueError, "unknown precision 'float16'"):
+        reconstruct_content(content, **(settings | {"precision": "float16"}))
+
+
+def test_no_layers(settings, content, style, refuses):
+    for run in (
+        lambda: reconstruct_content(content, [], **settings),
+        lambda: synthesize_texture(style, (), **settings),
+        lambda: transfer_style(content, style, (), (), **settings),
+    ):
+        with refuses(ValueError, "no layers given"):
+            run()
+
+
+def test_layers_without_weight(settings, content, style, refuses):
+    with refuses(ValueError, "content_weight is 0 and style_weight 0, and every layer named has weight 0"):
+        transfer_style(content, style, content_weight=0, style_weight=0, **settings)
+    with refuses(ValueError, "content_weight is 0 and style_weight 10000.0, and every layer named has weight 0"):
+        transfer_style(content, style, style_layers=(), content_weight=0, **settings)
+    with refuses(ValueError, "content_weight is 1.0 and style_weight 0, and every layer named has weight 0"):
+        transfer_style(content, style, content_layers=(), style_weight=0, **settings)
+
+
+def test_unknown_layers_are_named(settings, content, style, refuses):
+    for run in (
+        lambda: reconstruct_content(content, "conv_17", **settings),
+        lambda: synthesize_texture(style, ["conv1_1", "conv_17"], **settings),
+        lambda: transfer_style(content, style, "conv_17", **settings),
+        lambda: transfer_style(content, style, style_layers="conv_17", **settings),
+    ):
+        with refuses(ValueError, "unknown layer 'conv_17'"):
+            run()
+
+
+def test_a_picture_too_small_for_its_layers(settings, picture, refuses):
+    with refuses(ValueError, "a 15x40 picture is too small for conv5_1"):
+        reconstruct_content(picture(15, 40), "conv5_1", **settings)
+
+
+BAD_PICTURES = {
+    "(3, 8, 8)": torch.rand(3, 8, 8),
+    "(2, 3, 8, 8)": torch.rand(2, 3, 8, 8),
+    "(1, 1, 8, 8)": torch.rand(1, 1, 8, 8),
+    "(1, 8, 8, 3)": torch.rand(1, 8, 8, 3),
+    "(1, 3, 0, 8)": torch.rand(1, 3, 0, 8),
+    "torch.uint8": torch.zeros(1, 3, 8, 8, dtype=torch.uint8),
+    "str": "chenonceau.jpg",
+    "values outside [0, 1]": torch.rand(1, 3, 8, 8) + 0.5,
+    "values outside [0, 1] ": -torch.rand(1, 3, 8, 8),
+    "not finite": torch.full((1, 3, 8, 8), math.nan),
+}
+
+
+@pytest.mark.parametrize("reason", BAD_PICTURES)
+def test_a_bad_picture_is_named(reason, settings, content, style, refuses):
+    bad, reason = BAD_PICTURES[reason], reason.strip()
+    for name, run in {
+        "content": lambda: reconstruct_content(bad, **settings),
+        "style": lambda: transfer_style(content, bad, **settings),
+        "init": lambda: reconstruct_content(content, init=bad, **settings),
+    }.items():
+        if not (name == "init" and isinstance(bad, str)):  # there a string is the name of a start
+            with refuses(ValueError, reason):
+                run()
+
+
+@pytest.mark.parametrize("init", [None, 0, [[0.5]]])
+def test_a_start_that_is_no_picture_is_named(init, settings, content, refuses):
+    with refuses(ValueError, f"init is {type(init).__name__}"):
+        reconstruct_content(content, init=init, **settings)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, -1), (5,), (5, 5, 5), (5.5, 5)])
+def test_a_bad_shape_is_named(shape, settings, style, refuses):
+    with refuses(ValueError, f"shape is {shape!r}"):
+        synthesize_texture(style, "conv1_1", shape=shape, **settings)
