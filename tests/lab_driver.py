@@ -82,6 +82,7 @@ class Notebook:
     """A notebook open in JupyterLab."""
 
     def __init__(self, browser, server, name):
+        self.asking = None  # the place of the cell that `ask` runs
         self.page = browser.new_page(viewport={"width": 1180, "height": 1250})
         self.page.goto(f"{server.address}/lab/workspaces/{secrets.token_hex(4)}/tree/{name}?token={server.token}")
         self.page.wait_for_function(
@@ -126,14 +127,21 @@ class Notebook:
         return self.wait_for_cell(index, seconds)
 
     def ask(self, code):
-        """Run `code` in a new last cell; return what it prints."""
-        last = len(self.sources()) - 1
+        """Run `code` in a last cell of its own; return what it prints."""
+        if self.asking is None:
+            self.asking = len(self.sources())
+            self.page.evaluate(
+                """index => jupyterapp.shell.currentWidget.content.model.sharedModel.insertCell(
+                    index, {cell_type: 'code', source: ''})""",
+                self.asking,
+            )
         self.page.evaluate(
-            """([index, code]) => { const notebook = jupyterapp.shell.currentWidget.content;
-                notebook.model.sharedModel.insertCell(index + 1, {cell_type: 'code', source: code}); }""",
-            [last, code],
+            """([index, code]) => {
+                const { model } = jupyterapp.shell.currentWidget.content.widgets[index];
+                model.sharedModel.source = code; }""",
+            [self.asking, code],
         )
-        return self.run(last + 1, 30).strip()
+        return self.run(self.asking, 120).strip()
 
     def open_panel(self, whole):
         """Run every cell up to the panel, or only those up to the network; return the panel's place."""
@@ -191,9 +199,33 @@ class Notebook:
         text = self.status
         return {name: float(value) for name, value in re.findall(r"(loss|content|style) ([\d.e+-]+\d)", text)}
 
-    def sees_change(self, frames=3, seconds=20):
-        seen = set()
-        self.wait_for(lambda: seen.add(self.picture) or len(seen) > frames, seconds)
+    def slider(self, name):
+        """The handle of a slider, to be dragged or moved with the arrow keys."""
+        return self.page.locator(".widget-hslider", has_text=name).locator(".noUi-handle")
+
+    def count_pictures(self):
+        """Begin to count the pictures that the browser is given."""
+        self.page.locator("img.living-picture").evaluate(
+            """image => { window.counted = 0; window.counter?.disconnect();
+                window.counter = new MutationObserver(() => window.counted++);
+                window.counter.observe(image, {attributes: true, attributeFilter: ['src']}); }"""
+        )
+
+    def pictures(self):
+        return self.page.evaluate("window.counted")
+
+    def finish(self, seconds=900):
+        """Wait until the panel has finished with the settings that its controls show."""
+        end = time.monotonic() + seconds
+        ask = "import nst_widgets; panel = nst_widgets._open[0]\n"
+        ask += "print(panel.state == 'done' and panel.shown.settings == panel.settings(), panel.state)"
+        # The kernel answers only after it has heard of the last moved control.
+        while not (answer := self.ask(ask)).startswith("True"):
+            assert answer.split()[1] in ("running", "done"), answer
+            assert time.monotonic() < end, answer
+            time.sleep(0.5)
+        self.show_panel()
+        self.wait_for(lambda: self.state == "done")
 
     def screenshot(self, name):
         self.page.screenshot(path=ARTEFACTS / f"{name}.png")
