@@ -1,9 +1,9 @@
 """Compare the recipes people copy with ours: displayed loss against time, on the same objective, pictures and start.
 
 Every recipe minimises the same loss over the same network, in the same process, one after another in turn. The others
-compute it as their code does, by F.mse_loss and F F^T; ours by the helper. After each evaluation the picture may be
-kept, with the time; afterwards each kept picture is clamped to [0, 1] as a viewer would see it, brought to full size,
-and its loss computed in float32. The clock includes the targets for all; for ours also the network's copy and the
+compute it as their code does, by the plain formulas of nst_utils; ours by the engine. After each evaluation the picture
+may be kept, with the time; afterwards each kept picture is clamped to [0, 1] as a viewer would see it, brought to full
+size, and its loss computed in float32. The clock includes the targets for all; for ours also the network's copy and the
 preconditioner. Writes results/NAME.json, .md and .png.
 """
 
@@ -22,6 +22,9 @@ from matplotlib.figure import Figure
 from torch import optim
 
 import nst_utils as nst
+from nst_engine.evaluation import pick_precisions
+from nst_engine.layers import deepest
+from nst_engine.network import cut_network
 
 HERE = Path(__file__).resolve().parent
 PAIRS = [
@@ -36,26 +39,6 @@ TASKS = {  # content layers, style layers, content weight, style weight, start
     "transfer from content": (("conv1_2",), nst.FIRST_FIVE, 1.0, 1e4, "content"),
 }
 MOMENTS = (2, 5, 10, 20, 40)  # seconds
-
-
-def plain_objective(vgg, content, style, content_layers, style_layers, content_weight, style_weight):
-    """`nst.make_objective` as the other recipes have it: the same numbers, by autograd alone."""
-
-    def gram(feature_map):
-        rows = feature_map.flatten(2)[0]
-        return rows @ rows.T / rows.numel()
-
-    with torch.no_grad():
-        content_targets = nst.features(vgg, content, content_layers)
-        style_targets = {name: gram(maps) for name, maps in nst.features(vgg, style, style_layers).items()}
-
-    def objective(image):
-        maps = nst.features(vgg, image, {**content_targets, **style_targets})
-        content_part = sum(F.mse_loss(maps[name], target) for name, target in content_targets.items())
-        style_part = sum(F.mse_loss(gram(maps[name]), target) for name, target in style_targets.items())
-        return [content_weight * content_part + style_weight * style_part]
-
-    return objective
 
 
 class TimeIsUp(Exception):
@@ -190,23 +173,27 @@ def run_cell(task, pair, seed, size, limit, precisions, vgg, repeat):
     weights = (content_layers, style_layers, content_weight, style_weight)
     noise = torch.rand(content.shape, generator=torch.Generator().manual_seed(seed)).to(device)
     judge = nst.make_objective(vgg, content, style, *weights)
+    task = nst.Task(
+        content if content_layers else None,
+        style if style_layers else None,
+        content_layers,
+        dict.fromkeys(style_layers, 1.0),
+        content_weight,
+        style_weight,
+    )
 
     def maker(network):
         def make(shape):
-            scale = min(shape) / size
-            return plain_objective(
-                network, nst.resize(content, shape), nst.shrink_style(style, scale, style_layers), *weights
-            )
+            smaller = [round(side * min(shape) / size) for side in style.shape[-2:]]
+            return nst.make_objective(network, nst.resize(content, shape), nst.resize(style, smaller), *weights)
 
         return make
 
     def ours(precision):
         def recipe(make, start_picture, record):
             nst.optimise(
-                content if content_layers else None,
-                style if style_layers else None,
-                *weights,
-                shape=(size, size),
+                task,
+                (size, size),
                 init=start,
                 seed=seed,
                 vgg=vgg,
@@ -228,8 +215,7 @@ def run_cell(task, pair, seed, size, limit, precisions, vgg, repeat):
     for name, precision, recipe in runs:
         make = None
         if name != "ours":
-            layers = (*content_layers, *style_layers)
-            make = maker(nst.prepare_network(vgg, layers, device, getattr(torch, precision)))
+            make = maker(cut_network(vgg, deepest(task.layers), device, precision))
             make((size, size))  # warm up, outside the clock
         record = Recorder(limit)
         try:
@@ -367,7 +353,7 @@ def main():
         options.tasks = ["transfer from noise"]
     vgg = nst.load_vgg19(device=options.device)
     device = vgg.mean.device
-    precisions = options.precisions or nst.pick_precisions(device)[::-1]
+    precisions = options.precisions or pick_precisions(device)[::-1]
     machine = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"

@@ -21,7 +21,7 @@ from lab_driver import Notebook, chromium, jupyterlab  # noqa: E402
 BARE = """
 import platform, time, torch, nst_widgets
 panel = nst_widgets._open[0]
-painter = nst_widgets.Painter(panel.painter.vgg)
+painter = nst_widgets.Painter(panel.painter.preparation.vgg)
 settings = panel.settings()
 painter.step(settings, ("content", 0)); painter.step(settings)
 begun = time.perf_counter()
@@ -55,19 +55,14 @@ def restart(book):
     wait_for(book, lambda: 2 <= evaluations(book) < max(before, 4))
 
 
-COUNTER = """image => { window.pictures = 0; window.counter?.disconnect();
-    window.counter = new MutationObserver(() => window.pictures++);
-    window.counter.observe(image, {attributes: true, attributeFilter: ['src']}); }"""
-
-
 def rates(book, count):
     """(evaluations, pictures) a second of the running panel, the pictures as the browser had them."""
     restart(book)
-    book.page.locator("img.living-picture").evaluate(COUNTER)
+    book.count_pictures()
     first, begun = evaluations(book), time.perf_counter()
     wait_for(book, lambda: evaluations(book) >= first + count)
     seconds = time.perf_counter() - begun
-    done, pictures = evaluations(book) - first, book.page.evaluate("window.pictures")
+    done, pictures = evaluations(book) - first, book.pictures()
     book.button("Pause").click()
     return done / seconds, pictures / seconds
 

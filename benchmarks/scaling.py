@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import nst_utils as nst
+from nst_engine.evaluation import loss_and_gradient, pick_precisions
 
 HERE = Path(__file__).resolve().parent
 
@@ -65,11 +66,12 @@ def measure(size, evaluations, device, repeats):
     vgg = nst.load_vgg19(device=device)
     content = nst.load_image(nst.IMAGES / "content" / "chenonceau.jpg", size, device)[..., :size].contiguous()
     style = nst.load_image(nst.IMAGES / "style" / "starry_night.jpg", size, device)
-    precision = nst.pick_precisions(device)[0]
+    precision = pick_precisions(device)[0]
     run = nst.transfer_style(content, style, evaluations=evaluations, vgg=vgg, progress=False)
-    network = nst.prepare_network(vgg, nst.FIRST_FIVE, device, getattr(torch, precision))
-    objective = nst.make_objective(network, content, style, ("conv1_2",), nst.FIRST_FIVE, 1.0, 1e4)
-    evaluate = nst.loss_and_gradient(objective, content)
+    preparation = nst.Preparation(vgg, device, precision)
+    task = nst.Task(content, style, ("conv1_2",), dict.fromkeys(nst.FIRST_FIVE, 1.0))
+    network = preparation.network(task, precision)
+    evaluate = loss_and_gradient(preparation.objective(task, (size, size), (size, size), precision), content)
     flat = content.flatten()
     one = best_of(lambda: evaluate(flat), repeats, device)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # GiB, on Linux

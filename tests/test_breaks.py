@@ -11,7 +11,7 @@ BREAKS = runpy.run_path(str(ROOT / "tools" / "break_it.py"))["BREAKS"]
 
 @pytest.mark.parametrize("name", BREAKS)
 def test_a_break_changes_one_line_and_leaves_python(name):
-    source = (ROOT / "nst_utils.py").read_text(encoding="utf-8")
-    code, broken = BREAKS[name]
+    path, code, broken = BREAKS[name]
+    source = (ROOT / path).read_text(encoding="utf-8")
     assert source.count(code) == 1 and code != broken
-    compile(source.replace(code, broken), "nst_utils.py", "exec")
+    compile(source.replace(code, broken), path, "exec")
