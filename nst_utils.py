@@ -152,7 +152,8 @@ def optimise(
 ):
     """Minimise the loss of a `Task` over pictures of `shape` (H, W).
 
-    init: "noise" (uniform, drawn from `seed`), "content", or a picture to start from, which is scaled to `shape`.
+    init: "noise" (soft clouds around grey, drawn from `seed`), "content", or a picture to start from, which is scaled
+    to `shape`; white noise is `torch.rand(1, 3, H, W)`.
     evaluations: how many times the network is run forward and back, at most, over all scales; it ends sooner when
     progress has become slow. From noise, coarse scales come first unless `coarse_to_fine` is False. vgg: from
     `load_vgg19`, which is the default. precision: "float32" or "bfloat16"; by default bfloat16 where that is fast,
@@ -169,7 +170,7 @@ def optimise(
     device = (task.style if task.content is None else task.content).device
     preparation = Preparation(vgg or load_vgg19(device=device), device, precision)
     image, scales = preparation.start(task, tuple(shape), init, seed, coarse_to_fine)
-    run = preparation.run(task, image, scales, evaluations, seed)
+    run = preparation.run(task, image, scales, evaluations)
     history, start = [], time.perf_counter()
     silent = not progress or "TQDM_DISABLE" in os.environ  # which tqdm's bar for notebooks passes by
     with tqdm(total=evaluations, disable=silent, leave=False, desc="optimising") as bar:

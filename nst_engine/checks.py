@@ -35,7 +35,7 @@ def check_task(task):
             raise ValueError(f"{name} is {weight!r}: it must be a finite number, 0 or more")
     if not task.layers:
         raise ValueError("no layers given: name at least one, such as 'conv1_2'")
-    if task.is_texture and not (task.style_layers and task.style_weight):
+    if not (task.content_layers and task.content_weight or task.style_layers and task.style_weight):
         raise ValueError(
             f"content_weight is {task.content_weight} and style_weight {task.style_weight}, and every layer named has "
             "weight 0: give one that has layers a weight above 0"

@@ -2,11 +2,11 @@
 
 import itertools
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 from .evaluation import ROUNDING, loss_and_gradient
 from .optimiser import InverseCurvature, projected_lbfgs
+from .pictures import resize
 from .stopping import COARSE, COARSE_END, FINE, ROUGH, best_so_far, until_slow
 
 
@@ -24,18 +24,9 @@ class Stage(NamedTuple):
     """How a picture of one scale is worked on, and what ends it."""
 
     precision: str
-    whitened: bool  # whether a whitened loss leads the way, in place of the total
     tolerance: float  # `until_slow` has these two
     end: float
     limit: int  # of evaluations
-
-
-class Needs(NamedTuple):
-    """What a descent asks for, made when a scale or stage begins."""
-
-    precondition_at: Callable  # (shape) -> function of flat gradients
-    objective_at: Callable  # (shape, precision, whitened) -> Objective
-    enlarge: Callable  # (picture, shape) -> the picture to begin the next scale with
 
 
 def plan_scales(shape, smallest):
@@ -47,41 +38,37 @@ def plan_scales(shape, smallest):
     return [tuple(round(side / 2**k) for side in shape) for k in range(halvings, -1, -1)]
 
 
-def plan_stages(precisions, whitened, evaluations):
-    """The stages at full size: one a precision; after whitened ones the plain loss has the last word."""
-    stages = [Stage(precision, whitened, ROUGH, 0.0, evaluations) for precision in precisions]
-    if whitened:
-        stages.append(stages[-1]._replace(whitened=False))
+def plan_stages(precisions, evaluations):
+    """The stages at full size, one a precision, of which the last refines."""
+    stages = [Stage(precision, ROUGH, 0.0, evaluations) for precision in precisions]
     return [*stages[:-1], stages[-1]._replace(tolerance=FINE)]
 
 
-def descend(image, scales, precisions, whitened, needs, evaluations):
+def descend(image, scales, precisions, objective_at, precondition_at, evaluations):
     """Yield (picture, `Step`) after each evaluation, of which there are `evaluations` at most.
 
     image: of the first scale's shape; the pictures have the shape of their scale. precisions: of the full size, in
-    order; a coarse scale has the first. whitened: whether a whitened loss leads the way. needs: see `Needs`.
+    order; a coarse scale has the first. objective_at(shape, precision) -> `Objective` and precondition_at(shape) ->
+    function of flat gradients make what a stage needs when it begins.
     """
-    full_size = plan_stages(precisions, whitened, evaluations)
-    coarse = Stage(precisions[0], whitened, COARSE, COARSE_END, evaluations // (len(scales) + 1))
+    full_size = plan_stages(precisions, evaluations)
+    coarse = Stage(precisions[0], COARSE, COARSE_END, evaluations // (len(scales) + 1))
     for scale in scales:
-        if scale != scales[0]:
-            image = needs.enlarge(image, scale)
-        curvature = InverseCurvature(needs.precondition_at(scale), image.flatten())
+        image = resize(image, scale)
+        curvature = InverseCurvature(precondition_at(scale), image.flatten())
         for stage in full_size if scale == scales[-1] else [coarse]:
             count = min(stage.limit, evaluations)
             if not count:
                 continue
-            if stage.whitened != whitened:
-                curvature.forget()  # what it knows is the whitened loss's
-            run = work(image, scale, stage, curvature, needs)
+            run = work(image, scale, stage, curvature, objective_at(scale, stage.precision))
             for image, step in itertools.islice(run, count):
                 evaluations -= 1
                 yield image, step
 
 
-def work(image, scale, stage, curvature, needs):
+def work(image, scale, stage, curvature, objective):
     """One stage: yield (best picture so far, its `Step`) after each evaluation until progress is slow."""
-    evaluate = loss_and_gradient(needs.objective_at(scale, stage.precision, stage.whitened), image)
+    evaluate = loss_and_gradient(objective, image)
     run = projected_lbfgs(evaluate, image.flatten(), curvature, ROUNDING[stage.precision])
-    steps = ((x.view_as(image), Step(scale, stage.precision, *losses[1:])) for x, losses in run)
+    steps = ((x.view_as(image), Step(scale, stage.precision, *losses)) for x, losses in run)
     return until_slow(best_so_far(steps), stage.tolerance, stage.end)

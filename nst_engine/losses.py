@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 import torch
 
-from .whitening import whiten
-
 
 class Statistics(NamedTuple):
     """What the losses know of a picture: sums over the positions of its feature maps."""
@@ -64,23 +62,17 @@ def gram_matrices(maps):
     return {name: gram / maps[name].numel() for name, gram in measure(maps, {}, maps).grams.items()}
 
 
-def weigh(statistics, sizes, style_targets, style_layers, content_weight, style_weight, whitening=None):
-    """(what to minimise, total, content loss, style loss), a tensor of four numbers, from a picture's `Statistics`.
+def weigh(statistics, sizes, style_targets, style_layers, content_weight, style_weight):
+    """(total, content loss, style loss), a tensor of three numbers, from a picture's `Statistics`.
 
     sizes: {layer: C h w}; style_targets: {layer: Gram matrix (C, C) to reach}; style_layers: {layer: its weight}, the
-    paper's w_l. What is minimised is the total = content_weight * content loss + style_weight * style loss, or with
-    the `whitening` of a texture, {layer: (basis, weights)}, its whitened style loss.
+    paper's w_l. The total is content_weight * content loss + style_weight * style loss.
     """
     errors = {name: gram / sizes[name] - style_targets[name] for name, gram in statistics.grams.items()}
-    zero = next(iter((statistics.squares | errors).values())).new_zeros(())
+    zero = next(iter((statistics.squares | errors).values())).new_zeros(())  # for a loss without layers
     content = sum((square / sizes[name] for name, square in statistics.squares.items()), zero)
     style = sum((style_layers[name] * mean_square(error) for name, error in errors.items()), zero)
-    total = content_weight * content + style_weight * style
-    goal = total
-    if whitening:
-        whitened = {name: whiten(error, *whitening[name]) for name, error in errors.items()}
-        goal = sum(style_layers[name] * mean_square(error) for name, error in whitened.items())
-    return torch.stack([goal, total.detach(), content.detach(), style.detach()])
+    return torch.stack([content_weight * content + style_weight * style, content.detach(), style.detach()])
 
 
 def mean_square(x):

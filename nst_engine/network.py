@@ -1,4 +1,4 @@
-"""VGG-19 [VGG], frozen: built under the papers' names, scaled, cut, and asked for the feature maps of a picture."""
+"""VGG-19 [VGG], frozen: built under the papers' names, cut, and asked for the feature maps of a picture."""
 
 import copy
 import functools
@@ -10,14 +10,12 @@ from torch import nn
 from torchvision.models.vgg import cfgs, make_layers
 
 from .layers import layer_name, stride
-from .pictures import IMAGES, load_image, pick_device
+from .pictures import pick_device
 from .weights import convolutions_of, read_weights
-
-CALIBRATION_PICTURES = ("chenonceau.jpg", "cat_tortoiseshell.jpg", "eileen_collins.jpg", "rocamadour.jpg")
 
 
 def load_vgg19(weights="oxford", device=None):
-    """The convolutional part of VGG-19 [VGG], frozen, for pictures in [0, 1], activations scaled to mean 1.
+    """The convolutional part of VGG-19 [VGG], frozen, for pictures in [0, 1].
 
     weights: "oxford" (the authors' own, from a package, no download), "torchvision" (downloaded once)
     or the path of a weight file in either format. The network is an nn.Sequential of conv1_1, relu1_1,
@@ -36,9 +34,8 @@ def _load_vgg19(weights, device):
         raise ValueError(
             f"the weights {weights!r} are not those of VGG-19 in Oxford's or torchvision's format"
         ) from error
-    normalise_activations(vgg, [load_image(IMAGES / "content" / name, 192, "cpu") for name in CALIBRATION_PICTURES])
-    if not all(parameter.isfinite().all() for parameter in vgg.parameters()):
-        raise ValueError(f"the weights {weights!r} are damaged: some activations are zero or not finite")
+    if not all(parameter.isfinite().all() and parameter.any() for parameter in vgg.parameters()):
+        raise ValueError(f"the weights {weights!r} are damaged: some are not finite, or a layer has zeros alone")
     return vgg.to(device)
 
 
@@ -64,30 +61,10 @@ def build_vgg19(convolutions, mean):
         f"{name}.{kind}": value for name, pair in convolutions.items() for kind, value in zip(("weight", "bias"), pair)
     }
     vgg.load_state_dict(weights)
-    # Subtracted from the picture, not folded into conv1_1's bias: zero padding must mean the mean colour.
+    vgg.conv1_1.padding_mode = "replicate"  # zeros, as it was trained with, draw a frame around every result
+    # Subtracted from the picture, not folded into conv1_1's bias: in bfloat16 small numbers are the finer ones.
     vgg.register_buffer("mean", mean.view(1, 3, 1, 1).clone())
     return vgg.eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def normalise_activations(vgg, images):
-    """Rescale every convolution, in place, so that its mean activation after ReLU over `images` is 1.
-
-    Returns the factors, one a convolution: feature maps of conv k are divided by factors[k]. The network
-    computes the same otherwise, since ReLU and max-pooling let a positive factor through ([style], section 2).
-    """
-    maps = [image - vgg.mean for image in images]
-    factors = []
-    for module in vgg:
-        if isinstance(module, nn.Conv2d):
-            module.bias /= factors[-1] if factors else 1.0
-            means = torch.stack([module(x).relu().mean() for x in maps])
-            scale = means.mean().item()
-            module.weight /= scale
-            module.bias /= scale
-            factors.append(scale * (factors[-1] if factors else 1.0))
-        maps = [module(x) for x in maps]
-    return factors
 
 
 def cut_network(vgg, last, device, precision):

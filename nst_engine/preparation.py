@@ -1,19 +1,19 @@
 """What a run needs, by scale and precision: networks, targets, objectives, preconditioners, a start."""
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 
-from .coarse_to_fine import Needs, descend, plan_scales
+from .coarse_to_fine import descend, plan_scales
 from .evaluation import Objective, keep_freed_memory, pick_precisions
 from .layers import block, deepest, stride
 from .losses import gram_matrices, measure, weigh
 from .network import cut_network, features, first_kernels, map_size
 from .pictures import resize
-from .prior import draw_detail, draw_noise, spectral_preconditioner
-from .whitening import whitening_of
+from .prior import draw_noise, spectral_preconditioner
 
 
 class Task(NamedTuple):
@@ -31,11 +31,6 @@ class Task(NamedTuple):
         return (*self.content_layers, *self.style_layers)
 
     @property
-    def is_texture(self):
-        """Whether the style alone counts."""
-        return not (self.content_layers and self.content_weight)
-
-    @property
     def smallest_side(self):
         """How many pixels the coarsest scale needs along its shorter side.
 
@@ -46,9 +41,9 @@ class Task(NamedTuple):
         return max(24, 8 * content, 64 if style else 0, 16 * style)
 
 
-def sees_detail(layers):
-    """Whether one of `layers` is in the first block: those behind a max-pooling hardly see fine detail."""
-    return any(block(name) == 1 for name in layers)
+# How much the prior counts against what the network's first convolutions see, by the first block in use. For deeper
+# ones, which see otherwise than these, it counts alone.
+PRIOR_WEIGHTS = {1: 0.01, 2: 0.1}
 
 
 class Preparation:
@@ -59,8 +54,7 @@ class Preparation:
         self.vgg, self.device, self.precisions = vgg, device, pick_precisions(device, precision)
         keep, keep_more = functools.lru_cache(maxsize=2), functools.lru_cache(maxsize=8)
         self.cut_network, self.content_targets, self.style_targets = keep(cut_network), keep(maps_of), keep(grams_of)
-        self.whitening, self.preconditioner = keep(find_whitening), keep(spectral_preconditioner)
-        self.scaled = keep_more(resize)
+        self.preconditioner, self.scaled = keep(spectral_preconditioner), keep_more(resize)
 
     def start(self, task, shape, init, seed=0, coarse_to_fine=True):
         """(picture to begin with, scales to go through). init: None for noise drawn from `seed`, or a picture.
@@ -72,26 +66,17 @@ class Preparation:
         scales = plan_scales(shape, task.smallest_side) if coarse_to_fine else [shape]
         return draw_noise(scales[0], seed, self.device), scales
 
-    def run(self, task, image, scales, evaluations, seed=0):
+    def run(self, task, image, scales, evaluations):
         """The run from `image`, of the first of these scales: yields (picture, `Step`) after each evaluation."""
-        full_size = scales[-1]
 
-        def enlarge(image, shape):
-            larger = resize(image, shape)
-            if sees_detail(task.style_layers):  # else these layers do not know what to make of it
-                larger = larger + draw_detail(self.style_at(task, shape, full_size), shape, seed)
-            return larger.clamp(0, 1)
+        def objective_at(shape, precision):
+            return self.objective(task, shape, scales[-1], precision)
 
         def precondition_at(shape):
-            # Steps made for the first block would fill detail that deeper layers do not see with noise.
-            floor = 0.05 if sees_detail(task.layers) else 0.5
-            return self.preconditioner(self.kernels, shape, floor, self.device)
+            weight = PRIOR_WEIGHTS.get(min(map(block, task.layers)), math.inf)
+            return self.preconditioner(self.kernels, shape, weight, self.device)
 
-        def objective_at(shape, precision, whitened):
-            return self.objective(task, shape, full_size, precision, whitened)
-
-        needs = Needs(precondition_at, objective_at, enlarge)
-        return descend(image, scales, self.precisions, task.is_texture, needs, evaluations)
+        return descend(image, scales, self.precisions, objective_at, precondition_at, evaluations)
 
     @functools.cached_property
     def kernels(self):
@@ -104,17 +89,15 @@ class Preparation:
         factor = min(1.0, max(min(shape) / min(full_size), smallest / min(sides)))
         return self.scaled(task.style, tuple(max(1, round(side * factor)) for side in sides))
 
-    def objective(self, task, shape, full_size, precision, whitened=False):
+    def objective(self, task, shape, full_size, precision):
         """The `Objective` of a task for pictures of `shape`, a scale of `full_size`."""
         network = self.network(task, precision)
-        content_targets, style_targets, whitening = {}, {}, None
+        content_targets, style_targets = {}, {}
         if task.content_layers:
             content_targets = self.content_targets(network, self.scaled(task.content, shape), task.content_layers)
         if task.style_layers:
-            style = self.style_at(task, shape, full_size), tuple(task.style_layers)
-            style_targets = self.style_targets(network, *style)
-            if whitened:
-                whitening = self.whitening(self.network(task, self.precisions[-1]), *style)
+            style = self.style_at(task, shape, full_size)
+            style_targets = self.style_targets(network, style, tuple(task.style_layers))
         layers = dict.fromkeys(task.layers)
         sizes = {name: map_size(network, name, shape) for name in layers}
 
@@ -122,8 +105,7 @@ class Preparation:
             return measure(features(network, image, layers), content_targets, task.style_layers)
 
         def loss(statistics):
-            weights = task.style_layers, task.content_weight, task.style_weight
-            return weigh(statistics, sizes, style_targets, *weights, whitening)
+            return weigh(statistics, sizes, style_targets, task.style_layers, task.content_weight, task.style_weight)
 
         return Objective(statistics, loss)
 
@@ -139,12 +121,3 @@ def maps_of(network, image, layers):
 @torch.no_grad()
 def grams_of(network, image, layers):
     return gram_matrices(features(network, image, layers))
-
-
-@torch.no_grad()
-def find_whitening(network, style, layers):
-    """`whitening_of` a style, with how its feature maps change when white noise is added."""
-    noise = torch.randn(style.shape, generator=torch.Generator().manual_seed(0)).to(style.device)
-    still, moved = (features(network, style + change, layers) for change in (0.0, 0.01 * noise))
-    answers = gram_matrices({name: moved[name] - maps for name, maps in still.items()})
-    return whitening_of(gram_matrices(still), answers, {name: maps.numel() for name, maps in still.items()})

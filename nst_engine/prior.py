@@ -1,6 +1,16 @@
-"""What is known of pictures and of the network before any step: a preconditioner, and noise to begin with.
+"""What natural pictures have in common, as a Gaussian prior: a preconditioner, and noise to start from.
 
-[noise] Galerne, Gousseau & Morel 2011, Random Phase Textures: Theory and Synthesis.
+The values of neighbouring pixels, and the three colours of a pixel, go together. To second order that is said by the
+covariance at each frequency f, in cycles a pixel,
+
+    P(f) = K (0.25 / |f|)^2
+
+with K the covariance of the colours: power falls with the square of frequency, and brightness varies more than colour.
+|f| is taken as one cycle per longer side at least. What the network sees of a picture is fitted; what it leaves open is
+filled in by this prior, and not by what the layer knows.
+
+[priors] Mahendran & Vedaldi 2015, Understanding Deep Image Representations by Inverting Them
+[colours] Olah, Mordvintsev & Schubert 2017, Feature Visualization
 """
 
 import math
@@ -8,48 +18,53 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .pictures import resize
+# A square root of the covariance of the colours in ImageNet, as published with [colours]; K is scaled to a largest
+# eigenvalue of 1, and has a thousandth added, for colours that hardly ever vary.
+_ROOT = torch.tensor([[0.26, 0.09, 0.02], [0.27, 0.00, -0.05], [0.27, -0.09, 0.03]])
+K = _ROOT @ _ROOT.T / torch.linalg.matrix_norm(_ROOT, 2) ** 2 + 1e-3 * torch.eye(3)
+
+
+def relative_frequencies(shape):
+    """|f| / 0.25 for each frequency of a real Fourier transform of `shape`: (H, W // 2 + 1)."""
+    rows, columns = torch.fft.fftfreq(shape[0]), torch.fft.rfftfreq(shape[1])
+    return torch.hypot(rows[:, None], columns).clamp(min=1 / max(shape)) / 0.25
 
 
 def draw_noise(shape, seed, device):
-    """A picture of uniform noise; drawn on the CPU, so that a seed means the same noise on every device."""
-    return torch.rand(1, 3, *shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    """A picture of the prior's noise around grey, of standard deviation 0.1: clouds of soft colours.
 
-
-def draw_detail(style, shape, seed):
-    """What a picture enlarged twofold lacks: noise like the finest detail of `style`, (1, 3, *shape) around 0.
-
-    White noise convolved with what the style loses when halved ([noise]): its frequencies and colours, random phases.
+    Drawn on the CPU, so that a seed means the same noise on every device.
     """
-    detail = style - resize(resize(style, [max(1, side // 2) for side in style.shape[-2:]]), style.shape[-2:])
-    white = torch.randn(1, 1, *shape, generator=torch.Generator().manual_seed(seed)).to(style.device)
-    used = math.prod(map(min, shape, style.shape[-2:]))  # of its pixels: rfft2 cuts or pads it to `shape`
-    return torch.fft.irfft2(torch.fft.rfft2(detail, s=shape) * torch.fft.rfft2(white), s=shape) / math.sqrt(used)
+    white = torch.randn(3, *shape, generator=torch.Generator().manual_seed(seed))
+    soft = torch.fft.irfft2(torch.fft.rfft2(white) / relative_frequencies(shape), s=shape)
+    noise = torch.einsum("ij,jhw->ihw", torch.linalg.cholesky(K), soft)
+    return (0.5 + 0.1 * noise / noise.std()).clamp(0, 1)[None].to(device)
 
 
-def spectral_preconditioner(kernels, shape, floor, device):
-    """Return the linear function of flat gradients (3 H W,) that undoes how unevenly the network sees frequencies.
+def spectral_preconditioner(kernels, shape, weight, device):
+    """Return the linear function of flat gradients (3 H W,) that divides, at each frequency, by A + `weight` / P.
 
-    kernels: (3, C, 5, 5), the network's first convolutions as one, A. It responds to fine chroma and coarse brightness
-    a thousand times less than to edges, and descent on |A x|^2 is that much slower there. Its curvature A^T A is a
-    Hermitian 3x3 matrix at each frequency; we divide by it, in the Fourier domain, after a `floor`, as a share of its
-    largest eigenvalue, for what the layer hardly sees at all. A margin of zeros keeps opposite borders, which are
-    neighbours to a Fourier transform, apart.
+    kernels: (3, C, 5, 5), the network's first convolutions as one, which responds to fine chroma and coarse brightness
+    a thousand times less than to edges; descent is that much slower there. A, its curvature, is a Hermitian 3x3 matrix
+    at each frequency, scaled to a largest eigenvalue of 1. Where the network sees, A decides, and elsewhere the prior:
+    Wiener's filter. An infinite weight leaves P alone. A margin of zeros keeps opposite borders, which are neighbours
+    to a Fourier transform, apart.
     """
     margin = 8
-    height, width = (side + 2 * margin for side in shape)
-    overlaps = F.conv2d(kernels, kernels, padding=4).to(torch.complex64)  # (3, 3, 9, 9): A^T A as a kernel
+    padded = [side + 2 * margin for side in shape]
+    overlaps = F.conv2d(kernels, kernels, padding=4).to(torch.complex64)  # (3, 3, 9, 9): A as a kernel
     rows, columns = (
         torch.exp(-2j * math.pi * frequencies[:, None] * torch.arange(-4, 5))
-        for frequencies in (torch.fft.fftfreq(height), torch.fft.rfftfreq(width))
+        for frequencies in (torch.fft.fftfreq(padded[0]), torch.fft.rfftfreq(padded[1]))
     )
     curvature = torch.einsum("ijab,ha,wb->hwij", overlaps, rows, columns)
-    largest = torch.linalg.eigvalsh(curvature).max()
-    inverse = torch.linalg.inv(curvature / largest + floor * torch.eye(3)).permute(2, 3, 0, 1).contiguous().to(device)
+    precision = relative_frequencies(padded)[..., None, None] ** 2 * torch.linalg.inv(K)  # 1 / P
+    divisor = curvature / (weight * torch.linalg.eigvalsh(curvature).max()) + precision
+    filters = torch.linalg.inv(divisor).permute(2, 3, 0, 1).contiguous().to(device)
 
     def precondition(gradient):
         spectrum = torch.fft.rfft2(F.pad(gradient.view(3, *shape), (margin,) * 4))
-        step = torch.fft.irfft2((inverse * spectrum).sum(dim=1), s=(height, width))
+        step = torch.fft.irfft2((filters * spectrum).sum(dim=1), s=padded)
         return step[:, margin:-margin, margin:-margin].flatten()
 
     return precondition

@@ -70,13 +70,19 @@ def _cached_torchvision():
 
 
 def _from_oxford(state):
-    """From codebooks, for BGR in 0..255 minus a mean."""
+    """From codebooks, for BGR in 0..255 minus a mean.
+
+    All activations are divided by one number, as torchvision's network has them: the mean of its three standard
+    deviations. So a style weight means about the same for both.
+    """
+    deviation = sum(VGG19_Weights.IMAGENET1K_V1.transforms().std) / 3  # 0.226, of colours in [0, 1]
     convolutions = {}
     for name in CONVOLUTIONS:
         key = "block{}_conv{}".format(*name.removeprefix("conv").split("_"))
-        convolutions[name] = state[f"{key}_W_table"][state[f"{key}_W_q"].long()], state[f"{key}_b"]
+        bias = state[f"{key}_b"] / (255 * deviation)
+        convolutions[name] = state[f"{key}_W_table"][state[f"{key}_W_q"].long()], bias
     weight, bias = convolutions["conv1_1"]
-    convolutions["conv1_1"] = weight.flip(1) * 255, bias
+    convolutions["conv1_1"] = weight.flip(1) / deviation, bias
     return convolutions, torch.tensor([123.68, 116.779, 103.939]) / 255
 
 

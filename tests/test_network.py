@@ -13,15 +13,12 @@ from torchvision.models.vgg import cfgs, make_layers
 from nst_engine import network as network_module
 from nst_engine.layers import CONVOLUTIONS, FIRST_FIVE, RELUS, deepest, layer_name, stride
 from nst_engine.network import (
-    CALIBRATION_PICTURES,
-    build_vgg19,
     cut_network,
     features,
     load_vgg19,
     map_size,
-    normalise_activations,
 )
-from nst_engine.weights import OXFORD_SHA256, convolutions_of
+from nst_engine.weights import OXFORD_SHA256
 from nst_utils import IMAGES, load_image
 
 CPU = torch.device("cpu")
@@ -57,16 +54,14 @@ def torchvision_file(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def one_calibration_picture(monkeypatch):
-    """For made-up weights, whose scale is not what is tested: a quarter of the work."""
-    monkeypatch.setattr(network_module, "CALIBRATION_PICTURES", CALIBRATION_PICTURES[:1])
-
-
 @torch.no_grad()
 def plain_forward(state, x):
-    """torchvision's own layers with a state dict of its format -> {papers' name: feature map}."""
+    """torchvision's own layers with a state dict of its format -> {papers' name: feature map}.
+
+    But for the border: conv1_1 sees the picture's edge repeated.
+    """
     modules = make_layers(cfgs["E"], False)
+    x, modules[0].padding = F.pad(x, (1, 1, 1, 1), mode="replicate"), 0
     modules.load_state_dict({key.removeprefix("features."): value for key, value in state.items()})
     names = iter([f"{kind}{b}_{i}" for b, n in BLOCKS.items() for i in range(1, n + 1) for kind in ("conv", "relu")])
     maps = {}
@@ -99,18 +94,8 @@ def raw_maps(oxford, image):
 
 
 @pytest.fixture(scope="session")
-def scaled_maps(vgg, image):
+def maps(vgg, image):
     return features(vgg, image, CONVOLUTIONS + RELUS)
-
-
-@pytest.fixture(scope="session")
-def unscaled(oxford):
-    """The network before `normalise_activations`, and the factors which that returns."""
-    convolutions, mean = convolutions_of(oxford)
-    network = build_vgg19(convolutions, mean)
-    scaled = build_vgg19({name: (w.clone(), b.clone()) for name, (w, b) in convolutions.items()}, mean)
-    pictures = [load_image(IMAGES / "content" / name, 192, "cpu") for name in CALIBRATION_PICTURES]
-    return network, dict(zip(CONVOLUTIONS, normalise_activations(scaled, pictures)))
 
 
 def relative_error(a, b):
@@ -130,12 +115,12 @@ def test_the_sixteen_convolutions():
     "counted, papers",
     {1: "1_1", 2: "1_2", 3: "2_1", 4: "2_2", 5: "3_1", 8: "3_4", 9: "4_1", 12: "4_4", 13: "5_1", 16: "5_4"}.items(),
 )
-def test_counted_names_are_the_assignments(counted, papers, vgg, image, scaled_maps):
+def test_counted_names_are_the_assignments(counted, papers, vgg, image, maps):
     assert layer_name(f"conv_{counted}") == f"conv{papers}"
     assert layer_name(f"conv{papers}") == f"conv{papers}" and layer_name(f"relu{papers}") == f"relu{papers}"
-    maps = features(vgg, image, [f"conv_{counted}"])
-    assert list(maps) == [f"conv_{counted}"]  # under the name that was asked for
-    assert torch.equal(maps[f"conv_{counted}"], scaled_maps[f"conv{papers}"])
+    found = features(vgg, image, [f"conv_{counted}"])
+    assert list(found) == [f"conv_{counted}"]  # under the name that was asked for
+    assert torch.equal(found[f"conv_{counted}"], maps[f"conv{papers}"])
 
 
 @pytest.mark.parametrize("name", ["conv_0", "conv_17", "conv1_3", "conv6_1", "relu_1", "pool1", "", "conv3", None])
@@ -155,40 +140,35 @@ def test_the_deepest_layer_is_the_last_in_the_network():
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS + RELUS)
-def test_the_network_is_oxfords_up_to_a_factor(name, raw_maps, scaled_maps, unscaled, image):
-    """Every tap, before and after ReLU: right layer, colours, mean, pooling, and one positive factor."""
-    raw, scaled = raw_maps[name], scaled_maps[name]
-    assert scaled.shape == raw.shape
-    factor = unscaled[1][name.replace("relu", "conv")]
-    assert factor > 0
-    assert relative_error(scaled * factor, raw) < 1e-4
-    assert relative_error(features(unscaled[0], image, [name])[name], raw) < 1e-4
+def test_the_network_is_oxfords_divided_once(name, raw_maps, maps):
+    """Every tap, before and after ReLU: right layer, colours, mean, pooling, and one factor for all."""
+    assert maps[name].shape == raw_maps[name].shape
+    assert relative_error(maps[name] * 57.63, raw_maps[name]) < 1e-4
+
+
+def test_the_balance_of_content_and_style_is_the_networks_own(vgg):
+    """What 1 : 1e4 means rests on how large the activations are; a Gram matrix grows with their square."""
+    picture = load_image(IMAGES / "content" / "chenonceau.jpg", 192, "cpu")
+    names = [name.replace("conv", "relu") for name in FIRST_FIVE]
+    means = [feature_map.mean().item() for feature_map in features(vgg, picture, names).values()]
+    assert means == pytest.approx([0.36, 1.77, 2.14, 1.94, 2.04], rel=0.1)
 
 
 @pytest.mark.parametrize("conv, relu", list(zip(CONVOLUTIONS, RELUS)))
-def test_conv_is_before_relu(conv, relu, scaled_maps):
-    assert scaled_maps[conv].min() < 0
-    assert torch.equal(scaled_maps[relu], scaled_maps[conv].clamp(min=0))
+def test_conv_is_before_relu(conv, relu, maps):
+    assert maps[conv].min() < 0
+    assert torch.equal(maps[relu], maps[conv].clamp(min=0))
 
 
-def test_shapes_of_feature_maps(scaled_maps, vgg):
-    height, width = 51, scaled_maps["conv1_1"].shape[-1]
-    for name, feature_map in scaled_maps.items():
+def test_shapes_of_feature_maps(maps, vgg):
+    height, width = 51, maps["conv1_1"].shape[-1]
+    for name, feature_map in maps.items():
         assert map_size(vgg, name, (height, width)) == feature_map.numel()
         assert feature_map.shape[-1] == width // stride(name)
     for name in CONVOLUTIONS:
         block = int(name[4])
         channels = (64, 128, 256, 512, 512)[block - 1]
-        assert scaled_maps[name].shape == (1, channels, height >> (block - 1), width >> (block - 1))
-
-
-def test_mean_activation_is_one_over_the_calibration_pictures(vgg):
-    means = dict.fromkeys(RELUS, 0.0)
-    for name in CALIBRATION_PICTURES:
-        picture = load_image(IMAGES / "content" / name, 192, "cpu")
-        for relu, feature_map in features(vgg, picture, RELUS).items():
-            means[relu] += feature_map.mean().item() / len(CALIBRATION_PICTURES)
-    assert list(means.values()) == pytest.approx([1.0] * 16, rel=1e-4)
+        assert maps[name].shape == (1, channels, height >> (block - 1), width >> (block - 1))
 
 
 def test_the_network_is_frozen_and_shared(vgg):
@@ -235,15 +215,14 @@ def check_torchvisions_convention(network, file, image):
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     expected = plain_forward(torch.load(file, weights_only=True), (image - mean) / std)
     for name, feature_map in features(network, image, CONVOLUTIONS).items():
-        factor = (feature_map * expected[name]).sum() / feature_map.square().sum()
-        assert factor > 0 and relative_error(feature_map * factor, expected[name]) < 1e-4, name
+        assert relative_error(feature_map, expected[name]) < 1e-4, name
 
 
-def test_a_path_in_torchvisions_format(torchvision_file, image, one_calibration_picture):
+def test_a_path_in_torchvisions_format(torchvision_file, image):
     check_torchvisions_convention(load_uncached(str(torchvision_file), CPU), torchvision_file, image)
 
 
-def test_torchvisions_weights_from_its_cache(torchvision_file, image, one_calibration_picture, monkeypatch):
+def test_torchvisions_weights_from_its_cache(torchvision_file, image, monkeypatch):
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     monkeypatch.setenv("TORCH_HOME", str(torchvision_file.parents[2]))
     check_torchvisions_convention(load_uncached("torchvision", CPU), torchvision_file, image)
@@ -327,14 +306,14 @@ def not_finite(state):
     return {**state, "features.5.bias": torch.full((128,), float("nan"))}
 
 
-def all_zero(state):  # finite, but the activations cannot be scaled to mean 1
+def all_zero(state):
     return {key: torch.zeros_like(value) for key, value in state.items()}
 
 
 @pytest.mark.parametrize(
     "spoil", [other_network, one_layer_short, wrong_shape, flat_first_layer, a_list, not_finite, all_zero]
 )
-def test_weights_that_are_not_vgg19s_are_named(spoil, torchvision_file, tmp_path, refuses, one_calibration_picture):
+def test_weights_that_are_not_vgg19s_are_named(spoil, torchvision_file, tmp_path, refuses):
     path = tmp_path / "weights.pth"
     torch.save(spoil(torch.load(torchvision_file, weights_only=True)), path)
     with refuses(ValueError, str(path)):
@@ -350,13 +329,14 @@ def test_a_damaged_weight_file_is_named(oxford_file, tmp_path, refuses):
             load_vgg19(path, "cpu")
 
 
-def test_padding_means_the_mean_colour(vgg):
-    """A picture of the mean colour gives conv1_1 only its bias, also at the border."""
-    flat = vgg.mean.expand(1, 3, 6, 7)
-    expected = vgg.conv1_1.bias.view(1, 64, 1, 1).expand(1, 64, 6, 7)
-    torch.testing.assert_close(features(vgg, flat, ["conv1_1"])["conv1_1"], expected)
+def test_the_border_is_repeated_and_draws_no_frame(vgg):
+    """A flat picture gives flat maps of conv1_1, and of the mean colour only its bias, also at the border."""
+    flat = features(vgg, torch.full((1, 3, 6, 7), 0.8), ["conv1_1"])["conv1_1"]
+    torch.testing.assert_close(flat, flat[:, :, 2:3, 2:3].expand_as(flat))
+    mean = features(vgg, vgg.mean.expand(1, 3, 6, 7), ["conv1_1"])["conv1_1"]
+    torch.testing.assert_close(mean, vgg.conv1_1.bias.view(1, 64, 1, 1).expand(1, 64, 6, 7))
 
 
-def test_pooling_takes_the_maximum(vgg, scaled_maps):
-    pooled = F.max_pool2d(scaled_maps["relu1_2"], 2)
-    torch.testing.assert_close(scaled_maps["conv2_1"], vgg.conv2_1(pooled))
+def test_pooling_takes_the_maximum(vgg, maps):
+    pooled = F.max_pool2d(maps["relu1_2"], 2)
+    torch.testing.assert_close(maps["conv2_1"], vgg.conv2_1(pooled))

@@ -11,7 +11,7 @@ from nst_engine.preparation import Preparation, Task
 from nst_utils import FIRST_FIVE
 
 CPU = torch.device("cpu")
-MADE = ("cut_network", "maps_of", "grams_of", "find_whitening", "spectral_preconditioner", "first_kernels")
+MADE = ("cut_network", "maps_of", "grams_of", "spectral_preconditioner", "first_kernels")
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def run(prepared, task, shape, evaluations=1000):
 
 @pytest.mark.parametrize("precisions", [("float32",), ("bfloat16", "float32")])
 def test_a_run_makes_nothing_twice(precisions, vgg, picture, made, monkeypatch):
-    """A texture has the most stages: whitened in each precision, then the plain loss; here at two scales."""
+    """Two scales, and at the finer one a stage for each precision."""
     monkeypatch.setattr(preparation, "pick_precisions", lambda *_: precisions)
     task = Task(None, picture(8, 8).repeat_interleave(16, -1).repeat_interleave(16, -2), (), {"conv1_1": 1.0})
     steps = [step for _, step in run(Preparation(vgg, CPU), task, (128, 128))]
@@ -47,8 +47,7 @@ def test_a_run_makes_nothing_twice(precisions, vgg, picture, made, monkeypatch):
     assert made == {
         "cut_network": len(precisions),
         "maps_of": 0,
-        "grams_of": stages,  # the plain last stage has those of the whitened one before
-        "find_whitening": 2,
+        "grams_of": stages,
         "spectral_preconditioner": 2,
         "first_kernels": 1,
     }
@@ -64,7 +63,7 @@ def test_the_next_run_has_what_the_one_before_had(vgg, content, style, made):
         list(prepared.run(task, content, [shape], 1))
         return {name: made[name] - before[name] for name in MADE if made[name] > before[name]}
 
-    assert made_by(task).keys() == set(MADE) - {"find_whitening"}
+    assert made_by(task).keys() == set(MADE)
     assert made_by(task._replace(style_weight=1e6, content_weight=2.0)) == {}
     assert made_by(task._replace(style_layers=dict.fromkeys(FIRST_FIVE, 0.5))) == {}
     assert made_by(task._replace(style=content)) == {"grams_of": 1}
