@@ -173,7 +173,7 @@ def run_cell(task, pair, seed, size, limit, precisions, vgg, repeat):
     weights = (content_layers, style_layers, content_weight, style_weight)
     noise = torch.rand(content.shape, generator=torch.Generator().manual_seed(seed)).to(device)
     judge = nst.make_objective(vgg, content, style, *weights)
-    task = nst.Task(
+    goal = nst.Task(
         content if content_layers else None,
         style if style_layers else None,
         content_layers,
@@ -192,7 +192,7 @@ def run_cell(task, pair, seed, size, limit, precisions, vgg, repeat):
     def ours(precision):
         def recipe(make, start_picture, record):
             nst.optimise(
-                task,
+                goal,
                 (size, size),
                 init=start,
                 seed=seed,
@@ -215,7 +215,7 @@ def run_cell(task, pair, seed, size, limit, precisions, vgg, repeat):
     for name, precision, recipe in runs:
         make = None
         if name != "ours":
-            make = maker(cut_network(vgg, deepest(task.layers), device, precision))
+            make = maker(cut_network(vgg, deepest(goal.layers), device, precision))
             make((size, size))  # warm up, outside the clock
         record = Recorder(limit)
         try:

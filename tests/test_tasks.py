@@ -176,6 +176,29 @@ def test_a_reconstruction_comes_close(settings):
     assert result.history[-1].style == 0 and result.history[-1].total == pytest.approx(result.history[-1].content)
 
 
+def gradients(image):
+    """How much each pixel differs from the next ones, (H - 1, W - 1)."""
+    across, down = image.diff(dim=3).abs()[0, :, :-1], image.diff(dim=2).abs()[0, :, :, :-1]
+    return (across + down).mean(dim=0)
+
+
+@pytest.mark.parametrize("layer", ["conv3_4", "conv4_4"])
+def test_a_deep_layer_gives_a_picture_and_no_coloured_noise(layer, settings):
+    content = load_image(IMAGES / "content" / "kitten_on_fence.jpg", 64, "cpu")
+    result = reconstruct_content(content, layer, evaluations=60, **settings)
+    assert gradients(result.image).mean() < 1.7 * gradients(content).mean()
+    assert difference_numbers(result.image, content).psnr > 14
+
+
+def test_a_transfer_has_no_frame(settings):
+    content = load_image(IMAGES / "content" / "chenonceau.jpg", 96, "cpu")[..., :96].contiguous()
+    style = load_image(IMAGES / "style" / "starry_night.jpg", 96, "cpu")
+    result = transfer_style(content, style, init="content", evaluations=40, **settings)
+    strength, inside = gradients(result.image), gradients(result.image)[3:-3, 3:-3]
+    outside = (strength.sum() - inside.sum()) / (strength.numel() - inside.numel())
+    assert outside < 1.25 * inside.mean()
+
+
 def test_a_texture_takes_a_shape_of_its_own(settings, style):
     result = synthesize_texture(style, shape=(33, 47), **QUICK, **settings)
     assert result.image.shape == (1, 3, 33, 47)
