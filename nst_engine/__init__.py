@@ -6,8 +6,7 @@ network.py         VGG-19 with these weights; the feature maps of a picture
 pictures.py        load, save, resize and compare pictures; the device they are on
 checks.py          what is refused, in one sentence
 losses.py          Gram sums, squared differences, and the losses made of them: the fast forms
-whitening.py       a metric in which a texture's Gram errors fall evenly
-prior.py           what is known of pictures beforehand: preconditioner, noise
+prior.py           what natural pictures have in common: preconditioner, noise to start from
 evaluation.py      loss and gradient of an objective: precision, CUDA graph, memory
 optimiser.py       projected L-BFGS
 stopping.py        when a run ends, and which of its pictures is shown
