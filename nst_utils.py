@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from tqdm.auto import tqdm
 
-from nst_engine.checks import check_evaluations, check_picture, check_shape, check_start, check_task
+from nst_engine.checks import as_layers, as_picture, as_shape, as_start, as_task, as_whole, check_feature_map
 from nst_engine.coarse_to_fine import Step
 from nst_engine.figures import display_figure, plot_losses, show_difference, show_images
 from nst_engine.layers import CONVOLUTIONS, FIRST_FIVE, RELUS, layer_name
@@ -34,6 +34,7 @@ from nst_engine.pictures import (
     to_pil,
 )
 from nst_engine.preparation import Preparation, Task
+from nst_engine.stopping import note_interrupt, refuse_after_interrupt
 
 __all__ = [
     "IMAGES",
@@ -56,7 +57,8 @@ __all__ = [
     "style_loss",
     "make_objective",
     "Task",
-    "check_task",
+    "as_task",
+    "as_whole",
     "Preparation",
     "Step",
     "Result",
@@ -76,8 +78,10 @@ __all__ = [
 def gram_matrix(feature_map):
     """Gram matrix of a feature map (1, C, h, w): (C, C), `F F^T / (C h w)` with F the (C, h w) rows.
 
-    Which channels are active together, averaged over positions ([texture], equation 1, there a sum).
+    Which channels are active together, averaged over positions ([texture], equation 1, there a sum). Raises ValueError
+    for anything but one picture's map.
     """
+    check_feature_map(feature_map)
     rows = feature_map[0].flatten(1)
     return rows @ rows.T / rows.numel()
 
@@ -159,17 +163,15 @@ def optimise(
     `load_vgg19`, which is the default. precision: "float32" or "bfloat16"; by default bfloat16 where that is fast,
     then float32 for the end. progress: show a bar. callback(image, step): called after each evaluation with the best
     picture so far of its scale and precision, and the `Step`. An interrupt (the notebook's stop button) ends the run
-    and returns that picture. Returns a `Result`; raises ValueError for bad input.
+    and returns that picture; no further run of the same cell begins. Returns a `Result`. Raises ValueError for bad
+    input, and for a size that the device has no memory for.
     """
-    check_shape(shape)
-    check_task(task)
-    check_start(init, seed, ("noise",) if task.content is None else ("noise", "content"))
-    check_evaluations(evaluations)
-    if isinstance(init, str):
-        init = task.content if init == "content" else None
+    refuse_after_interrupt()
+    shape, task, evaluations = as_shape(shape), as_task(task), as_whole(evaluations, "evaluations")
+    init, seed = as_start(init, seed, task)
     device = (task.style if task.content is None else task.content).device
     preparation = Preparation(vgg or load_vgg19(device=device), device, precision)
-    image, scales = preparation.start(task, tuple(shape), init, seed, coarse_to_fine)
+    image, scales = preparation.start(task, shape, init, seed, coarse_to_fine)
     run = preparation.run(task, image, scales, evaluations)
     history, start = [], time.perf_counter()
     silent = not progress or "TQDM_DISABLE" in os.environ  # which tqdm's bar for notebooks passes by
@@ -181,16 +183,13 @@ def optimise(
                 if callback:
                     callback(image, step)
         except KeyboardInterrupt:
-            pass  # the present picture is the answer
+            if not history:
+                raise
+            note_interrupt()  # the present picture is the answer
     return Result(resize(image, shape).detach().clone(), history, len(history), time.perf_counter() - start)
 
 
 # --- The three tasks -----------------------------------------------------------------------------
-
-
-def as_tuple(layers):
-    """A layer's name or several -> several."""
-    return (layers,) if isinstance(layers, str) else tuple(layers)
 
 
 def reconstruct_content(content, layers="conv1_2", **options):
@@ -198,8 +197,8 @@ def reconstruct_content(content, layers="conv1_2", **options):
 
     content: (1, 3, H, W) in [0, 1]; the result has its size. options: those of `optimise`. Returns a `Result`.
     """
-    check_picture(content, "content")
-    task = Task(content, None, as_tuple(layers), {}, content_weight=1.0, style_weight=0.0)
+    content = as_picture(content, "content")
+    task = Task(content, None, as_layers(layers), {}, content_weight=1.0, style_weight=0.0)
     return optimise(task, content.shape[-2:], **options)
 
 
@@ -209,8 +208,8 @@ def synthesize_texture(style, layers=FIRST_FIVE, *, shape=None, **options):
     style: (1, 3, H, W) in [0, 1]; shape: (H, W) of the result, by default the style's. options: those of
     `optimise`. Returns a `Result`. `history`'s total is 1e4 * style loss, as in a transfer.
     """
-    check_picture(style, "style")
-    task = Task(None, style, (), dict.fromkeys(as_tuple(layers), 1.0), content_weight=0.0, style_weight=1e4)
+    style = as_picture(style, "style")
+    task = Task(None, style, (), dict.fromkeys(as_layers(layers), 1.0), content_weight=0.0, style_weight=1e4)
     return optimise(task, style.shape[-2:] if shape is None else shape, **options)
 
 
@@ -228,8 +227,7 @@ def transfer_style(
     content, style: (1, 3, H, W) in [0, 1], of any two sizes; the result has the content's. options: those of
     `optimise`, such as init="noise" or "content", seed, evaluations. Returns a `Result`.
     """
-    check_picture(content, "content")
-    check_picture(style, "style")
-    style_layers = dict.fromkeys(as_tuple(style_layers), 1.0)
-    task = Task(content, style, as_tuple(content_layers), style_layers, content_weight, style_weight)
+    content, style = as_picture(content, "content"), as_picture(style, "style")
+    style_layers = dict.fromkeys(as_layers(style_layers), 1.0)
+    task = Task(content, style, as_layers(content_layers), style_layers, content_weight, style_weight)
     return optimise(task, content.shape[-2:], **options)

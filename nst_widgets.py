@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import math
+import re
 import tempfile
 import time
 from collections import deque
@@ -54,6 +55,7 @@ class Painter:
         self.preparation = nst.Preparation(vgg, vgg.mean.device)
         self.load = functools.lru_cache(maxsize=2)(nst.load_image)  # the content and the style
         self.settings = self.run = None
+        self.layers = ()  # of the style, in the present run
         self.image = self.first = None  # the present picture, and the one that the run began with
         self.start = None  # (kind, seed) of that beginning
         self.scales = []  # still to go through, the present one first
@@ -69,19 +71,22 @@ class Painter:
             self.run = None  # stays so if the settings are refused
             self.run = self.new_run(settings, start)
             self.settings = settings
+        run, self.run = self.run, None  # so that after an error the next step begins another
         try:
-            self.image, step = next(self.run)
+            self.image, step = next(run)
         except StopIteration:
-            self.run = None
             return None
+        self.run = run
         self.history.append(step)
         self.curves.append((step.total, settings.content_weight * step.content, settings.style_weight * step.style))
         return step
 
     def new_run(self, settings, start):
         """The run that these settings ask for, from `start` or from the present picture."""
-        task = self.task(settings)
-        nst.check_task(task)
+        if start:
+            self.layers = ()
+        task = nst.as_task(self.task(settings))
+        self.layers = tuple(task.style_layers)
         shape = tuple((task.style if task.content is None else task.content).shape[-2:])
         if start or self.image is None:
             self.begin(task, shape, start or ("noise", 0))
@@ -108,7 +113,9 @@ class Painter:
             for path in (settings.content, settings.style)
         )
         content_layers = () if content is None else (settings.content_layer,)
-        style_layers = {} if style is None else dict(settings.layer_weights)
+        # A layer whose weight has become 0 stays until the next start: another set of layers is prepared anew.
+        weights = {} if style is None else dict(settings.layer_weights)
+        style_layers = {name: weights.get(name, 0.0) for name in (*self.layers, *weights) if weights}
         return nst.Task(content, style, content_layers, style_layers, settings.content_weight, settings.style_weight)
 
 
@@ -175,6 +182,7 @@ class Studio:
     """
 
     def __init__(self, content, style, size, painter):
+        before = set(widgets.widget._instances)
         self.loop = asyncio.get_running_loop()
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="style-studio")
         self.painter = painter
@@ -184,6 +192,7 @@ class Studio:
         self.single, self.restarting, self.presses = False, False, 0  # what the last button asked for
         self.moments, self.last_chart = deque(maxlen=20), -math.inf
         self.build(content, style, size)
+        self.widgets = [widgets.widget._instances[key] for key in widgets.widget._instances.keys() - before]
         self.tell()
 
     # Controls
@@ -363,23 +372,27 @@ class Studio:
         self.tell(note=f"saved {path}")
 
     def close(self):
-        """Stop and take the panel away; no thread and no task stays behind."""
+        """Stop and take the panel away; no thread, task, widget or picture stays behind."""
         self.tell("closed")
         self.worker.shutdown(wait=False)
         self.uploads.cleanup()
-        self.view.close()
+        self.painter = self.shown = self.snapshot = None
+        for widget in self.widgets:
+            widget.close()
 
     def take_upload(self, kind):
+        """Offer the uploaded pictures, each in a folder of its own, and choose the last."""
         for file in self.uploaders[kind].value:
-            path = Path(self.uploads.name) / Path(file["name"]).name
+            name = re.sub(r"[^\w.-]+", " ", Path(file["name"]).name).strip(" .")[-60:] or "picture"
+            path = Path(tempfile.mkdtemp(dir=self.uploads.name)) / name
             path.write_bytes(file["content"])
             try:
                 nst.load_image(path, 32, "cpu")
             except ValueError as error:
-                self.tell(note=str(error))
+                self.tell(note=str(error).replace(str(path), file["name"]))
                 continue
             control = self.choices[kind]
-            control.options = [*(option for option in control.options if option[1] != path), (path.stem, path)]
+            control.options = list((dict(control.options) | {path.stem: path}).items())
             control.value = path
 
     def draw_input(self, kind):
@@ -536,10 +549,15 @@ def style_studio(content=None, style=None, size=256, vgg=None):
     """
     if content is None and style is None:
         raise ValueError("content and style are both None: give the path of at least one picture")
+    size = nst.as_whole(size, "size", " of pixels")
     content, style = (None if path is None else Path(path) for path in (content, style))
     for path in (content, style):
         if path:
             nst.load_image(path, 32, "cpu")
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError as error:
+        raise ValueError("no event loop runs here: call style_studio in a cell of a notebook") from error
     while _open:
         _open.pop().close()
     _open.append(Studio(content, style, size, Painter(vgg or nst.load_vgg19())))

@@ -1,12 +1,18 @@
-"""What is refused, each in one sentence that names the value and what is allowed."""
+"""The doors: what comes in is brought to one form, or refused in one sentence with the value and what is allowed."""
 
 import math
+import numbers
+import operator
 
 import torch
 
+from .layers import as_names, layer_name
 
-def check_picture(image, name):
-    """Raise ValueError unless `image` is a picture: (1, 3, H, W), floating point, values in [0, 1]."""
+LARGEST_WEIGHT = 1e12  # squares of the gradient must stay within float32
+
+
+def as_picture(image, name):
+    """`image` in float32. Raise ValueError unless it is a picture: (1, 3, H, W), floating point, values in [0, 1]."""
     if not (
         torch.is_tensor(image)
         and image.dim() == 4
@@ -18,40 +24,92 @@ def check_picture(image, name):
         raise ValueError(f"{name} is {found}: a picture is a float tensor (1, 3, H, W), as load_image gives it")
     if not ((image >= 0) & (image <= 1)).all():
         raise ValueError(f"{name} has values outside [0, 1] or not finite: a picture holds RGB in [0, 1]")
+    return image.float()
 
 
-def check_shape(shape):
-    if not (isinstance(shape, (tuple, list)) and len(shape) == 2) or not all(
-        isinstance(side, int) and side > 0 for side in shape
-    ):
-        raise ValueError(f"shape is {shape!r}: it must be (height, width), whole numbers of pixels, 1 or more")
+def check_feature_map(feature_map):
+    """Raise ValueError unless it is a feature map of one picture: (1, C, h, w)."""
+    if feature_map.dim() != 4 or len(feature_map) != 1:
+        raise ValueError(f"the feature map is {tuple(feature_map.shape)}: one picture's is (1, C, h, w)")
 
 
-def check_task(task):
-    """Raise ValueError unless a `Task` has something to match."""
-    for name in ("content_weight", "style_weight"):
-        weight = getattr(task, name)
-        if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
-            raise ValueError(f"{name} is {weight!r}: it must be a finite number, 0 or more")
-    if not task.layers:
+def as_whole(value, name, unit=""):
+    """A whole number, 1 or more, of whatever library -> int."""
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"{name} is {value!r}: it must be a whole number{unit}, 1 or more")
+    return number
+
+
+def as_shape(shape):
+    try:
+        height, width = shape
+        return as_whole(height, "height"), as_whole(width, "width")
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"shape is {shape!r}: it must be (height, width), whole numbers of pixels, 1 or more"
+        ) from error
+
+
+def as_weight(value, name):
+    """A number of whatever library, 0 to 1e12 -> float."""
+    scalar = isinstance(value, numbers.Real) or (torch.is_tensor(value) and value.dim() == 0 and value.isreal())
+    number = float(value) if scalar else math.nan
+    if not 0 <= number <= LARGEST_WEIGHT:
+        raise ValueError(f"{name} is {value!r}: it must be a finite number, 0 or more and at most {LARGEST_WEIGHT:.0e}")
+    return number
+
+
+def as_layers(layers):
+    """A layer's name or several -> several. Raises ValueError for unknown names and for a layer that is named twice."""
+    layers = as_names(layers)
+    papers_names = [layer_name(name) for name in layers]
+    for name in papers_names:
+        if papers_names.count(name) > 1:
+            raise ValueError(f"layers are {layers!r}: {name} is among them twice, and each may be named once")
+    return layers
+
+
+def as_task(task):
+    """The `Task` with float32 pictures, and numbers as weights. Raises ValueError if it has nothing to match."""
+    given = {name: getattr(task, name) for name in ("content", "style") if getattr(task, name) is not None}
+    pictures = {name: as_picture(image, name) for name, image in given.items()}
+    devices = {str(image.device) for image in pictures.values()}
+    if len(devices) > 1:
+        raise ValueError(
+            f"content is on {task.content.device} and style on {task.style.device}: bring both to one device"
+        )
+    style_layers = {
+        name: as_weight(task.style_layers[name], f"weight of {name}") for name in as_layers(task.style_layers)
+    }
+    checked = task._replace(
+        **pictures,
+        content_layers=as_layers(task.content_layers),
+        style_layers=style_layers,
+        content_weight=as_weight(task.content_weight, "content_weight"),
+        style_weight=as_weight(task.style_weight, "style_weight"),
+    )
+    if not checked.layers:
         raise ValueError("no layers given: name at least one, such as 'conv1_2'")
-    if not (task.content_layers and task.content_weight or task.style_layers and task.style_weight):
+    if not (task.content_layers and checked.content_weight or any(style_layers.values()) and checked.style_weight):
         raise ValueError(
             f"content_weight is {task.content_weight} and style_weight {task.style_weight}, and every layer named has "
             "weight 0: give one that has layers a weight above 0"
         )
+    return checked
 
 
-def check_start(init, seed, starts):
-    """Raise ValueError unless `init` is a picture or one of the names `starts`, and `seed` a whole number."""
-    if not isinstance(init, str):
-        check_picture(init, "init")
-    elif init not in starts:
+def as_start(init, seed, task):
+    """(picture to start from, or None for noise; the noise's seed) of the options `init` and `seed`."""
+    starts = {"noise": None} if task.content is None else {"noise": None, "content": task.content}
+    if isinstance(init, str) and init not in starts:
         raise ValueError(f"unknown init {init!r}: use {' or '.join(map(repr, starts))} or a picture to start from")
-    if not isinstance(seed, int):
-        raise ValueError(f"seed is {seed!r}: it must be a whole number")
-
-
-def check_evaluations(evaluations):
-    if not isinstance(evaluations, int) or evaluations < 1:
-        raise ValueError(f"evaluations is {evaluations!r}: it must be a whole number, 1 or more")
+    try:
+        seed = operator.index(seed)
+        torch.Generator().manual_seed(seed)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"seed is {seed!r}: it must be a whole number of at most 64 bits") from error
+    return (starts[init] if isinstance(init, str) else as_picture(init, "init")), seed

@@ -4,7 +4,7 @@ import itertools
 import math
 from typing import NamedTuple
 
-from .evaluation import ROUNDING, loss_and_gradient
+from .evaluation import ROUNDING
 from .optimiser import InverseCurvature, projected_lbfgs
 from .pictures import resize
 from .stopping import COARSE, COARSE_END, FINE, ROUGH, best_so_far, until_slow
@@ -44,12 +44,13 @@ def plan_stages(precisions, evaluations):
     return [*stages[:-1], stages[-1]._replace(tolerance=FINE)]
 
 
-def descend(image, scales, precisions, objective_at, precondition_at, evaluations):
+def descend(image, scales, precisions, evaluate_at, precondition_at, evaluations):
     """Yield (picture, `Step`) after each evaluation, of which there are `evaluations` at most.
 
     image: of the first scale's shape; the pictures have the shape of their scale. precisions: of the full size, in
-    order; a coarse scale has the first. objective_at(shape, precision) -> `Objective` and precondition_at(shape) ->
-    function of flat gradients make what a stage needs when it begins.
+    order; a coarse scale has the first. evaluate_at(shape, precision) -> function of flat pictures, as
+    `projected_lbfgs` takes it, and precondition_at(shape) -> function of flat gradients make what a stage needs when it
+    begins.
     """
     full_size = plan_stages(precisions, evaluations)
     coarse = Stage(precisions[0], COARSE, COARSE_END, evaluations // (len(scales) + 1))
@@ -60,15 +61,14 @@ def descend(image, scales, precisions, objective_at, precondition_at, evaluation
             count = min(stage.limit, evaluations)
             if not count:
                 continue
-            run = work(image, scale, stage, curvature, objective_at(scale, stage.precision))
+            run = work(image, scale, stage, curvature, evaluate_at(scale, stage.precision))
             for image, step in itertools.islice(run, count):
                 evaluations -= 1
                 yield image, step
 
 
-def work(image, scale, stage, curvature, objective):
+def work(image, scale, stage, curvature, evaluate):
     """One stage: yield (best picture so far, its `Step`) after each evaluation until progress is slow."""
-    evaluate = loss_and_gradient(objective, image)
     run = projected_lbfgs(evaluate, image.flatten(), curvature, ROUNDING[stage.precision])
     steps = ((x.view_as(image), Step(scale, stage.precision, *losses)) for x, losses in run)
     return until_slow(best_so_far(steps), stage.tolerance, stage.end)

@@ -1,7 +1,8 @@
-"""Loss and gradient of an objective: in which precision, as a CUDA graph, in memory that is kept."""
+"""Loss and gradient of an objective: in which precision, and on NVIDIA's GPUs as a CUDA graph."""
 
-import ctypes
-import sys
+import functools
+import threading
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ class Objective(NamedTuple):
     """What to minimise, as two functions."""
 
     statistics: Callable  # of a picture (1, 3, H, W): sums over its positions
-    loss: Callable  # of these sums: a 1-D tensor of losses, of which the first is minimised
+    loss: Callable  # of these sums and a tensor of weights: a 1-D tensor of losses, of which the first is minimised
 
 
 def pick_precisions(device, precision=None):
@@ -35,65 +36,90 @@ def pick_precisions(device, precision=None):
     return ("bfloat16", "float32") if fast else ("float32",)
 
 
-def keep_freed_memory():
-    """Have the C library keep what an evaluation frees for the next one, up to 2 GiB (glibc, so Linux alone).
+def loss_and_gradient(objective, image, count):
+    """Return the function: flat picture (3 H W,), weights -> (list of losses, flat gradient of the first).
 
-    Feature maps are freed and asked for again all the time. Given back to the system, each of their pages is cleared
-    when it returns, which took a third of an evaluation at 512 pixels. Other threads than the main one, the panel's
-    among them, have small heaps of their own and gain little.
-    """
-    if sys.platform == "linux":
-        mallopt = ctypes.CDLL(None).mallopt
-        # M_MMAP_THRESHOLD: from here on a block is the system's and goes back to it. Before version 2.35 refused.
-        if mallopt(-3, 2**30):
-            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: more than this, free at the end of the heap, goes back
-
-
-def loss_and_gradient(objective, image):
-    """Return the function: flat picture (3 H W,) -> (list of losses, flat gradient of the first).
-
-    objective: an `Objective`. Only pictures of `image`'s shape and device fit.
+    objective: an `Objective`. Only pictures of `image`'s shape and device fit, and tensors of `count` weights. Both are
+    copied to where a captured evaluation reads them, so that another weight is no other evaluation.
     """
     picture = image.detach().clone().requires_grad_()
+    present = picture.new_ones(count).detach()
 
     def run():
         with torch.enable_grad():
-            losses = objective.loss(objective.statistics(picture))
+            losses = objective.loss(objective.statistics(picture), present)
         (gradient,) = torch.autograd.grad(losses[0], picture)
         return losses.detach(), gradient
 
     replay = capture(run, image.device)
 
-    def evaluate(x):
+    def evaluate(x, weights):
         with torch.no_grad():
             picture.copy_(x.view_as(picture))
+            present.copy_(weights)
         losses, gradient = replay()
         return losses.tolist(), gradient.flatten().clone()  # a replay writes over its outputs
 
     return evaluate
 
 
+_capturing = threading.Lock()  # the panel's thread and another cell may both want to
+
+
+@functools.cache
+def _stream(device):
+    """The stream to capture on: torch's default belongs to whichever device was the first."""
+    return torch.cuda.Stream(device)
+
+
 def capture(run, device):
     """Return a function that repeats `run`, whose inputs stay where they are in memory.
 
     On a CUDA device the kernels of one run are kept as a CUDA graph and replayed: starting some two hundred of them
-    one by one takes the host longer than they take. Elsewhere `run` itself is returned.
+    one by one takes the host longer than they take. Where that fails, or the first replay is not what `run` gives, a
+    warning says so; then, and on other devices, `run` itself is returned.
     """
     if device.type != "cuda":
         return run
-    with torch.cuda.device(device):
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(2):  # libraries choose algorithms and take their workspaces, which must not be captured
-                run()
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            outputs = run()
+    try:
+        with _capturing, torch.cuda.device(device):
+            graph, outputs, expected = _record(run, _stream(device))
+            graph.replay()
+            gap = max(_relative_gap(found, value) for found, value in zip(outputs, expected))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        trouble = str(error).splitlines()[0]
+    else:
+        trouble = "" if gap <= 1e-3 else f"the first replay differs by {gap:.1e} of what it repeats"
+    if trouble:
+        warnings.warn(
+            f"evaluations on {device} are not captured as a CUDA graph and take longer: {trouble}", stacklevel=2
+        )
+        return run
 
     def replay():
         graph.replay()
         return outputs
 
+    replay.reads = run  # the graph reads its targets where they are: they must live as long as it does
     return replay
+
+
+def _record(run, stream):
+    """(graph, its outputs, what an eager run gave)."""
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # libraries choose algorithms and take their workspaces, which must not be captured
+            expected = [value.clone() for value in run()]
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        outputs = run()
+    return graph, outputs, expected
+
+
+def _relative_gap(found, value):
+    """The largest difference as a share of the largest value; infinite where something is not finite."""
+    gap = ((found - value).abs().max() / value.abs().max().clamp(min=1e-30)).item()
+    return gap if gap == gap else float("inf")

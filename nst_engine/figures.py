@@ -14,8 +14,13 @@ def show_images(images, titles=None, columns=None, title=None, width=2.6):
 
     columns: by default one row; width: of a panel, in inches. None in `images` leaves that place empty.
     """
-    images, columns = list(images), columns or len(images)
+    images = list(images)
     titles = list(titles or [""] * len(images))
+    if not any(image is not None for image in images) or len(titles) != len(images):
+        raise ValueError(
+            f"there are {len(images)} pictures and {len(titles)} titles: give a picture or more, and each a title"
+        )
+    columns = columns or len(images)
     heights = []  # of the rows in inches: the tallest picture, and room for the title's lines
     for k in range(0, len(images), columns):
         shapes = [image.shape[-2:] for image in images[k : k + columns] if image is not None]

@@ -1,5 +1,7 @@
 """The names of VGG-19's layers [VGG]: conv1_1, relu1_1, conv1_2, ..., relu5_4, as the papers have them."""
 
+from collections.abc import Iterable
+
 CONVOLUTIONS = tuple(f"conv{block}_{i}" for block, n in enumerate((2, 2, 4, 4, 4), 1) for i in range(1, n + 1))
 RELUS = tuple(name.replace("conv", "relu") for name in CONVOLUTIONS)
 LAYERS = tuple(name for pair in zip(CONVOLUTIONS, RELUS) for name in pair)  # in the network's order
@@ -15,6 +17,11 @@ def layer_name(name):
     if name not in LAYERS and name not in counted:
         raise ValueError(f"unknown layer {name!r}: use conv1_1 ... conv5_4, relu1_1 ... relu5_4 or conv_1 ... conv_16")
     return counted.get(name, name)
+
+
+def as_names(layers):
+    """A layer's name or several -> several."""
+    return tuple(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else (layers,)
 
 
 def block(name):

@@ -62,16 +62,18 @@ def gram_matrices(maps):
     return {name: gram / maps[name].numel() for name, gram in measure(maps, {}, maps).grams.items()}
 
 
-def weigh(statistics, sizes, style_targets, style_layers, content_weight, style_weight):
+def weigh(statistics, sizes, style_targets, weights):
     """(total, content loss, style loss), a tensor of three numbers, from a picture's `Statistics`.
 
-    sizes: {layer: C h w}; style_targets: {layer: Gram matrix (C, C) to reach}; style_layers: {layer: its weight}, the
-    paper's w_l. The total is content_weight * content loss + style_weight * style loss.
+    sizes: {layer: C h w}; style_targets: {layer: Gram matrix (C, C) to reach}; weights: a tensor of the content weight,
+    the style weight and one weight for each style layer, the paper's w_l. The total is content_weight * content loss +
+    style_weight * style loss.
     """
+    content_weight, style_weight, *layer_weights = weights
     errors = {name: gram / sizes[name] - style_targets[name] for name, gram in statistics.grams.items()}
     zero = next(iter((statistics.squares | errors).values())).new_zeros(())  # for a loss without layers
     content = sum((square / sizes[name] for name, square in statistics.squares.items()), zero)
-    style = sum((style_layers[name] * mean_square(error) for name, error in errors.items()), zero)
+    style = sum((weight * mean_square(error) for weight, error in zip(layer_weights, errors.values())), zero)
     return torch.stack([content_weight * content + style_weight * style, content.detach(), style.detach()])
 
 

@@ -3,13 +3,14 @@
 import copy
 import functools
 from collections import OrderedDict
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.models.vgg import cfgs, make_layers
 
-from .layers import layer_name, stride
+from .layers import as_names, layer_name, stride
 from .pictures import pick_device
 from .weights import convolutions_of, read_weights
 
@@ -21,12 +22,18 @@ def load_vgg19(weights="oxford", device=None):
     or the path of a weight file in either format. The network is an nn.Sequential of conv1_1, relu1_1,
     ..., pool5 with a buffer `mean`, the colour to subtract from a picture; `features` does that.
     Raises FileNotFoundError if the weights cannot be had, ValueError if they are not VGG-19's.
+    On NVIDIA's GPUs float32 is what it says from then on, and not TF32, which has the precision of float16.
     """
-    return _load_vgg19(str(weights), pick_device(device))
+    device = pick_device(device)
+    if device.type == "cuda":
+        torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "ieee"
+    path = Path(weights)
+    written = path.stat().st_mtime_ns if path.is_file() else None  # a file that has changed is read again
+    return _load_vgg19(str(weights), device, written)
 
 
-@functools.cache
-def _load_vgg19(weights, device):
+@functools.lru_cache(maxsize=4)
+def _load_vgg19(weights, device, written=None):
     state = read_weights(weights)
     try:
         vgg = build_vgg19(*convolutions_of(state))
@@ -68,20 +75,28 @@ def build_vgg19(convolutions, mean):
 
 
 def cut_network(vgg, last, device, precision):
-    """A copy of `vgg` that ends with the layer `last`, on `device`, in "float32" or "bfloat16", channels-last."""
+    """A copy of `vgg` that ends with the layer `last`, on `device`, in "float32" or "bfloat16".
+
+    In memory by pixels ("channels last"), which is the faster way but on Apple's GPUs.
+    """
+    layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
     names = [name for name, _ in vgg.named_children()]
     names = names[: 1 + names.index(layer_name(last))]
     network = nn.Sequential(OrderedDict((name, vgg.get_submodule(name)) for name in names))
-    network = copy.deepcopy(network).to(device, getattr(torch, precision), memory_format=torch.channels_last)
+    network = copy.deepcopy(network).to(device, getattr(torch, precision), memory_format=layout)
     network.register_buffer("mean", vgg.mean.to(device))
     return network
 
 
 def features(vgg, image, layers):
-    """Feature maps of a picture at `layers`: {name as given: (1, C, h, w)}; conv* before, relu* after ReLU.
+    """Feature maps of a picture at `layers`, a name or several: {name as given: (1, C, h, w)}.
 
-    Block b sees the picture halved b - 1 times, so a side shorter than 2^(b-1) pixels is a ValueError.
+    conv* are before, relu* after ReLU. Block b sees the picture halved b - 1 times, so a side shorter than 2^(b-1)
+    pixels is a ValueError, as is a picture on another device than the network.
     """
+    layers = as_names(layers)
+    if image.device != vgg.mean.device:
+        raise ValueError(f"the picture is on {image.device} and the network on {vgg.mean.device}: bring both to one")
     papers_names = [layer_name(name) for name in layers]
     height, width = image.shape[-2:]
     for name in papers_names:
@@ -107,6 +122,20 @@ def map_size(vgg, name, shape):
     """C h w, how many values the feature map of a layer has for a picture of `shape` (H, W)."""
     convolution = vgg.get_submodule(layer_name(name).replace("relu", "conv"))
     return convolution.out_channels * (shape[0] // stride(name)) * (shape[1] // stride(name))
+
+
+def memory_per_pixel(network):
+    """About how many bytes of memory an evaluation takes for each pixel of the picture, forward and back.
+
+    The outputs of convolutions and ReLUs, and as much again and a fifth for gradients, targets and curvature: measured
+    for the first five convolutions between 256 and 1024 pixels.
+    """
+    values = sum(
+        2 * module.out_channels / stride(name) ** 2
+        for name, module in network.named_children()
+        if isinstance(module, nn.Conv2d)
+    )
+    return 2.2 * values * network.conv1_1.weight.element_size()
 
 
 def first_kernels(vgg):

@@ -4,6 +4,8 @@
 [two-metric] Bertsekas 1982, Projected Newton Methods for Problems with Simple Constraints
 """
 
+import math
+
 import numpy as np
 import torch
 
@@ -49,7 +51,7 @@ class InverseCurvature:
         v = np.linalg.solve(r.T, np.diag(r) * u + gamma * (yy @ u - q))
         weights = np.zeros((2, self.memory))
         weights[:, used] = v, -gamma * u
-        return gamma * start + torch.as_tensor(weights.ravel(), dtype=vector.dtype, device=vector.device) @ self.pairs
+        return gamma * start + torch.from_numpy(weights.ravel()).to(vector.dtype).to(vector.device) @ self.pairs
 
 
 def projected_lbfgs(evaluate, x, curvature, rounding=0.0):
@@ -59,9 +61,11 @@ def projected_lbfgs(evaluate, x, curvature, rounding=0.0):
     which learns on the way. Pixels at 0 or 1 that the gradient pushes outward stay out of the step and the rest is
     clamped ([two-metric]), so that every picture evaluated is one that can be displayed. A step that does not lower
     the loss is halved: the losses never rise, except by the share `rounding`, for a loss that is not known better than
-    that. Ends when no step lowers them.
+    that. Ends when no step lowers them. Raises ValueError if the first loss is not finite.
     """
     losses, gradient = evaluate(x)
+    if not math.isfinite(losses[0]):
+        raise ValueError(f"the loss of the first picture is {losses[0]}: use smaller weights")
     yield x, losses
     while True:
         free = ~(((x <= 0) & (gradient > 0)) | ((x >= 1) & (gradient < 0)))

@@ -1,13 +1,17 @@
 """Pictures: float32 tensors of shape (1, 3, H, W), RGB, with values in [0, 1]."""
 
+import io
 import math
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
+
+from .checks import as_whole
 
 IMAGES = Path(__file__).resolve().parent.parent / "images"
 
@@ -15,46 +19,81 @@ IMAGES = Path(__file__).resolve().parent.parent / "images"
 def pick_device(device=None):
     """Return `device` as a torch.device; by default the best here: CUDA, then Apple's MPS, then CPU.
 
-    Raises ValueError for a device that this machine lacks.
+    "cuda" becomes "cuda:0", so that a device has one name. A GPU that the installed torch cannot run is passed over
+    with a warning. Raises ValueError for a device that this machine lacks.
     """
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     here = [kind for kind, available in present.items() if available]
-    if device is None:
-        return torch.device(here[0])
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, TypeError, ImportError) as error:
-        raise ValueError(f"unknown device {device!r}: this machine has {', '.join(here)}") from error
-    if chosen.type not in here:
-        raise ValueError(f"unknown device {device!r}: this machine has {', '.join(here)}")
-    return chosen
+    for wanted in here if device is None else [device]:
+        try:
+            chosen = torch.device(wanted)
+            torch.zeros(1, device=chosen).add(1).item()  # a GPU may be there, and this torch have no code for it
+            if chosen.type not in here:
+                raise ValueError
+        except (RuntimeError, AssertionError, TypeError, ImportError, ValueError) as error:
+            if device is not None:
+                raise ValueError(f"unknown device {device!r}: this machine has {', '.join(here)}") from error
+            warnings.warn(f"the installed torch cannot use {wanted!r}, which is passed over", stacklevel=2)
+        else:
+            return torch.device("cuda", torch.cuda.current_device()) if str(chosen) == "cuda" else chosen
+
+
+# What cameras, phones, browsers and paint programs write. Pillow knows more, some by starting other programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "PPM", "JPEG2000")
 
 
 def load_image(path, size=256, device=None):
     """Read a picture file as float32 (1, 3, H, W), RGB in [0, 1], its shorter side `size` pixels.
 
-    Camera rotation (EXIF) is applied, every colour mode becomes RGB, transparency is laid over white.
-    Raises FileNotFoundError if there is no such file, ValueError if it is no picture.
+    Camera rotation (EXIF) is applied, every colour mode becomes RGB, colours with a profile become sRGB, transparency
+    is laid over white. Raises FileNotFoundError if there is no such file, ValueError if it is no picture or too large.
     """
-    path, device = Path(path), pick_device(device)
+    path, device, size = Path(path), pick_device(device), as_whole(size, "size", " of pixels")
     if not path.is_file():
         raise FileNotFoundError(f"no picture at {str(path)!r}: give the path of an image file")
-    if type(size) is not int or size < 1:
-        raise ValueError(f"size is {size!r}: it must be a whole number of pixels, 1 or more")
     try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip instead of scale
-                picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
-            picture = picture.convert("RGBA")
+        with Image.open(path, formats=FORMATS) as file:
+            picture = to_srgb(to_8_bits(ImageOps.exif_transpose(file)))
     except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
         raise ValueError(f"{str(path)!r} is not a picture that can be read: use a JPEG or PNG file") from error
-    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     scale = size / min(picture.size)
     sides = [max(size, round(side * scale)) for side in picture.size]
+    if math.prod(sides) > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{str(path)!r} would be {sides[0]} x {sides[1]} pixels at size {size}: that is too large")
+    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     pixels = np.array(picture.resize(sides, Image.Resampling.LANCZOS))
     return (torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255).to(device)
+
+
+def to_8_bits(picture):
+    """A picture whose values Pillow would clip, scaled: of 16 bits, or of floating point in [0, 1]."""
+    if picture.mode[0] not in "IF":
+        return picture
+    values = np.asarray(picture).astype(np.float64)
+    if picture.mode != "F":
+        values = values // 257
+    elif values.max() <= 1:
+        values = np.round(values * 255)
+    if not (values.min() >= 0 and values.max() <= 255):
+        raise ValueError("neither of 8 or 16 bits nor of floating point in [0, 1]")
+    return Image.fromarray(values.astype(np.uint8))
+
+
+def to_srgb(picture):
+    """Any colour mode -> RGBA in sRGB, by the picture's own colour profile if it has one."""
+    rgba = picture.convert("RGBA")
+    profile = picture.info.get("icc_profile")
+    if profile:
+        colours = picture if picture.mode in ("L", "CMYK") else picture.convert("RGB")
+        try:
+            profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            colours = ImageCms.profileToProfile(colours, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        except (OSError, ImageCms.PyCMSError):
+            warnings.warn("the picture's colour profile is damaged or of other colours: it is left aside", stacklevel=4)
+        else:
+            colours.putalpha(rgba.getchannel("A"))
+            rgba = colours
+    return rgba
 
 
 def to_pil(image):

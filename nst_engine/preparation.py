@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 
 from .coarse_to_fine import descend, plan_scales
-from .evaluation import Objective, keep_freed_memory, pick_precisions
+from .evaluation import Objective, loss_and_gradient, pick_precisions
 from .layers import block, deepest, stride
 from .losses import gram_matrices, measure, weigh
-from .network import cut_network, features, first_kernels, map_size
+from .memory import fitting, keep_freed_memory
+from .network import cut_network, features, first_kernels, map_size, memory_per_pixel
 from .pictures import resize
 from .prior import draw_noise, spectral_preconditioner
 
@@ -53,7 +54,7 @@ class Preparation:
         keep_freed_memory()
         self.vgg, self.device, self.precisions = vgg, device, pick_precisions(device, precision)
         keep, keep_more = functools.lru_cache(maxsize=2), functools.lru_cache(maxsize=8)
-        self.cut_network, self.content_targets, self.style_targets = keep(cut_network), keep(maps_of), keep(grams_of)
+        self.cut_network, self.evaluation_of = keep(cut_network), keep(evaluation_of)
         self.preconditioner, self.scaled = keep(spectral_preconditioner), keep_more(resize)
 
     def start(self, task, shape, init, seed=0, coarse_to_fine=True):
@@ -67,16 +68,23 @@ class Preparation:
         return draw_noise(scales[0], seed, self.device), scales
 
     def run(self, task, image, scales, evaluations):
-        """The run from `image`, of the first of these scales: yields (picture, `Step`) after each evaluation."""
+        """The run from `image`, of the first of these scales: yields (picture, `Step`) after each evaluation.
 
-        def objective_at(shape, precision):
-            return self.objective(task, shape, scales[-1], precision)
+        Raises ValueError for a size that the device has no memory for.
+        """
+        weights = torch.tensor(
+            [task.content_weight, task.style_weight, *task.style_layers.values()], device=self.device
+        )
+
+        def evaluate_at(shape, precision):
+            return functools.partial(self.evaluation(task, shape, scales[-1], precision), weights=weights)
 
         def precondition_at(shape):
             weight = PRIOR_WEIGHTS.get(min(map(block, task.layers)), math.inf)
             return self.preconditioner(self.kernels, shape, weight, self.device)
 
-        return descend(image, scales, self.precisions, objective_at, precondition_at, evaluations)
+        with fitting(scales[-1], memory_per_pixel(self.network(task, self.precisions[-1])), self.device):
+            yield from descend(image, scales, self.precisions, evaluate_at, precondition_at, evaluations)
 
     @functools.cached_property
     def kernels(self):
@@ -89,35 +97,39 @@ class Preparation:
         factor = min(1.0, max(min(shape) / min(full_size), smallest / min(sides)))
         return self.scaled(task.style, tuple(max(1, round(side * factor)) for side in sides))
 
-    def objective(self, task, shape, full_size, precision):
-        """The `Objective` of a task for pictures of `shape`, a scale of `full_size`."""
+    def evaluation(self, task, shape, full_size, precision):
+        """Loss and gradient of a task for pictures of `shape`, a scale of `full_size`: what `loss_and_gradient` gives.
+
+        It is of the task's pictures and layers. The weights are its second argument, so that others make nothing anew.
+        """
+        content = self.scaled(task.content, shape) if task.content_layers else None
+        style = self.style_at(task, shape, full_size) if task.style_layers else None
         network = self.network(task, precision)
-        content_targets, style_targets = {}, {}
-        if task.content_layers:
-            content_targets = self.content_targets(network, self.scaled(task.content, shape), task.content_layers)
-        if task.style_layers:
-            style = self.style_at(task, shape, full_size)
-            style_targets = self.style_targets(network, style, tuple(task.style_layers))
-        layers = dict.fromkeys(task.layers)
-        sizes = {name: map_size(network, name, shape) for name in layers}
-
-        def statistics(image):
-            return measure(features(network, image, layers), content_targets, task.style_layers)
-
-        def loss(statistics):
-            return weigh(statistics, sizes, style_targets, task.style_layers, task.content_weight, task.style_weight)
-
-        return Objective(statistics, loss)
+        return self.evaluation_of(network, content, style, tuple(task.content_layers), tuple(task.style_layers), shape)
 
     def network(self, task, precision):
         return self.cut_network(self.vgg, deepest(task.layers), self.device, precision)
 
 
-@torch.no_grad()
-def maps_of(network, image, layers):
-    return features(network, image, layers)
+def evaluation_of(network, content, style, content_layers, style_layers, shape):
+    objective = objective_of(network, content, style, content_layers, style_layers, shape)
+    image = torch.zeros(1, 3, *shape, device=network.mean.device)
+    return loss_and_gradient(objective, image, 2 + len(style_layers))
 
 
-@torch.no_grad()
-def grams_of(network, image, layers):
-    return gram_matrices(features(network, image, layers))
+def objective_of(network, content, style, content_layers, style_layers, shape):
+    """The `Objective` for pictures of `shape`; content: of that shape, or None without content layers; style: likewise,
+    of any size."""
+    with torch.no_grad():
+        content_targets = features(network, content, content_layers) if content_layers else {}
+        style_targets = gram_matrices(features(network, style, style_layers)) if style_layers else {}
+    layers = dict.fromkeys((*content_layers, *style_layers))
+    sizes = {name: map_size(network, name, shape) for name in layers}
+
+    def statistics(image):
+        return measure(features(network, image, layers), content_targets, style_layers)
+
+    def loss(statistics, weights):
+        return weigh(statistics, sizes, style_targets, weights)
+
+    return Objective(statistics, loss)

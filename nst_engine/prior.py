@@ -51,6 +51,7 @@ def spectral_preconditioner(kernels, shape, weight, device):
     to a Fourier transform, apart.
     """
     margin = 8
+    here = "cpu" if torch.device(device).type == "mps" else device  # Apple's GPUs lack some complex arithmetic
     padded = [side + 2 * margin for side in shape]
     overlaps = F.conv2d(kernels, kernels, padding=4).to(torch.complex64)  # (3, 3, 9, 9): A as a kernel
     rows, columns = (
@@ -60,11 +61,11 @@ def spectral_preconditioner(kernels, shape, weight, device):
     curvature = torch.einsum("ijab,ha,wb->hwij", overlaps, rows, columns)
     precision = relative_frequencies(padded)[..., None, None] ** 2 * torch.linalg.inv(K)  # 1 / P
     divisor = curvature / (weight * torch.linalg.eigvalsh(curvature).max()) + precision
-    filters = torch.linalg.inv(divisor).permute(2, 3, 0, 1).contiguous().to(device)
+    filters = torch.linalg.inv(divisor).permute(2, 3, 0, 1).contiguous().to(here)
 
     def precondition(gradient):
-        spectrum = torch.fft.rfft2(F.pad(gradient.view(3, *shape), (margin,) * 4))
+        spectrum = torch.fft.rfft2(F.pad(gradient.to(here).view(3, *shape), (margin,) * 4))
         step = torch.fft.irfft2((filters * spectrum).sum(dim=1), s=padded)
-        return step[:, margin:-margin, margin:-margin].flatten()
+        return step[:, margin:-margin, margin:-margin].flatten().to(device)
 
     return precondition

@@ -1,5 +1,7 @@
 """When a run ends, and which of its pictures is shown."""
 
+from IPython import get_ipython
+
 # A stage ends when ten evaluations lower the total by less than this share of it:
 COARSE = 0.1  # at a coarse scale, whose detail the next one replaces
 ROUGH = 0.05  # at full size before the last stage, which refines
@@ -34,3 +36,22 @@ def until_slow(run, tolerance, end):
             return
         if len(totals) > 10 and totals[-1] > (1 - tolerance) * totals[-11]:
             return
+
+
+_interrupted = set()  # notebook cells whose stop button was pressed
+
+
+def current_cell():
+    """What identifies the notebook cell that is being executed; None in a script."""
+    shell = get_ipython()
+    return shell and shell.execution_count
+
+
+def note_interrupt():
+    _interrupted.add(current_cell())
+
+
+def refuse_after_interrupt():
+    """Raise KeyboardInterrupt in a cell that was stopped: the button was meant for all of its runs."""
+    if current_cell() in _interrupted - {None}:
+        raise KeyboardInterrupt

@@ -1,6 +1,10 @@
 """Small quadratics over flat pictures, whose minimum within [0, 1] is known otherwise."""
 
+import functools
+
 import torch
+
+from nst_engine.evaluation import Objective, loss_and_gradient
 
 
 def quadratic(matrix, target, seen=None):
@@ -27,3 +31,9 @@ def coupled(n=27, seed=0):
     generator = torch.Generator().manual_seed(seed)
     basis, _ = torch.linalg.qr(torch.randn(n, n, generator=generator))
     return basis @ torch.diag(torch.logspace(-1, 1, n)) @ basis.T, torch.randn(n, generator=generator) + 0.5
+
+
+def evaluation(objective, start):
+    """flat picture -> (losses, gradient) of an objective without weights."""
+    evaluate = loss_and_gradient(Objective(torch.clone, lambda image, weights: objective(image)), start, 1)
+    return functools.partial(evaluate, weights=torch.ones(1))

@@ -1,80 +1,178 @@
 import contextlib
-import ctypes
-import sys
+import functools
+import gc
+import weakref
 
 import pytest
 import torch
-from quadratics import coupled, quadratic
+from quadratics import coupled, evaluation, quadratic
 
-from nst_engine.evaluation import Objective, capture, keep_freed_memory, loss_and_gradient, pick_precisions
+import nst_engine.evaluation
+from nst_engine.evaluation import Objective, capture, loss_and_gradient, pick_precisions
 from nst_engine.preparation import Preparation, Task
 from nst_utils import FIRST_FIVE
 
+GPU = torch.device("cuda", 0)
 
-def test_an_evaluation_leaves_earlier_ones_and_its_argument_alone():
-    """Its buffers are written over by the next one, also where nothing is captured."""
+
+def test_an_evaluation_leaves_its_argument_alone():
     matrix, target = coupled()
-    evaluate = loss_and_gradient(Objective(torch.clone, quadratic(matrix, target)), torch.zeros(1, 3, 3, 3))
-    x, y = torch.rand(27), torch.rand(27)
+    evaluate = evaluation(quadratic(matrix, target), torch.zeros(1, 3, 3, 3))
+    x = torch.rand(27)
     before = x.clone()
     losses, gradient = evaluate(x)
-    kept = gradient.clone()
-    evaluate(y)
-    assert torch.equal(x, before) and torch.equal(gradient, kept)
+    assert torch.equal(x, before)
     assert losses[0] == pytest.approx(((x - target) @ matrix @ (x - target)).item(), rel=1e-4)
     torch.testing.assert_close(gradient, 2 * matrix @ (x - target), rtol=1e-4, atol=1e-4)
+
+
+def test_a_replay_writes_over_its_outputs_and_earlier_results_stay(monkeypatch):
+    """As a captured evaluation does: the same tensors each time."""
+
+    def capturing(run, device):
+        outputs = run()
+
+        def replay():
+            for kept, new in zip(outputs, run()):
+                kept.copy_(new)
+            return outputs
+
+        return replay
+
+    monkeypatch.setattr(nst_engine.evaluation, "capture", capturing)
+    evaluate = evaluation(quadratic(*coupled()), torch.zeros(1, 3, 3, 3))
+    losses, gradient = evaluate(torch.rand(27))
+    kept = list(losses), gradient.clone()
+    evaluate(torch.rand(27) / 2)
+    assert losses == kept[0] and torch.equal(gradient, kept[1])
+
+
+def test_another_weight_is_no_other_evaluation(monkeypatch):
+    captured = []
+    monkeypatch.setattr(nst_engine.evaluation, "capture", lambda run, device: captured.append(run) or run)
+    objective = Objective(torch.sum, lambda total, weights: (weights * total).sum()[None])
+    evaluate = loss_and_gradient(objective, torch.zeros(1, 3, 2, 2), 2)
+    for weights in ([1.0, 2.0], [0.0, 5.0]):
+        losses, gradient = evaluate(torch.ones(12), torch.tensor(weights))
+        assert losses == [12 * sum(weights)] and gradient.tolist() == [sum(weights)] * 12
+    assert len(captured) == 1
 
 
 class FakeCuda:
     """Stands in for torch.cuda: a graph keeps the run of its capture, and writes over the outputs when replayed."""
 
-    def __init__(self):
-        self.said, self.graph_of_run = [], None
-
-    def patch(self, monkeypatch, run):
-        said, outputs = self.said, []
-
-        def noted():
-            said.append("run")
-            outputs.append(run())
-            return outputs[-1]
+    def __init__(self, monkeypatch):
+        self.said, self.streams, self.error, self.wrong_by = [], [], None, 0.0
+        fake, recorded = self, []
 
         class Graph:
             def replay(self):
-                said.append("replay")
-                for kept, new in zip(outputs[-1], run()):
-                    kept.copy_(new)
+                fake.said.append("replay")
+                for kept, new in zip(self.outputs, self.run()):
+                    kept.copy_(new * (1 + fake.wrong_by))
 
         class Stream:
+            def __init__(self, device=None):
+                self.device = device
+
             def wait_stream(self, other):
-                said.append("wait")
+                fake.said.append("wait")
 
         @contextlib.contextmanager
-        def capture(graph, capture_error_mode):
-            said.append("capture")
+        def graph(made, stream, capture_error_mode):
+            fake.said.append("capture")
+            fake.streams.append(stream)
+            recorded.append(made)
             yield
+            recorded.clear()
+            if fake.error:
+                raise fake.error
 
-        for name, fake in {
+        def noted(run):
+            def running():
+                fake.said.append("run")
+                fake.locked = nst_engine.evaluation._capturing.locked()
+                outputs = run()
+                for made in recorded:
+                    made.run, made.outputs = run, outputs
+                return outputs
+
+            return running
+
+        self.noted = noted
+        nst_engine.evaluation._stream.cache_clear()
+        for name, stand_in in {
             "device": lambda device: contextlib.nullcontext(),
             "stream": lambda stream: contextlib.nullcontext(),
             "Stream": Stream,
             "current_stream": Stream,
             "CUDAGraph": Graph,
-            "graph": capture,
+            "graph": graph,
         }.items():
-            monkeypatch.setattr(torch.cuda, name, fake)
-        return noted
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+
+    def capture(self, run, device=GPU):
+        return capture(self.noted(run), device)
 
 
-def test_on_cuda_a_run_is_captured_once_after_a_warm_up_and_then_replayed(monkeypatch):
-    """The order of events, with a stand-in for the GPU; that a real one agrees is the next test's."""
-    place, fake = torch.ones(3), FakeCuda()
-    replay = capture(fake.patch(monkeypatch, lambda: (place * 2, place.sum())), torch.device("cuda"))
-    assert fake.said == ["wait", "run", "run", "wait", "capture", "run"]
+@pytest.fixture
+def cuda(monkeypatch):
+    yield FakeCuda(monkeypatch)
+    nst_engine.evaluation._stream.cache_clear()
+
+
+def test_a_run_is_captured_once_after_a_warm_up_and_then_replayed(cuda):
+    """The order of events, with a stand-in for the GPU; that a real one agrees is a test further down."""
+    place = torch.ones(3)
+    replay = cuda.capture(lambda: (place * 2, place.sum()))
+    assert cuda.said == ["wait", "run", "run", "wait", "capture", "run", "replay"] and cuda.locked
     place.fill_(5)
     doubled, total = replay()
     assert doubled.tolist() == [10] * 3 and total.item() == 15
-    assert fake.said[6:] == ["replay"]
+    assert cuda.said[7:] == ["replay"]
+
+
+def test_each_device_has_one_stream_to_capture_on(cuda):
+    for index in (0, 1, 0):
+        cuda.capture(lambda: (torch.ones(1),), torch.device("cuda", index))
+    first, second, again = cuda.streams
+    assert first is again and [stream.device.index for stream in (first, second)] == [0, 1]
+
+
+def test_a_replay_keeps_alive_what_it_reads(cuda):
+    target = torch.ones(3)
+    replay, kept = cuda.capture(functools.partial(lambda target: (target * 2,), target)), weakref.ref(target)
+    del target
+    gc.collect()
+    assert kept() is not None
+    assert replay()[0].tolist() == [2.0] * 3
+
+
+def test_where_capture_fails_the_run_itself_is_taken_and_a_warning_says_so(cuda):
+    cuda.error = RuntimeError("operation not permitted when stream is capturing\nmore")
+    with pytest.warns(
+        UserWarning, match="cuda:0 are not captured.*: operation not permitted when stream is capturing$"
+    ):
+        replay = cuda.capture(lambda: (torch.ones(3),))
+    before = len(cuda.said)
+    assert replay()[0].tolist() == [1.0] * 3 and cuda.said[before:] == ["run"]
+    assert not nst_engine.evaluation._capturing.locked()
+
+
+@pytest.mark.parametrize("wrong_by, trusted", [(5e-4, True), (2e-3, False), (float("nan"), False)])
+def test_a_replay_is_trusted_only_if_it_is_what_it_repeats(wrong_by, trusted, cuda, recwarn):
+    cuda.wrong_by = wrong_by
+    replay = cuda.capture(lambda: (torch.tensor([0.0, 3.0]),))
+    cuda.said.clear()
+    replay()
+    assert cuda.said == ["replay" if trusted else "run"]
+    assert [str(warning.message).count("first replay differs by") for warning in recwarn] == [] if trusted else [1]
+
+
+def test_too_little_memory_while_capturing_is_not_hidden(cuda):
+    cuda.error = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        cuda.capture(lambda: (torch.ones(3),))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -85,28 +183,12 @@ def test_a_replayed_graph_gives_the_losses_and_gradient_of_the_cpu(vgg, content,
         task = Task(*pictures, ("conv1_2",), dict.fromkeys(FIRST_FIVE, 1.0))
         shape = tuple(content.shape[-2:])
         preparation = Preparation(vgg, torch.device(device), "float32")
-        evaluate = loss_and_gradient(preparation.objective(task, shape, shape, "float32"), pictures[0])
-        evaluate(pictures[0].flatten())
-        losses, gradient = evaluate(pictures[0].flatten() * 0.5)
+        evaluate = preparation.evaluation(task, shape, shape, "float32")
+        evaluate(pictures[0].flatten(), torch.ones(7))
+        losses, gradient = evaluate(pictures[0].flatten() * 0.5, torch.tensor([1.0, 1e4, *[1.0] * 5]))
         found.append((torch.tensor(losses), gradient.cpu()))
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(found[1][1], found[0][1], rtol=2e-2, atol=0.01 * found[0][1].abs().max().item())
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the C library of Linux")
-def test_freed_memory_is_kept_for_the_next_evaluation():
-    """40 MB in pages of 4 KiB are 10,000 page faults each time they come from the system."""
-    import resource  # which Windows does not have
-
-    if not ctypes.CDLL(None).mallopt(-3, 2**30):
-        pytest.skip("glibc before 2.35")
-    keep_freed_memory()
-    faults = []
-    for _ in range(12):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(10_000_000)
-        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    assert sum(faults[-6:]) < 1000, faults  # the first ones may still enlarge the heap
 
 
 def test_precision_is_chosen_by_the_machine():

@@ -5,10 +5,8 @@ import torch
 
 from nst_engine.losses import gram_matrices as fast_gram_matrices
 from nst_engine.losses import measure, weigh
-from nst_engine.preparation import Preparation, Task
+from nst_engine.preparation import Task, objective_of
 from nst_utils import content_loss, features, gram_matrices, gram_matrix, make_objective, style_loss
-
-CPU = torch.device("cpu")
 
 SHAPES = {"a": (1, 5, 3, 4), "b": (1, 7, 2, 6)}  # C != h * w, h != w
 
@@ -48,6 +46,16 @@ def test_gram_is_the_papers_sum(shape):
     assert gram.shape == (shape[1], shape[1])
     torch.testing.assert_close(gram.double(), gram64(feature_map), rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(gram, gram.T)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 3, 4), (5, 3, 4), (5, 12)])
+def test_gram_of_anything_but_one_feature_map_is_refused(shape, refuses):
+    with refuses(ValueError, f"the feature map is {shape}"):
+        gram_matrix(torch.ones(shape))
+
+
+def test_gram_has_the_precision_of_its_feature_map():
+    assert gram_matrix(random_maps(0)["a"].double()).dtype == torch.float64
 
 
 def test_gram_does_not_depend_on_memory_layout_or_on_where_things_are():
@@ -111,10 +119,10 @@ def finite_differences(function, maps, step=1e-4):
 
 def fast_losses(maps, content_targets, style_targets, weights=(1.0, 1.0), layer_weights=None):
     """(total, content, style) by the engine."""
-    layer_weights = layer_weights or dict.fromkeys(style_targets, 1.0)
+    weights = torch.tensor([*weights, *(layer_weights or dict.fromkeys(style_targets, 1.0)).values()])
     sizes = {name: feature_map.numel() for name, feature_map in maps.items()}
     statistics = measure(maps, content_targets, style_targets)
-    return weigh(statistics, sizes, style_targets, layer_weights, *weights)
+    return weigh(statistics, sizes, style_targets, weights)
 
 
 def as_leaves(maps, layout=torch.contiguous_format):
@@ -225,10 +233,9 @@ def exact(vgg):
 
 def fast_objective(network, task, shape):
     """The engine's objective on a given network, picture -> losses."""
-    preparation = Preparation(network, CPU, "float32")
-    preparation.cut_network = lambda *_: network
-    objective = preparation.objective(task, shape, shape, "float32")
-    return lambda image: objective.loss(objective.statistics(image))
+    objective = objective_of(network, task.content, task.style, task.content_layers, tuple(task.style_layers), shape)
+    weights = torch.tensor([task.content_weight, task.style_weight, *task.style_layers.values()])
+    return lambda image: objective.loss(objective.statistics(image), weights)
 
 
 @pytest.mark.parametrize(

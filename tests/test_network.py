@@ -1,6 +1,7 @@
 import hashlib
 import importlib.metadata
 import importlib.util
+import os
 import urllib.error
 from pathlib import Path
 
@@ -171,6 +172,16 @@ def test_shapes_of_feature_maps(maps, vgg):
         assert maps[name].shape == (1, channels, height >> (block - 1), width >> (block - 1))
 
 
+def test_one_layer_may_be_named_by_itself(vgg, image, maps):
+    (found,) = features(vgg, image, "conv2_1").items()
+    assert found[0] == "conv2_1" and torch.equal(found[1], maps["conv2_1"])
+
+
+def test_a_picture_on_another_device_than_the_network_is_refused(vgg, image, refuses):
+    with refuses(ValueError, "the picture is on meta and the network on cpu"):
+        features(vgg, image.to("meta"), ["conv1_1"])
+
+
 def test_the_network_is_frozen_and_shared(vgg):
     assert load_vgg19(device="cpu") is vgg
     assert not vgg.training and not any(parameter.requires_grad for parameter in vgg.parameters())
@@ -216,6 +227,16 @@ def check_torchvisions_convention(network, file, image):
     expected = plain_forward(torch.load(file, weights_only=True), (image - mean) / std)
     for name, feature_map in features(network, image, CONVOLUTIONS).items():
         assert relative_error(feature_map, expected[name]) < 1e-4, name
+
+
+def test_a_weight_file_that_has_changed_is_read_again(torchvision_file, tmp_path):
+    state, path = torch.load(torchvision_file, weights_only=True), tmp_path / "weights.pth"
+    torch.save(state, path)
+    first = load_vgg19(path, "cpu")
+    assert load_vgg19(path, "cpu") is first
+    torch.save({**state, "features.0.bias": state["features.0.bias"] + 1}, path)
+    os.utime(path, ns=(1, 1))  # however coarse the clock of the file system is
+    torch.testing.assert_close(load_vgg19(path, "cpu").conv1_1.bias, first.conv1_1.bias + 1)
 
 
 def test_a_path_in_torchvisions_format(torchvision_file, image):

@@ -3,9 +3,8 @@ import math
 
 import pytest
 import torch
-from quadratics import coupled, projected_solution, quadratic
+from quadratics import coupled, evaluation, projected_solution, quadratic
 
-from nst_engine.evaluation import Objective, loss_and_gradient
 from nst_engine.optimiser import InverseCurvature, projected_lbfgs
 
 
@@ -19,7 +18,7 @@ def identity(x):
 
 def minimise(objective, start, memory=20, precondition=identity, curvature=None):
     """(picture, losses) after each evaluation; objective: picture (1, 3, H, W) -> losses."""
-    evaluate = loss_and_gradient(Objective(identity, objective), start)
+    evaluate = evaluation(objective, start)
     curvature = curvature or InverseCurvature(precondition, start.flatten(), memory)
     for x, losses in projected_lbfgs(evaluate, start.flatten(), curvature):
         yield x.view_as(start), losses

@@ -4,7 +4,7 @@ import numpy as np
 import PIL.features
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 import nst_utils
 from nst_utils import difference_map, difference_numbers, load_image, resize, to_pil
@@ -45,6 +45,7 @@ MODES = {
     "I;16": (Image.fromarray(np.full((4, 6), 100 * 257, np.uint16)), ".png", [100, 100, 100], 0),
     "I": (Image.fromarray(np.full((4, 6), 100 * 257, np.int32)), ".tif", [100, 100, 100], 0),
     "F": (Image.fromarray(np.full((4, 6), 100, np.float32)), ".tif", [100, 100, 100], 0),
+    "F, 0 to 1": (Image.fromarray(np.full((4, 6), 0.4, np.float32)), ".tif", [102, 102, 102], 0),
 }
 
 
@@ -120,6 +121,52 @@ def test_a_file_that_is_no_picture_is_named(tmp_path, refuses):
             load_image(path)
 
 
+@pytest.mark.parametrize("value", [70000, -1, np.float32(300), np.float32(-0.1), np.float32("nan")])
+def test_values_that_have_no_known_white_are_refused(value, tmp_path, refuses):
+    """32-bit and floating-point TIFF: neither clipped nor wrapped around."""
+    values = np.array([[0, value], [1, 2]], np.float32 if isinstance(value, np.floating) else np.int32)
+    path = saved(tmp_path, Image.fromarray(values), ".tif")
+    with refuses(ValueError, str(path)):
+        load_image(path)
+
+
+def test_a_format_that_would_start_another_program_is_refused(tmp_path, monkeypatch, refuses):
+    """Ghostscript, for one."""
+    path = saved(tmp_path, Image.new("RGB", (6, 4)), ".eps")
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", None)
+    with refuses(ValueError, f"{str(path)!r} is not a picture that can be read"):
+        load_image(path)
+
+
+def test_a_picture_that_would_become_too_long_is_refused(tmp_path, refuses):
+    path = saved(tmp_path, Image.new("RGB", (10000, 1)))
+    assert load_image(path, size=4, device="cpu").shape == (1, 3, 4, 40000)
+    with refuses(ValueError, "would be 2560000 x 256 pixels at size 256"):
+        load_image(path)
+
+
+def profile_with_red_and_green_exchanged():
+    """sRGB's profile, in which two entries of the table of tags have changed their names."""
+    data = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    head, tail = data[:400], data[400:]
+    return head.replace(b"rXYZ", b"temp").replace(b"gXYZ", b"rXYZ").replace(b"temp", b"gXYZ") + tail
+
+
+@pytest.mark.parametrize("mode, alpha", [("RGB", ()), ("RGBA", (255,)), ("RGBA", (0,)), ("P", ())])
+def test_colours_with_a_profile_become_srgb(mode, alpha, tmp_path):
+    image = Image.new(mode if mode == "RGBA" else "RGB", (6, 4), (200, 30, 40, *alpha))
+    image = image.quantize(4) if mode == "P" else image
+    path = saved(tmp_path, image, icc_profile=profile_with_red_and_green_exchanged())
+    expected = [255, 255, 255] if alpha == (0,) else [30, 200, 40]
+    assert pixel(load_image(path, size=4, device="cpu")) == pytest.approx(expected, abs=12)
+
+
+def test_a_damaged_profile_is_left_aside_with_a_warning(tmp_path):
+    path = saved(tmp_path, Image.new("RGB", (6, 4), (200, 30, 40)), icc_profile=b"no profile")
+    with pytest.warns(UserWarning, match="colour profile is damaged"):
+        assert pixel(load_image(path, size=4, device="cpu")) == [200, 30, 40]
+
+
 @pytest.mark.skipif(not PIL.features.check("avif"), reason="this Pillow reads no AVIF")
 def test_a_broken_avif_is_named(tmp_path, refuses):
     """Pillow's AVIF decoder reports damage as RuntimeError, where others say OSError."""
@@ -140,6 +187,37 @@ def test_a_bad_size_is_named(size, refuses):
 def test_an_unknown_device_is_named(device, refuses):
     with refuses(ValueError, f"unknown device {device!r}"):
         nst_utils.pick_device(device)
+
+
+def test_numbers_of_other_libraries_are_sizes(tmp_path):
+    path = saved(tmp_path, Image.new("RGB", (6, 4)))
+    for size in (np.int64(8), torch.tensor(8)):
+        assert load_image(path, size, "cpu").shape == (1, 3, 8, 12)
+
+
+def test_cuda_is_the_present_one_by_its_full_name(monkeypatch):
+    """So that a network is loaded once for "cuda" and "cuda:0"; with a stand-in for the device."""
+    zeros = torch.zeros
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch, "zeros", lambda n, device: zeros(n))
+    for device in (None, "cuda", "cuda:0", torch.device("cuda")):
+        assert str(nst_utils.pick_device(device)) == "cuda:0"
+
+
+def test_a_gpu_that_this_torch_cannot_run_is_passed_over(monkeypatch, refuses):
+    def no_code_for(n, device):
+        if device.type == "cuda":
+            raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+        return torch.ones(n)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "zeros", no_code_for)
+    with pytest.warns(UserWarning, match="^the installed torch cannot use 'cuda', which is passed over$"):
+        assert nst_utils.pick_device() == torch.device("cpu")
+    with refuses(ValueError, "unknown device 'cuda'"):
+        nst_utils.pick_device("cuda")
 
 
 def test_the_device_is_one_this_machine_has():

@@ -1,17 +1,21 @@
+import copy
+import inspect
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from nst_engine import coarse_to_fine, preparation
+from nst_engine import coarse_to_fine, preparation, stopping
 from nst_engine.prior import draw_noise
 from nst_engine.stopping import FINE
 from nst_utils import (
     IMAGES,
-    Preparation,
+    Task,
     difference_numbers,
     load_image,
+    optimise,
     reconstruct_content,
     resize,
     synthesize_texture,
@@ -31,13 +35,13 @@ def non_increasing(losses):
 @pytest.fixture
 def evaluated(monkeypatch):
     """[shape, ...], noted as the network is run."""
-    seen, objective = [], Preparation.objective
+    seen, objective = [], preparation.objective_of
 
-    def noting(self, task, shape, full_size, precision):
-        made = objective(self, task, shape, full_size, precision)
-        return made._replace(statistics=lambda image: seen.append(shape) or made.statistics(image))
+    def noting(*arguments):
+        made = objective(*arguments)
+        return made._replace(statistics=lambda image: seen.append(image.shape[-2:]) or made.statistics(image))
 
-    monkeypatch.setattr(Preparation, "objective", noting)
+    monkeypatch.setattr(preparation, "objective_of", noting)
     return seen
 
 
@@ -250,9 +254,9 @@ def test_curvature_is_kept_from_bfloat16_to_float32_and_begins_anew_at_a_finer_s
     monkeypatch.setattr(preparation, "pick_precisions", lambda *_: ("bfloat16", "float32"))
     known, work = [], coarse_to_fine.work
 
-    def noting(image, scale, stage, curvature, objective):
+    def noting(image, scale, stage, curvature, evaluate):
         known.append((scale, stage.precision, len(curvature.used) > 0))
-        return work(image, scale, stage, curvature, objective)
+        return work(image, scale, stage, curvature, evaluate)
 
     monkeypatch.setattr(coarse_to_fine, "work", noting)
     reconstruct_content(picture(48, 48), evaluations=1000, **settings)
@@ -276,23 +280,148 @@ def test_layers_by_either_name_and_one_or_several(settings, content):
     assert torch.equal(a.image, b.image)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_pictures_of_any_precision_become_float32(dtype, settings, content, style):
+    content, style = content.to(dtype), style.to(dtype)
+    result = transfer_style(content, style, init="content", **QUICK, **settings)
+    expected = transfer_style(content.float(), style.float(), init="content", **QUICK, **settings)
+    assert result.image.dtype == torch.float32 and torch.equal(result.image, expected.image)
+    start = reconstruct_content(content, init=content, evaluations=1, **settings)
+    assert torch.equal(start.image, content.float())
+
+
+def test_numbers_of_other_libraries_are_numbers(settings, content, style):
+    options = {"evaluations": 3, "coarse_to_fine": False, "seed": 2}
+    others = {"evaluations": np.int64(3), "coarse_to_fine": False, "seed": torch.tensor(2)}
+    a = transfer_style(content, style, content_weight=2.0, style_weight=1e3, **options, **settings)
+    b = transfer_style(
+        content, style, content_weight=np.float32(2), style_weight=torch.tensor(1e3), **others, **settings
+    )
+    assert torch.equal(a.image, b.image) and a.history == b.history
+    shape = (np.int64(33), torch.tensor(47))
+    assert synthesize_texture(style, shape=shape, **options, **settings).image.shape == (1, 3, 33, 47)
+
+
+def test_defaults_are_the_assignments(settings, content, style, picture):
+    """Said by hand, bit for bit: conv1_2 with 1, the first five convolutions with 1e4, noise of seed 0."""
+    few = {"evaluations": 3, **settings}
+    five = ("conv1_1", "conv1_2", "conv2_1", "conv2_2", "conv3_1")
+    assignment = (["conv1_2"], five, 1, 1e4)
+    start = {"init": "noise", "seed": 0, "coarse_to_fine": True}
+    content = picture(130, 128)
+    for default, said in (
+        (
+            transfer_style(content, style, **few),
+            transfer_style(content, style, *assignment, **start, **few),
+        ),
+        (reconstruct_content(content, **few), reconstruct_content(content, ["conv1_2"], **start, **few)),
+        (synthesize_texture(content, **few), synthesize_texture(content, five, shape=(130, 128), **start, **few)),
+    ):
+        assert torch.equal(default.image, said.image) and default.history == said.history
+    texture = synthesize_texture(content, **few).history[-1]
+    assert texture.total == pytest.approx(1e4 * texture.style, rel=1e-4)
+    assert inspect.signature(optimise).parameters["evaluations"].default == 225
+
+
+class Shell:
+    """Stands in for IPython's, whose count identifies the cell."""
+
+    execution_count = 7
+
+
+def test_an_interrupt_ends_the_cell_and_not_one_run_of_a_loop(settings, content, monkeypatch):
+    monkeypatch.setattr(stopping, "get_ipython", lambda: Shell)
+    monkeypatch.setattr(stopping, "_interrupted", set())
+    finished = []
+
+    def stop(image, step):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        for _ in range(3):
+            finished.append(reconstruct_content(content, callback=stop, **QUICK, **settings))
+    assert len(finished) == 1 and finished[0].evaluations == 1  # its picture is kept
+    monkeypatch.setattr(Shell, "execution_count", 8)  # the next cell
+    assert reconstruct_content(content, **QUICK, **settings).evaluations == 12
+
+
+def test_in_a_script_the_next_run_begins(settings, content):
+    def stop(image, step):
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        assert reconstruct_content(content, callback=stop, **QUICK, **settings).evaluations == 1
+
+
+def test_an_interrupt_before_the_first_evaluation_is_an_interrupt(settings, content, monkeypatch):
+    """There is no picture yet that could be the answer."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preparation, "objective_of", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        reconstruct_content(content, **QUICK, **settings)
+
+
 # --- Bad input -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["content_weight", "style_weight"])
-@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf, -math.inf, 1e13, "1", None, torch.ones(1), 1j])
 def test_a_bad_weight_is_named(name, weight, settings, content, style, refuses):
     with refuses(ValueError, f"{name} is {weight!r}"):
         transfer_style(content, style, **{name: weight}, **settings)
 
 
-@pytest.mark.parametrize("evaluations", [0, -1, 2.5, None])
+@pytest.mark.parametrize("evaluations", [0, -1, 2.5, None, True, torch.tensor(2.0)])
 def test_a_bad_number_of_evaluations_is_named(evaluations, settings, content, refuses):
     with refuses(ValueError, f"evaluations is {evaluations!r}"):
         reconstruct_content(content, evaluations=evaluations, **settings)
 
 
-@pytest.mark.parametrize("seed", [1.5, None, "0"])
+def test_a_bad_weight_of_a_layer_is_named(settings, content, style, refuses):
+    for weight in (-1.0, math.inf, "1"):
+        task = Task(content, style, ("conv1_2",), {"conv1_1": 1.0, "conv2_1": weight})
+        with refuses(ValueError, f"weight of conv2_1 is {weight!r}"):
+            optimise(task, (8, 8), **settings)
+
+
+def test_an_infinite_first_loss_is_refused(settings, content, refuses):
+    """A network may answer with any numbers."""
+    vgg = copy.deepcopy(settings["vgg"])
+    vgg.conv2_1.weight.mul_(1e25)
+    with refuses(ValueError, "the loss of the first picture is inf"):
+        reconstruct_content(content, "conv2_1", **(settings | {"vgg": vgg}))
+
+
+def test_a_layer_named_twice_is_refused(settings, content, style, refuses):
+    for layers in (("conv1_2", "conv1_2"), ["conv1_1", "conv1_2", "conv_2"]):
+        for run in (
+            lambda layers=layers: reconstruct_content(content, layers, **settings),
+            lambda layers=layers: synthesize_texture(style, layers, **settings),
+            lambda layers=layers: transfer_style(content, style, layers, **settings),
+            lambda layers=layers: transfer_style(content, style, style_layers=layers, **settings),
+        ):
+            with refuses(ValueError, "conv1_2 is among them twice"):
+                run()
+    task = Task(content, style, (), {"conv1_2": 1.0, "conv_2": 1.0})
+    with refuses(ValueError, "conv1_2 is among them twice"):
+        optimise(task, (8, 8), **settings)
+
+
+class Elsewhere(torch.Tensor):
+    """A picture that says it is on a GPU."""
+
+    device = torch.device("cuda", 0)
+
+
+def test_pictures_on_two_devices_are_refused(settings, content, style, refuses):
+    with refuses(ValueError, "content is on cpu and style on cuda:0"):
+        transfer_style(content, style.as_subclass(Elsewhere), **settings)
+
+
+@pytest.mark.parametrize("seed", [1.5, None, "0", 2**64, -(2**63) - 1])
 def test_a_bad_seed_is_named(seed, settings, content, refuses):
     with refuses(ValueError, f"seed is {seed!r}"):
         reconstruct_content(content, seed=seed, **settings)
@@ -378,7 +507,7 @@ def test_a_start_that_is_no_picture_is_named(init, settings, content, refuses):
         reconstruct_content(content, init=init, **settings)
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (5, -1), (5,), (5, 5, 5), (5.5, 5)])
+@pytest.mark.parametrize("shape", [(0, 5), (5, -1), (5,), (5, 5, 5), (5.5, 5), "ab", 5])
 def test_a_bad_shape_is_named(shape, settings, style, refuses):
     with refuses(ValueError, f"shape is {shape!r}"):
         synthesize_texture(style, "conv1_1", shape=shape, **settings)

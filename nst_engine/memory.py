@@ -1,0 +1,55 @@
+"""Memory: what an evaluation needs, what the device has, and that freed memory is kept for the next one."""
+
+import contextlib
+import ctypes
+import math
+import sys
+
+import psutil
+import torch
+
+
+def keep_freed_memory():
+    """Have the C library keep what an evaluation frees for the next one, up to 2 GiB (glibc, so Linux alone).
+
+    Feature maps are freed and asked for again all the time. Given back to the system, each of their pages is cleared
+    when it returns, which took a third of an evaluation at 512 pixels. Other threads than the main one, the panel's
+    among them, have small heaps of their own and gain little.
+    """
+    if sys.platform == "linux":
+        mallopt = ctypes.CDLL(None).mallopt
+        # M_MMAP_THRESHOLD: from here on a block is the system's and goes back to it. Before version 2.35 refused.
+        if mallopt(-3, 2**30):
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: more than this, free at the end of the heap, goes back
+
+
+def free_memory(device):
+    """How many bytes may still be asked for on `device`."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    return psutil.virtual_memory().available
+
+
+@contextlib.contextmanager
+def fitting(shape, bytes_per_pixel, device):
+    """Turn too little memory into a ValueError that names the size that fits: before work begins where it is foreseen,
+    and where it is not, when the device refuses."""
+    height, width = shape
+    free, needed = free_memory(device), bytes_per_pixel * height * width
+
+    def advice(share):
+        """share: of what was asked for that may be asked for, with a margin as all this is an estimate."""
+        return f"{device} has memory for about {int(min(shape) * math.sqrt(share))} pixels along the shorter side"
+
+    share = 0.8 * free / needed
+    if needed > free:
+        raise ValueError(f"a picture of {height} x {width} needs about {needed / 2**30:.1f} GiB: {advice(share)}")
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError on CUDA, which is one too, and no class of its own elsewhere
+        if "memory" not in str(error):
+            raise
+        raise ValueError(f"out of memory for a picture of {height} x {width}: {advice(min(share, 0.5))}") from error

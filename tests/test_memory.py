@@ -1,0 +1,67 @@
+"""Too little memory is foreseen where it can be, and answered in one sentence; freed memory is kept."""
+
+import ctypes
+import sys
+
+import pytest
+import torch
+
+from nst_engine import memory, preparation
+from nst_engine.memory import fitting, free_memory, keep_freed_memory
+from nst_engine.network import cut_network, memory_per_pixel
+from nst_utils import reconstruct_content
+
+CPU = torch.device("cpu")
+
+
+def test_a_size_that_does_not_fit_is_refused_before_any_work_and_the_one_that_fits_is_named(
+    settings, content, monkeypatch, refuses
+):
+    """48 pixels along the shorter side where there is memory for a third of that area."""
+    network = cut_network(settings["vgg"], "conv1_2", CPU, "float32")
+    height, width = content.shape[-2:]
+    monkeypatch.setattr(memory, "free_memory", lambda device: memory_per_pixel(network) * height * width / 3)
+    monkeypatch.setattr(preparation, "objective_of", None)  # nothing is computed
+    with refuses(ValueError, "cpu has memory for about 24 pixels along the shorter side"):
+        reconstruct_content(content, **settings)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("can't allocate memory")]
+)
+def test_memory_that_runs_out_is_answered_in_one_sentence(error, refuses):
+    with refuses(ValueError, "out of memory for a picture of 100 x 200: cpu has memory for about 70 pixels"):
+        with fitting((100, 200), 1.0, CPU):
+            raise error
+
+
+def test_other_errors_pass():
+    with pytest.raises(RuntimeError, match="^something else$"):
+        with fitting((100, 200), 1.0, CPU):
+            raise RuntimeError("something else")
+
+
+def test_what_is_free_is_what_this_machine_has():
+    assert 1e6 < free_memory(CPU) < 1e14
+
+
+def test_the_estimate_counts_what_a_network_puts_out(vgg):
+    """Two layers of 64 channels, before and after ReLU, in float32: 1024 bytes, and as much again and a fifth."""
+    assert memory_per_pixel(cut_network(vgg, "conv1_2", CPU, "float32")) == pytest.approx(2.2 * 1024)
+    assert memory_per_pixel(cut_network(vgg, "conv2_1", CPU, "bfloat16")) == pytest.approx(2.2 * (512 + 128))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the C library of Linux")
+def test_freed_memory_is_kept_for_the_next_evaluation():
+    """40 MB in pages of 4 KiB are 10,000 page faults each time they come from the system."""
+    import resource  # which Windows does not have
+
+    if not ctypes.CDLL(None).mallopt(-3, 2**30):
+        pytest.skip("glibc before 2.35")
+    keep_freed_memory()
+    faults = []
+    for _ in range(12):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(10_000_000)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert sum(faults[-6:]) < 1000, faults  # the first ones may still enlarge the heap
