@@ -444,9 +444,9 @@ class Studio:
 
         Returns (the `Frame`, or None where no evaluation was left; whether progress has become slow).
         """
-        begun, last = time.perf_counter(), None
+        painter, begun, last = self.painter, time.perf_counter(), None  # close() takes the painter from the panel
         while True:
-            step = self.painter.step(settings, start)
+            step = painter.step(settings, start)
             if step is None:
                 break
             self.moments.append(time.perf_counter())
@@ -454,11 +454,10 @@ class Studio:
             if single or self.moments[-1] - begun > FRAME:
                 break
         finished = step is None
-        return last and self.draw(last, settings, compare, with_chart=single or finished), finished
+        return last and self.draw(painter, last, settings, compare, with_chart=single or finished), finished
 
-    def draw(self, step, settings, compare, with_chart):
+    def draw(self, painter, step, settings, compare, with_chart):
         """The `Frame` of the painter's present picture; the loss curves are drawn now and then, or `with_chart`."""
-        painter = self.painter
         reference = {"the start": painter.first, "the snapshot": self.snapshot}.get(compare)
         difference, mean = None, math.nan
         if reference is not None:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 
+import ipywidgets as widgets
 import pytest
 import torch
 from PIL import Image
@@ -459,6 +460,36 @@ def test_an_upload_is_offered_and_a_file_that_is_no_picture_is_not(play):
     play(scene)
 
 
+def test_uploads_of_one_name_do_not_meet(play):
+    """A style named like the content, another picture of the same name, a damaged one: each keeps its own."""
+
+    async def scene(panel):
+        castle, wave, night = (path.read_bytes() for path in (CASTLE, WAVE, NIGHT))
+        panel.uploaders["content"].value = (uploaded("mine.jpg", castle),)
+        panel.uploaders["style"].value = (uploaded("mine.jpg", wave),)
+        content, style = panel.choices["content"].value, panel.choices["style"].value
+        assert (content.read_bytes(), style.read_bytes()) == (castle, wave)
+        panel.uploaders["style"].value = (uploaded("mine.jpg", night),)
+        changed = panel.choices["style"].value
+        assert changed != style and changed.read_bytes() == night  # another path, so that nothing old is remembered
+        assert [name for name, _ in panel.choices["style"].options].count("mine") == 1
+        panel.uploaders["style"].value = (uploaded("mine.jpg", night[:999]),)
+        assert "'mine.jpg' is not a picture" in says(panel).replace("&#x27;", "'")
+        assert panel.choices["style"].value == changed and changed.read_bytes() == night
+
+    play(scene)
+
+
+@pytest.mark.parametrize("name", ["..", "", ".", "\0", "a/b\0c.jpg", 300 * "x" + ".jpg", "C:\\mine.jpg", "<b>ü &.jpg"])
+def test_an_upload_may_have_any_name(name, play):
+    async def scene(panel):
+        panel.uploaders["style"].value = (uploaded(name, WAVE.read_bytes()),)
+        chosen = panel.choices["style"].value
+        assert chosen.read_bytes() == WAVE.read_bytes() and str(chosen).startswith(panel.uploads.name)
+
+    play(scene)
+
+
 FORMS = [(CASTLE, None, (1.0, 0.0)), (None, NIGHT, (0.0, 1e4)), (CASTLE, NIGHT, (1.0, 1e4))]
 
 
@@ -550,6 +581,49 @@ def test_a_new_panel_closes_the_one_before_and_leaves_nothing_behind(vgg):
         second.close()
 
     play_real(scene, CASTLE, NIGHT, vgg=vgg)
+
+
+def test_closing_leaves_no_widget_and_no_painter(vgg):
+    """However often the cell is run, and though the notebook remembers every panel it was given."""
+
+    async def scene(first):
+        panels = [first]
+        for _ in range(3):
+            panels.append(style_studio(CASTLE, NIGHT, size=40, vgg=vgg))
+        panels[-1].close()
+        assert len(widgets.widget._instances) == before
+        for panel in panels:
+            await until(lambda panel=panel: panel.task is None or panel.task.done())
+            assert panel.painter is panel.shown is panel.snapshot is None
+
+    before = len(widgets.widget._instances)
+    play_real(scene, CASTLE, NIGHT, vgg=vgg)
+
+
+def test_after_an_error_a_step_goes_on_from_the_present_picture(painter, monkeypatch):
+    """At a coarse scale, as when memory runs out."""
+    settings = TRANSFER._replace(size=128)
+    steps(painter, settings, 3)
+    present, evaluation = painter.image, painter.preparation.evaluation
+
+    def failing(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(painter.preparation, "evaluation", failing)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            painter.step(settings._replace(style_weight=1e3))
+    monkeypatch.setattr(painter.preparation, "evaluation", evaluation)
+    assert painter.step(settings).shape[0] == 64
+    assert torch.equal(painter.image, present) and len(painter.history) == 4
+
+
+def test_without_an_event_loop_or_with_a_size_that_is_none(vgg, refuses):
+    with refuses(ValueError, "no event loop runs here: call style_studio in a cell of a notebook"):
+        style_studio(CASTLE, NIGHT, vgg=vgg)
+    for size in (0, 2.5, "256", None):
+        with refuses(ValueError, f"size is {size!r}"):
+            style_studio(CASTLE, NIGHT, size=size, vgg=vgg)
 
 
 def test_a_panel_without_pictures_or_with_a_missing_one(refuses):
