@@ -34,7 +34,7 @@ def show_images(images, titles=None, columns=None, title=None, width=2.6):
         axes.set_anchor("N")  # so that the titles of a row stand on one line
     for axes, image, text in zip(grid.flat, images, titles):
         if image is not None and image.dim() == 2:
-            axes.imshow(image.detach().float().cpu(), cmap="magma")
+            axes.imshow(image.detach().float().cpu().numpy(), cmap="magma")
         elif image is not None:
             axes.imshow(to_pil(image))
         axes.set_title(text, fontsize=9)

@@ -1,6 +1,7 @@
 """One place prepares what a run needs, and nothing in it is made twice."""
 
 import gc
+import math
 import weakref
 
 import pytest
@@ -92,3 +93,45 @@ def test_nothing_outlives_a_preparation(vgg, content, monkeypatch):
         assert kept() is None
     finally:
         gc.enable()
+
+
+def test_a_coarse_scale_has_content_and_style_as_much_smaller(vgg, picture, monkeypatch):
+    """The content of the scale's shape; the style by the same factor, but large enough for its deepest layer."""
+    sizes, objective = [], preparation.objective_of
+
+    def noting(network, content, style, *rest):
+        sizes.append((tuple(content.shape[-2:]), tuple(style.shape[-2:])))
+        return objective(network, content, style, *rest)
+
+    monkeypatch.setattr(preparation, "objective_of", noting)
+    prepared = Preparation(vgg, CPU, "float32")
+    for style, layer, expected in (
+        (picture(100, 60), "conv1_1", [(25, 15), (50, 30), (100, 60)]),
+        (picture(24, 40), "conv3_1", [(6, 10), (12, 20), (24, 40)]),
+        (picture(10, 12), "conv3_1", [(4, 5), (5, 6), (10, 12)]),
+        (picture(12, 30), "conv4_1", [(8, 20), (8, 20), (12, 30)]),
+    ):
+        sizes.clear()
+        task = Task(picture(256, 300), style, ("conv1_1",), {layer: 1.0})
+        for shape in ((64, 75), (128, 150), (256, 300)):
+            prepared.evaluation(task, shape, (256, 300), "float32")
+        assert sizes == list(zip([(64, 75), (128, 150), (256, 300)], expected))
+
+
+def test_the_weight_of_the_prior_goes_by_the_first_block_in_use(vgg, picture):
+    weights, prepared = [], Preparation(vgg, CPU, "float32")
+
+    def noting(kernels, shape, weight, device):
+        weights.append(weight)
+        return lambda gradient: gradient
+
+    prepared.preconditioner = noting
+    for content_layers, style_layers in (
+        (("conv1_2",), {}),
+        (("conv4_2",), {"conv1_1": 1.0}),
+        (("conv2_2", "conv5_1"), {}),
+        ((), {"relu3_1": 1.0, "conv4_1": 1.0}),
+    ):
+        image = picture(32, 32)
+        list(prepared.run(Task(image, image, content_layers, style_layers), image, [(32, 32)], 1))
+    assert weights == [0.01, 0.01, 0.1, math.inf]

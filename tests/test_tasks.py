@@ -11,10 +11,12 @@ from nst_engine import coarse_to_fine, preparation, stopping
 from nst_engine.prior import draw_noise
 from nst_engine.stopping import FINE
 from nst_utils import (
+    FIRST_FIVE,
     IMAGES,
     Task,
     difference_numbers,
     load_image,
+    make_objective,
     optimise,
     reconstruct_content,
     resize,
@@ -93,6 +95,24 @@ def test_the_callback_sees_every_evaluation(transfer):
     for image, step in calls:
         assert image.shape == (1, 3, *step.shape) and 0 <= image.min() and image.max() <= 1
     assert torch.equal(calls[-1][0], result.image)
+
+
+def test_a_picture_is_left_only_for_one_of_smaller_loss(settings, content, style, vgg, monkeypatch):
+    """What the optimiser stands on, not what is shown, which is the best so far; by the helper's formula."""
+    stood_on, optimiser = [], coarse_to_fine.projected_lbfgs
+
+    def noting(*arguments):
+        for x, losses in optimiser(*arguments):
+            stood_on.append((x.view_as(content).clone(), losses[0]))
+            yield x, losses
+
+    monkeypatch.setattr(coarse_to_fine, "projected_lbfgs", noting)
+    transfer_style(content, style, evaluations=30, coarse_to_fine=False, **settings)
+    objective = make_objective(vgg, content, style, ("conv1_2",), FIRST_FIVE, 1.0, 1e4)
+    totals = [objective(image)[0].item() for image, _ in stood_on]
+    assert len(totals) == 30 and totals == pytest.approx([loss for _, loss in stood_on], rel=1e-3)
+    assert all(after <= 1.0001 * before for before, after in itertools.pairwise(totals))
+    assert totals[-1] < 0.1 * totals[0]
 
 
 @pytest.mark.parametrize("evaluations", [1, 2, 5, 9])

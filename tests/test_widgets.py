@@ -6,6 +6,7 @@ left to tests that compare ends. So nothing depends on how fast the machine is.
 
 import asyncio
 import datetime
+import io
 import json
 import math
 import threading
@@ -13,8 +14,10 @@ import time
 from collections import deque
 
 import ipywidgets as widgets
+import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import nst_utils as nst
@@ -437,6 +440,63 @@ def test_a_saved_picture_carries_its_settings(play, tmp_path, monkeypatch):
     assert (about["content"], about["style"], about["size"]) == ("chenonceau.jpg", "starry_night.jpg", 40)
     assert about["style_weight"] == 1e4 and about["layer_weights"] == dict(LAYERS)
     assert about["losses"]["total"] > 0 and (about["start"], about["seed"]) == ("noise", 0)
+
+
+def test_the_saved_file_is_the_picture_on_display(play, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved = []
+
+    async def scene(panel):
+        panel.start()
+        await begun(panel, 1)
+        await release(panel)
+        await release(panel)
+        panel.save()
+        saved.append(panel.shown.image)
+        with Image.open(io.BytesIO(panel.picture.value)) as displayed:
+            saved.append(np.asarray(displayed.convert("RGB")).astype(int))
+
+    play(scene)
+    (path,) = (tmp_path / "saved").iterdir()
+    written = np.asarray(Image.open(path))
+    assert np.array_equal(written, np.asarray(nst.to_pil(saved[0])))
+    assert np.abs(written - saved[1]).max() <= 2  # that one is a JPEG
+
+
+def test_the_chart_shows_the_total_and_both_weighted_losses(monkeypatch):
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: figures.append(self) or savefig(self, *a, **k))
+    assert nst_widgets.draw_losses([(9.0, 6.0, 3.0), (5.0, 4.0, 1.0)]).startswith(b"\x89PNG")
+    nst_widgets.draw_losses([(9.0, 0.0, 9.0), (5.0, 0.0, 5.0)])  # a texture
+    curves = [{line.get_label(): line.get_ydata().tolist() for line in figure.axes[0].lines} for figure in figures]
+    both = {"total": [9, 5], "content × its weight": [6, 4], "style × its weight": [3, 1]}
+    assert curves == [both, {"total": [9, 5], "style × its weight": [9, 5]}]
+    assert {axes.get_yscale() for figure in figures for axes in figure.axes} == {"log"}
+
+
+def test_the_painters_curves_are_the_weighted_losses(painter):
+    step = steps(painter, TRANSFER._replace(content_weight=3.0, style_weight=5e3), 2)
+    assert painter.curves[-1] == pytest.approx((step.total, 3 * step.content, 5e3 * step.style))
+    assert sum(painter.curves[-1][1:]) == pytest.approx(step.total, rel=1e-4)
+
+
+def test_the_pictures_that_go_in_are_shown(play):
+    async def scene(panel):
+        panel.choices["style"].value = WAVE
+        for kind, path in (("content", CASTLE), ("style", WAVE)):
+            with Image.open(io.BytesIO(panel.inputs[kind].value)) as displayed:
+                shown = np.asarray(displayed).astype(int)
+            expected = np.asarray(nst.to_pil(nst.load_image(path, 130, "cpu")))
+            assert np.abs(shown - expected).mean() < 10  # a JPEG; another picture differs by some sixty
+
+    play(scene)
+
+
+def test_a_seed_is_the_noises(painter, vgg):
+    painter.step(TRANSFER, ("noise", 5))
+    content = nst.load_image(CASTLE, 40, "cpu")
+    expected = nst.optimise(painter.task(TRANSFER), content.shape[-2:], seed=5, evaluations=1, vgg=vgg, progress=False)
+    assert torch.equal(painter.image, expected.image) and painter.start == ("noise", 5)
 
 
 def uploaded(name, content):

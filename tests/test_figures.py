@@ -1,0 +1,125 @@
+"""What a figure shows: its pixels against the pictures, its curves and titles against what they are of."""
+
+import base64
+import io
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+
+from nst_engine import figures
+from nst_utils import (
+    Result,
+    Step,
+    difference_map,
+    difference_numbers,
+    display_figure,
+    plot_losses,
+    show_difference,
+    show_images,
+    to_pil,
+)
+
+
+def drawn(axes):
+    """The picture in an axes, as 8-bit values (H, W, 3)."""
+    (image,) = axes.get_images()
+    return np.asarray(image.get_array())
+
+
+def titles(figure):
+    return [axes.get_title() for axes in figure.axes]
+
+
+def plain(colour):
+    return torch.tensor(colour).view(1, 3, 1, 1).expand(1, 3, 20, 30)
+
+
+def test_pictures_are_shown_in_order_each_under_its_title(picture):
+    pictures = [picture(8, 12, seed) for seed in range(3)]
+    figure = show_images(pictures, ["a", "b", "c"], columns=2, title="all")
+    assert titles(figure) == ["a", "b", "c", ""] and figure.get_suptitle() == "all"
+    for axes, image in zip(figure.axes, pictures):
+        assert np.array_equal(drawn(axes), np.asarray(to_pil(image)))
+    assert not figure.axes[3].get_images()
+
+
+def test_what_is_seen_is_the_picture():
+    """Rendered: a red picture beside a blue one, upright and in its own colours."""
+    blue = plain([0.0, 0.0, 1.0]).clone()
+    blue[:, :, :10] = 1.0  # its upper half white
+    figure = show_images([plain([1.0, 0.0, 0.0]), blue], ["red", "blue"])
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3].astype(int)
+    height, width = pixels.shape[:2]
+
+    def at(axes, down):
+        box = axes.get_window_extent()
+        return pixels[round(height - box.y1 + down * box.height), round(box.x0 + box.width / 2)].tolist()
+
+    assert at(figure.axes[0], 0.5) == [255, 0, 0]
+    assert at(figure.axes[1], 0.25) == [255, 255, 255] and at(figure.axes[1], 0.75) == [0, 0, 255]
+
+
+def test_a_place_may_be_left_empty_and_a_map_is_drawn_in_false_colour(picture):
+    figure = show_images([None, torch.arange(12.0).view(3, 4)], ["", "map"])
+    assert not figure.axes[0].get_images()
+    (image,) = figure.axes[1].get_images()
+    assert image.get_cmap().name == "magma" and np.array_equal(image.get_array(), np.arange(12.0).reshape(3, 4))
+
+
+@pytest.mark.parametrize("images, names", [([], None), ([None], [""]), (3, ["a", "b"]), (1, ["a", "b"])])
+def test_nothing_to_show_or_another_number_of_titles_is_refused(images, names, picture, refuses):
+    images = [picture(4, 4)] * images if isinstance(images, int) else images
+    with refuses(ValueError, f"there are {len(images)} pictures and {len(names or images)} titles"):
+        show_images(images, names)
+
+
+def test_a_difference_is_shown_with_its_gain_its_channels_and_its_numbers(picture):
+    a, b = picture(8, 12, 0) / 2, picture(8, 12, 1) / 2
+    figure = show_difference(a, b, ["one", "other"], gain=3)
+    gap, numbers = difference_map(a, b), difference_numbers(a, b)
+    assert titles(figure) == ["one", "other", "|difference| × 3", "red only × 3", "green only × 3", "blue only × 3"]
+    for axes, image in zip(figure.axes, (a, b, gap * 3)):
+        assert np.array_equal(drawn(axes), np.asarray(to_pil(image)))
+    for k, axes in enumerate(figure.axes[3:]):
+        expected = np.asarray(to_pil(gap * 3))[..., k]
+        assert all(np.array_equal(drawn(axes)[..., channel], expected) for channel in range(3))
+    said = figure.get_suptitle()
+    assert f"{numbers.share:.1%} of pixels" in said and f"mean difference {numbers.mean:.4f}" in said
+    assert f"PSNR {numbers.psnr:.1f} dB" in said
+    assert titles(show_difference(a, b, ["", ""]))[2] == "|difference|"
+
+
+def history(shapes, totals):
+    return [Step((side, side), "float32", total, 0.0, 0.0) for side, total in zip(shapes, totals)]
+
+
+def test_a_curve_is_the_total_loss_and_a_dot_marks_a_finer_scale():
+    first = Result(None, history([32, 32, 64, 64], [8.0, 4.0, 6.0, 2.0]), 4, 1.0)
+    second = Result(None, history([64, 64], [3.0, 1.0]), 2, 1.0)
+    figure = plot_losses({"coarse to fine": first, "one scale": second})
+    (axes,) = figure.axes
+    curves = {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
+    assert list(curves) == ["coarse to fine", "one scale"] and axes.get_yscale() == "log"
+    assert curves["coarse to fine"].get_xdata().tolist() == [1, 2, 3, 4]
+    assert curves["coarse to fine"].get_ydata().tolist() == [8, 4, 6, 2]
+    assert curves["one scale"].get_ydata().tolist() == [3, 1]
+    dots = [line for line in axes.lines if line.get_marker() == "o"]
+    assert [(dot.get_xdata().tolist(), dot.get_ydata().tolist()) for dot in dots] == [([3], [6]), ([], [])]
+    assert dots[0].get_color() == curves["coarse to fine"].get_color()
+
+
+def test_what_is_published_is_the_figure_and_its_alternative_text(monkeypatch):
+    published = []
+    monkeypatch.setattr(figures, "publish_display_data", lambda data, metadata: published.append((data, metadata)))
+    display_figure(show_images([plain([1.0, 0.0, 0.0])]), "a red picture")
+    ((data, metadata),) = published
+    assert data["text/plain"] == "a red picture" and metadata == {"image/jpeg": {"alt": "a red picture"}}
+    with Image.open(io.BytesIO(base64.b64decode(data["image/jpeg"]))) as image:
+        assert image.format == "JPEG"
+        middle = image.getpixel((image.width // 2, image.height // 2))
+    assert middle == pytest.approx((254, 0, 0), abs=6)

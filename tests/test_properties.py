@@ -1,0 +1,114 @@
+"""What holds for every picture, shape, layer and weight, on examples that hypothesis looks for."""
+
+import math
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis.extra.numpy import arrays
+from PIL import Image
+
+import nst_utils as nst
+from nst_engine.checks import as_whole
+from nst_engine.coarse_to_fine import plan_scales
+from nst_engine.layers import LAYERS, deepest, layer_name, stride
+
+# No deadline: a test must not fail because a machine is slow.
+settings.register_profile(
+    "here", deadline=None, max_examples=40, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
+settings.load_profile("here")
+
+sides = st.integers(1, 40)
+colours = arrays(np.uint8, st.tuples(sides, sides, st.just(3)))
+layers = st.lists(st.sampled_from(LAYERS), min_size=1, max_size=4, unique=True)
+
+
+def picture_of(values):
+    return torch.from_numpy(values).permute(2, 0, 1)[None].float() / 255
+
+
+@given(values=colours)
+def test_a_picture_written_and_read_is_the_same(values, tmp_path_factory):
+    path = tmp_path_factory.mktemp("pictures") / "picture.png"
+    nst.to_pil(picture_of(values)).save(path)
+    read = nst.load_image(path, min(values.shape[:2]), "cpu")
+    assert torch.equal(read, picture_of(values))
+
+
+@given(height=sides, width=sides, size=st.integers(1, 60), mode=st.sampled_from(["RGB", "L", "RGBA", "CMYK", "1"]))
+def test_every_picture_that_is_read_is_one(height, width, size, mode, tmp_path_factory):
+    path = tmp_path_factory.mktemp("pictures") / "picture.tif"
+    Image.new(mode, (width, height)).save(path)
+    read = nst.load_image(path, size, "cpu")
+    assert read.dtype == torch.float32 and read.shape[:2] == (1, 3) and min(read.shape[2:]) == size
+    assert 0 <= read.min() and read.max() <= 1
+    assert max(read.shape[2:]) / size == pytest.approx(max(height, width) / min(height, width), abs=0.51 / size)
+
+
+@given(values=colours, shape=st.tuples(sides, sides))
+def test_a_scaled_picture_is_one(values, shape):
+    scaled = nst.resize(picture_of(values), shape)
+    assert scaled.shape == (1, 3, *shape) and 0 <= scaled.min() and scaled.max() <= 1
+    flat = torch.full((1, 3, *values.shape[:2]), 0.3)
+    torch.testing.assert_close(nst.resize(flat, shape), torch.full((1, 3, *shape), 0.3), atol=1e-6, rtol=0)
+
+
+@given(values=arrays(np.uint8, st.tuples(st.just(2), sides, sides, st.just(3))))
+def test_a_difference_has_no_sign_and_no_order(values):
+    a, b = map(picture_of, values)
+    gap, numbers = nst.difference_map(a, b), nst.difference_numbers(a, b)
+    assert torch.equal(gap, nst.difference_map(b, a)) and gap.min() >= 0 and gap.max() <= 1
+    steps = np.abs(values[0].astype(int) - values[1])
+    assert numbers.share == pytest.approx((steps.max(-1) > 0).mean())
+    assert numbers.mean == pytest.approx(steps.mean() / 255, rel=1e-5)
+    expected = 10 * math.log10(255**2 / np.mean(steps**2)) if steps.any() else math.inf
+    assert numbers.psnr == pytest.approx(expected, rel=1e-5)
+
+
+@given(names=layers)
+def test_names_are_in_the_networks_order(names):
+    last = deepest(names)
+    assert last in names and all(LAYERS.index(name) <= LAYERS.index(last) for name in names)
+    assert all(stride(name) == 2 ** (int(layer_name(name)[4]) - 1) for name in names)
+
+
+@given(shape=st.tuples(st.integers(1, 900), st.integers(1, 900)), smallest=st.integers(1, 300))
+def test_scales_end_with_the_shape_and_keep_what_they_need(shape, smallest):
+    scales = plan_scales(shape, smallest)
+    assert scales[-1] == shape
+    assert all(min(scale) >= min(smallest, min(shape)) for scale in scales)
+    assert min(scales[0]) <= 2 * smallest or len(scales) == 1
+
+
+@settings(max_examples=15)
+@given(
+    names=layers,
+    height=st.integers(16, 34),
+    width=st.integers(16, 34),
+    content_weight=st.floats(1e-3, 1e3),
+    style_weight=st.floats(1e-3, 1e6),
+)
+def test_the_engine_agrees_with_the_formulas_at_any_layers_and_weights(
+    names, height, width, content_weight, style_weight, vgg
+):
+    """The first loss of a run, whatever is asked for, is the one that the helper's formulas give for its start."""
+    generator = torch.Generator().manual_seed(height * width)
+    content, style, start = (torch.rand(1, 3, height, width, generator=generator) for _ in range(3))
+    weights = {"content_weight": content_weight, "style_weight": style_weight}
+    task = nst.Task(content, style, tuple(names[:1]), dict.fromkeys(names, 1.0), **weights)
+    options = {"init": start, "evaluations": 1, "vgg": vgg, "precision": "float32", "progress": False}
+    step = nst.optimise(task, (height, width), **options).history[0]
+    expected = nst.make_objective(vgg, content, style, names[:1], names, content_weight, style_weight)(start)
+    assert step[2:] == pytest.approx(expected.tolist(), rel=2e-3)
+
+
+@given(value=st.one_of(st.integers(-5, 5), st.floats(allow_nan=True), st.text(max_size=3), st.none(), st.booleans()))
+def test_a_whole_number_is_taken_as_it_is_or_refused_in_one_sentence(value):
+    try:
+        assert as_whole(value, "size") == value and type(value) is int and value >= 1
+    except ValueError as error:
+        assert str(error) == f"size is {value!r}: it must be a whole number, 1 or more"
+        assert type(value) is not int or value < 1
