@@ -429,8 +429,7 @@ class Studio:
                     return
                 if presses != self.presses:
                     continue  # a button was pressed meanwhile: this is not yet its answer
-                if frame:
-                    self.show(frame)
+                self.show(frame)
                 if finished:
                     return self.tell("done")
                 if self.single:
@@ -442,7 +441,7 @@ class Studio:
     def turn(self, settings, start, compare, single):
         """On the worker's thread: evaluations for as long as a frame lasts, at least one.
 
-        Returns (the `Frame`, or None where no evaluation was left; whether progress has become slow).
+        Returns (the `Frame`; whether progress has become slow).
         """
         painter, begun, last = self.painter, time.perf_counter(), None  # close() takes the painter from the panel
         while True:
@@ -454,7 +453,9 @@ class Studio:
             if single or self.moments[-1] - begun > FRAME:
                 break
         finished = step is None
-        return last and self.draw(painter, last, settings, compare, with_chart=single or finished), finished
+        if finished:
+            last = painter.history[-1]  # drawn again, so that the curves on display are whole
+        return self.draw(painter, last, settings, compare, with_chart=single or finished), finished
 
     def draw(self, painter, step, settings, compare, with_chart):
         """The `Frame` of the painter's present picture; the loss curves are drawn now and then, or `with_chart`."""

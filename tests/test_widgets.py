@@ -351,15 +351,18 @@ def test_a_moved_slider_reaches_the_next_step_and_reset_takes_it_back(play):
 
 def test_a_panel_that_has_finished_goes_on_when_a_control_moves(play):
     async def scene(panel):
-        panel.painter.outcomes.extend([True, None])
+        panel.last_chart = math.inf  # none is due before the end
+        panel.painter.outcomes.extend([True, True, None])
         panel.start()
         await begun(panel, 1)
+        for _ in range(2):
+            await release(panel)
+            assert not panel.chart.value
         await release(panel)
-        await release(panel)
-        assert panel.state == "done" and panel.task.done()
+        assert panel.state == "done" and panel.task.done() and panel.chart.value  # with all that was evaluated
         assert "Finished" in says(panel) and not panel.buttons["Start"].disabled
         panel.content_layer.value = "conv2_1"
-        await begun(panel, 3)
+        await begun(panel, 4)
         assert panel.state == "running" and panel.painter.calls[-1][0].content_layer == "conv2_1"
 
     play(scene)

@@ -1,6 +1,8 @@
-"""Break helper and engine on purpose, one formula at a time, in a copy, and see that unit tests and notebooks both fail.
+"""Break helper, engine and panel on purpose, a line at a time, in a copy, and see that the tests notice.
 
-Minutes for each break, so no part of the tests. Arguments: words of the breaks to try, by default all.
+A unit test must, and for formulas, weights and layers a cell of the notebooks too. Writes the table that
+benchmarks/results/breaks.md holds. Minutes for each break, so no part of the tests. Arguments: words of the breaks to
+try, by default all; with these, nothing is written.
 """
 
 import os
@@ -11,9 +13,10 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+TABLE = ROOT / "benchmarks" / "results" / "breaks.md"
 # What is wrong: (file, code, code that is wrong).
 # ruff: noqa: E501
-BREAKS = {
+FORMULAS = {
     "Gram matrix divided by h w only": ("nst_utils.py", "rows @ rows.T / rows.numel()", "rows @ rows.T / rows.shape[1]"),
     "Gram matrix of transposed rows": ("nst_utils.py", "rows = feature_map[0].flatten(1)", "rows = feature_map[0].permute(1, 2, 0).reshape(feature_map.shape[1], -1)"),
     "content loss summed, not averaged": ("nst_utils.py", "(maps[name] - target).square().mean()", "(maps[name] - target).square().sum()"),
@@ -34,39 +37,105 @@ BREAKS = {
     "border of zeros": ("nst_engine/network.py", 'vgg.conv1_1.padding_mode = "replicate"', 'vgg.conv1_1.padding_mode = "zeros"'),
     "style target from the content picture": ("nst_engine/preparation.py", "style = self.style_at(task, shape, full_size)", "style = self.style_at(task if task.content is None else task._replace(style=task.content), shape, full_size)"),
     "content target from the style picture": ("nst_engine/preparation.py", "self.scaled(task.content, shape)", "self.scaled(task.content if task.style is None else task.style, shape)"),
+    "difference map signed": ("nst_engine/pictures.py", "(a.clamp(0, 1) - b.clamp(0, 1)).abs()", "a.clamp(0, 1) - b.clamp(0, 1)"),
+    "PSNR ten times the natural logarithm": ("nst_engine/pictures.py", "10 * math.log10(1 / mse)", "10 * math.log(1 / mse)"),
+    "reference style loss is averaged over layers, not summed": ("nst_utils.py", "layer_weights or dict.fromkeys(targets, 1.0)", "layer_weights or dict.fromkeys(targets, 1.0 / len(targets))"),
+    "Oxford's mean colour is BGR": ("nst_engine/weights.py", "[123.68, 116.779, 103.939]", "[103.939, 116.779, 123.68]"),
+    "the assignment's layer names count from 0": ("nst_engine/layers.py", "enumerate(CONVOLUTIONS, 1)}", "enumerate(CONVOLUTIONS)}"),
+}  # fmt: skip
+OTHERS = {
     "seed ignored": ("nst_engine/prior.py", "generator=torch.Generator().manual_seed(seed)", "generator=torch.Generator().manual_seed(0)"),
     "result not kept in [0, 1]": ("nst_engine/optimiser.py", "0.5**halvings).clamp(0, 1)", "0.5**halvings)"),
     "steps that raise the loss accepted": ("nst_engine/optimiser.py", "if trial_losses[0] < (1 + rounding) * losses[0]:", "if True:"),
-    "difference map signed": ("nst_engine/pictures.py", "(a.clamp(0, 1) - b.clamp(0, 1)).abs()", "a.clamp(0, 1) - b.clamp(0, 1)"),
-    "PSNR ten times the natural logarithm": ("nst_engine/pictures.py", "10 * math.log10(1 / mse)", "10 * math.log(1 / mse)"),
+    "a stop is not remembered for the cell's next runs": ("nst_utils.py", "note_interrupt()  # the present", "pass  # the present"),
+    "the network given as vgg is ignored": ("nst_utils.py", "Preparation(vgg or load_vgg19(device=device), device", "Preparation(load_vgg19(device=device), device"),
+    "a result reports its budget as its evaluations": ("nst_utils.py", "history, len(history), time.", "history, evaluations, time."),
+    "a result can share memory with the content": ("nst_utils.py", "resize(image, shape).detach().clone()", "resize(image, shape).detach()"),
+    "two uploads of one name are one file": ("nst_widgets.py", "Path(tempfile.mkdtemp(dir=self.uploads.name)) / name", "Path(self.uploads.name) / name"),
+    "a moved control skips the coarse scales that are left": ("nst_widgets.py", "self.scales[self.scales.index(tuple(self.image.shape[-2:])) :]", "self.scales[-1:]"),
+    "a style layer set to 0 on the way counts 1": ("nst_widgets.py", "weights.get(name, 0.0)", "weights.get(name, 1.0)"),
+    "a finished run is not begun again by Start": ("nst_widgets.py", "run, self.run = self.run, None", "run = self.run"),
+    "Save writes the controls' settings, not the picture's": ("nst_widgets.py", "settings = self.shown.settings", "settings = self.settings()"),
+    "a closed panel keeps its painter": ("nst_widgets.py", "self.painter = self.shown = self.snapshot = None", "self.shown = self.snapshot = None"),
+    "the picture still changes after Pause": ("nst_widgets.py", "if self.state != \"running\":", "if self.state == \"closed\":"),
+    "the rate counts the pause": ("nst_widgets.py", "self.moments.clear()", "pass"),
+    "bfloat16 square sums are rounded to bfloat16": ("nst_engine/losses.py", "torch.linalg.vector_norm(gap, dtype=_precise(gap))", "torch.linalg.vector_norm(gap)"),
+    "map sizes of odd pictures are those before pooling drops a row": ("nst_engine/network.py", "(shape[0] // stride(name)) * (shape[1] // stride(name))", "(shape[0] * shape[1] // stride(name) ** 2)"),
+    "a changed weight file of the same size is not read again": ("nst_engine/network.py", "path.stat().st_mtime_ns", "path.stat().st_size"),
+    "the cut network shares its weights with the user's": ("nst_engine/network.py", "copy.deepcopy(network).to(", "network.to("),
+    "noise is coloured by the covariance, not its root": ("nst_engine/prior.py", "torch.linalg.cholesky(K)", "K"),
+    "the lowest frequency is that of the shorter side": ("nst_engine/prior.py", "clamp(min=1 / max(shape))", "clamp(min=1 / min(shape))"),
+    "a full L-BFGS memory drops its newest pair": ("nst_engine/optimiser.py", "self.used.pop(0)", "self.used.pop()"),
+    "L-BFGS learns the step before halving and clamping": ("nst_engine/optimiser.py", "curvature.learn(trial - x, ", "curvature.learn(direction, "),
+    "slow progress is judged over nine evaluations": ("nst_engine/stopping.py", "totals[-11]", "totals[-10]"),
+    "one stop in a script refuses all later runs": ("nst_engine/stopping.py", "in _interrupted - {None}", "in _interrupted"),
+    "the coarsest scale is below the smallest side": ("nst_engine/coarse_to_fine.py", "int(math.log2(min(shape) / smallest))", "round(math.log2(min(shape) / smallest))"),
+    "the style is scaled to the result's size": ("nst_engine/preparation.py", "min(shape) / min(full_size)", "min(shape) / min(sides)"),
+    "the prior's weight is that of the deepest block": ("nst_engine/preparation.py", "PRIOR_WEIGHTS.get(min(map(block", "PRIOR_WEIGHTS.get(max(map(block"),
+    "two threads may capture at once": ("nst_engine/evaluation.py", "with _capturing, torch.cuda.device(device):", "with torch.cuda.device(device):"),
+    "a graph whose gradient is not finite is trusted": ("nst_engine/evaluation.py", "return gap if gap == gap else float(\"inf\")", "return gap"),
+    "after running out of memory a size as large is advised": ("nst_engine/memory.py", "advice(min(share, 0.5))", "advice(share)"),
+    "a floating-point picture with pure white turns black": ("nst_engine/pictures.py", "elif values.max() <= 1:", "elif values.max() < 1:"),
+    "a colour profile makes transparency opaque": ("nst_engine/pictures.py", "colours.putalpha(rgba.getchannel(\"A\"))", "colours.putalpha(255)"),
+    "one layer under two names counts twice": ("nst_engine/checks.py", "if papers_names.count(name) > 1:", "if layers.count(name) > 1:"),
+    "a texture with one style layer at 0 is refused": ("nst_engine/checks.py", "any(style_layers.values())", "all(style_layers.values())"),
+    "channel maps are not multiplied by the gain": ("nst_engine/figures.py", ".expand_as(gap) * gain for k", ".expand_as(gap) for k"),
+    "a replay writes over earlier gradients": ("nst_engine/evaluation.py", "gradient.flatten().clone()", "gradient.flatten()"),
+    "a replay does not hold what it reads": ("nst_engine/evaluation.py", "replay.reads = run", "pass"),
+    "one stream for all devices": ("nst_engine/evaluation.py", "torch.cuda.Stream(device)", "torch.cuda.Stream()"),
+    "colours without their profile": ("nst_engine/pictures.py", "profile = picture.info.get(\"icc_profile\")", "profile = None"),
+    "a title too few is passed over": ("nst_engine/figures.py", " or len(titles) != len(images)", ""),
+    "curves of the content loss": ("nst_engine/figures.py", "total = [step.total for step", "total = [step.content for step"),
+    "a step is one of two evaluations": ("nst_widgets.py", "if single or self.moments", "if self.moments"),
+    "notebooks' default size of 512": ("nst_engine/pictures.py", "def load_image(path, size=256,", "def load_image(path, size=512,"),
+    "the default style weight is 1e3": ("nst_utils.py", "    style_weight=1e4,\n    **options", "    style_weight=1e3,\n    **options"),
 }  # fmt: skip
+BREAKS = FORMULAS | OTHERS
+
+
+def run(copy, options):
+    """The first test that fails in the copy, or None."""
+    environment = {**os.environ, "PYTHONPATH": str(copy)}  # the broken code, not the installed one
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *options]
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    failed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return failed[0] if done.returncode == 1 and failed else None
+
+
+def unit_tests(path):
+    """All of them, those of the broken file first; without the one that would notice any change, and the browser's."""
+    of_file = {"nst_utils": "tasks", "nst_widgets": "widgets", "weights": "network", "layers": "network"}
+    own = of_file.get(Path(path).stem, Path(path).stem)
+    files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda file: (file.stem != f"test_{own}", file.stem))
+    return [f"tests/{file.name}" for file in files if file.stem != "test_breaks"] + ["-m", "not browser"]
+
+
+def notebooks(name):
+    """All of them, that on textures first where style is broken."""
+    paths = sorted(f"notebooks/{path.name}" for path in (ROOT / "notebooks").glob("*.ipynb"))
+    style = any(word in name for word in ("Gram", "style"))
+    return ["--nbval", "--nbval-current-env", *(paths[1:] + paths[:1] if style else paths)]
 
 
 def main():
-    failed = []
+    rows, missed = [], []
     for name, (path, code, broken) in BREAKS.items():
         if not all(word in name for word in sys.argv[1:]):
             continue
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / "copy"
             shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "rendered"))
-            source = (copy / path).read_text()
+            source = (copy / path).read_text(encoding="utf-8")
             assert source.count(code) == 1, f"{code!r} is {source.count(code)} times in {path}"
-            (copy / path).write_text(source.replace(code, broken))
-            environment = {**os.environ, "PYTHONPATH": str(copy)}  # the broken code, not the installed one
-            caught = {}
-            for kind, options in {
-                # Without the file that would notice any change, and without a browser.
-                "unit tests": ["tests", "-m", "not browser", "--ignore", "tests/test_breaks.py"],
-                "notebooks": ["--nbval", "--nbval-current-env", "notebooks"],
-            }.items():
-                command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *options]
-                run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
-                where = next((line for line in run.stdout.splitlines()[::-1] if line.startswith("FAILED")), "")
-                caught[kind] = where.split(" - ")[0].removeprefix("FAILED ") if run.returncode == 1 and where else None
-        print(f"{name}:", "; ".join(f"{kind} {where or 'DID NOT FAIL'}" for kind, where in caught.items()), flush=True)
-        failed += [name] * (None in caught.values())
-    sys.exit(f"not caught everywhere: {failed}" if failed else 0)
+            (copy / path).write_text(source.replace(code, broken), encoding="utf-8")
+            caught = [run(copy, unit_tests(path)), run(copy, notebooks(name)) if name in FORMULAS else "-"]
+        rows.append(f"| {name} | `{path}` | " + " | ".join(where or "**not noticed**" for where in caught) + " |")
+        print(rows[-1], flush=True)
+        missed += [name] * (None in caught)
+    if not sys.argv[1:]:
+        head = ["| what is broken | where | first unit test that fails | first notebook cell |", "|---|---|---|---|"]
+        TABLE.write_text("\n".join([*head, *rows, ""]), encoding="utf-8")
+    sys.exit(f"not noticed: {missed}" if missed else 0)
 
 
 if __name__ == "__main__":
