@@ -172,7 +172,7 @@ def optimise(
     device = (task.style if task.content is None else task.content).device
     preparation = Preparation(vgg or load_vgg19(device=device), device, precision)
     image, scales = preparation.start(task, shape, init, seed, coarse_to_fine)
-    run = preparation.run(task, image, scales, evaluations)
+    run = preparation.run(task, image, scales, evaluations, seed)
     history, start = [], time.perf_counter()
     silent = not progress or "TQDM_DISABLE" in os.environ  # which tqdm's bar for notebooks passes by
     with tqdm(total=evaluations, disable=silent, leave=False, desc="optimising") as bar:

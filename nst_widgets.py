@@ -94,7 +94,7 @@ class Painter:
             self.scales = self.scales[self.scales.index(tuple(self.image.shape[-2:])) :]
         else:
             self.image, self.scales = self.preparation.start(task, shape, self.image)
-        return self.preparation.run(task, self.image, self.scales, LIMIT)
+        return self.preparation.run(task, self.image, self.scales, LIMIT, self.start[1])
 
     def begin(self, task, shape, start):
         """Forget the run before, and make the picture that `start` names the present one."""

@@ -43,10 +43,12 @@ class InverseCurvature:
         start = self.precondition(vector)
         if not self.used:
             return start * (0.02 / start.abs().mean())
-        used, last = self.used, self.used[-1]
+        used = self.used
         p, q = (self.pairs @ vector).view(2, -1)[:, used].cpu().double().numpy()
         r, yy = np.triu(self.sy[np.ix_(used, used)]), self.yy[np.ix_(used, used)]
-        gamma = self.sy[last, last] / self.yy[last, last]
+        # The longest step that one of the pairs supports: the last one is as a rule along a steep direction, of which
+        # there are few, and would make steps along all the others too short.
+        gamma = max(self.sy[k, k] / self.yy[k, k] for k in used)
         u = np.linalg.solve(r, p)
         v = np.linalg.solve(r.T, np.diag(r) * u + gamma * (yy @ u - q))
         weights = np.zeros((2, self.memory))
@@ -55,7 +57,7 @@ class InverseCurvature:
 
 
 def projected_lbfgs(evaluate, x, curvature, rounding=0.0):
-    """Minimise over flat pictures with values in [0, 1]; yield the present (x, losses) after each evaluation.
+    """Minimise over flat pictures with values in [0, 1]; yield (x, losses, gradient) after each evaluation.
 
     evaluate: x -> (list of losses, flat gradient of the first, which is minimised). curvature: an `InverseCurvature`,
     which learns on the way. Pixels at 0 or 1 that the gradient pushes outward stay out of the step and the rest is
@@ -66,7 +68,7 @@ def projected_lbfgs(evaluate, x, curvature, rounding=0.0):
     losses, gradient = evaluate(x)
     if not math.isfinite(losses[0]):
         raise ValueError(f"the loss of the first picture is {losses[0]}: use smaller weights")
-    yield x, losses
+    yield x, losses, gradient
     while True:
         free = ~(((x <= 0) & (gradient > 0)) | ((x >= 1) & (gradient < 0)))
         downhill = -gradient * free
@@ -78,7 +80,7 @@ def projected_lbfgs(evaluate, x, curvature, rounding=0.0):
             trial_losses, trial_gradient = evaluate(trial)
             if trial_losses[0] < (1 + rounding) * losses[0]:
                 break
-            yield x, losses
+            yield x, losses, gradient
         else:
             if not curvature.used:
                 return
@@ -86,4 +88,4 @@ def projected_lbfgs(evaluate, x, curvature, rounding=0.0):
             continue
         curvature.learn(trial - x, trial_gradient - gradient)
         x, losses, gradient = trial, trial_losses, trial_gradient
-        yield x, losses
+        yield x, losses, gradient

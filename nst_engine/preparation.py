@@ -14,7 +14,7 @@ from .losses import gram_matrices, measure, weigh
 from .memory import fitting, keep_freed_memory
 from .network import cut_network, features, first_kernels, map_size, memory_per_pixel
 from .pictures import resize
-from .prior import draw_noise, spectral_preconditioner
+from .prior import draw_noise, enlarge, spectral_preconditioner
 
 
 class Task(NamedTuple):
@@ -67,14 +67,18 @@ class Preparation:
         scales = plan_scales(shape, task.smallest_side) if coarse_to_fine else [shape]
         return draw_noise(scales[0], seed, self.device), scales
 
-    def run(self, task, image, scales, evaluations):
+    def run(self, task, image, scales, evaluations, seed=0):
         """The run from `image`, of the first of these scales: yields (picture, `Step`) after each evaluation.
 
-        Raises ValueError for a size that the device has no memory for.
+        seed: of the noise that a finer scale has where the one before had no detail. Raises ValueError for a size that
+        the device has no memory for.
         """
         weights = torch.tensor(
             [task.content_weight, task.style_weight, *task.style_layers.values()], device=self.device
         )
+
+        def enlarge_to(image, shape):
+            return enlarge(image, shape, seed) if task.style_layers else resize(image, shape)
 
         def evaluate_at(shape, precision):
             return functools.partial(self.evaluation(task, shape, scales[-1], precision), weights=weights)
@@ -84,7 +88,7 @@ class Preparation:
             return self.preconditioner(self.kernels, shape, weight, self.device)
 
         with fitting(scales[-1], memory_per_pixel(self.network(task, self.precisions[-1])), self.device):
-            yield from descend(image, scales, self.precisions, evaluate_at, precondition_at, evaluations)
+            yield from descend(image, scales, self.precisions, enlarge_to, evaluate_at, precondition_at, evaluations)
 
     @functools.cached_property
     def kernels(self):

@@ -18,6 +18,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .pictures import resize
+
 # A square root of the covariance of the colours in ImageNet, as published with [colours]; K is scaled to a largest
 # eigenvalue of 1, and has a thousandth added, for colours that hardly ever vary.
 _ROOT = torch.tensor([[0.26, 0.09, 0.02], [0.27, 0.00, -0.05], [0.27, -0.09, 0.03]])
@@ -39,6 +41,17 @@ def draw_noise(shape, seed, device):
     soft = torch.fft.irfft2(torch.fft.rfft2(white) / relative_frequencies(shape), s=shape)
     noise = torch.einsum("ij,jhw->ihw", torch.linalg.cholesky(K), soft)
     return (0.5 + 0.1 * noise / noise.std()).clamp(0, 1)[None].to(device)
+
+
+def enlarge(image, shape, seed):
+    """A picture scaled to a larger `shape`, with the prior's noise as the detail that it lacks.
+
+    For a style: where a picture is smooth, the network sees nothing, and the gradient is small. Content has detail of
+    its own, in the feature maps, and noise would have to go again.
+    """
+    noise = draw_noise(shape, seed, image.device)
+    detail = noise - resize(resize(noise, image.shape[-2:]), shape)
+    return (resize(image, shape) + detail).clamp(0, 1)
 
 
 def spectral_preconditioner(kernels, shape, weight, device):

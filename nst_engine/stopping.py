@@ -1,41 +1,53 @@
 """When a run ends, and which of its pictures is shown."""
 
+from collections import deque
+
 from IPython import get_ipython
 
-# A stage ends when ten evaluations lower the total by less than this share of it:
+# A run stands still when ten evaluations lower the total by less than this share of it:
 COARSE = 0.1  # at a coarse scale, whose detail the next one replaces
-ROUGH = 0.05  # at full size before the last stage, which refines
-FINE = 0.005  # in the last stage
+ROUGH = 0.05  # at full size, when it is asked whether rounding is the cause
+FINE = 0.005  # at full size, and the run is done
+# or when they move less than one in a thousand pixels by 1/255 or more, so that nobody sees a difference.
+MOVED = 0.001
 
 # A coarse scale also ends when its total is down to this share of its first one: the next one begins far above that.
 COARSE_END = 0.004
 
 
 def best_so_far(run):
-    """Pass on, after each evaluation, the (picture, `Step`) of the smallest total so far.
+    """Pass on, after each evaluation, the (picture, `Step`, gradient) of the smallest total so far.
 
     What is minimised may be something else, or be rounded; what is shown never becomes worse.
     """
     best = None
-    for image, step in run:
-        if best is None or step.total < best[1].total:
-            best = image, step
+    for found in run:
+        if best is None or found[1].total < best[1].total:
+            best = found
         yield best
 
 
-def until_slow(run, tolerance, end):
-    """Pass on (picture, `Step`) until ten evaluations lower the total by less than the share `tolerance` of it.
+def until_still(run, tolerance, end=0.0):
+    """Pass on (picture, `Step`, ...) until it stands still by the share `tolerance`, as said above.
 
     Or until the total is below the share `end` of the first one.
     """
-    totals = []
-    for image, step in run:
-        yield image, step
-        totals.append(step.total)
-        if totals[-1] < end * totals[0]:
+    last, first = deque(maxlen=11), None
+    for found in run:
+        yield found
+        image, step = found[:2]
+        first = first or step
+        last.append((image, step.total))
+        before, total = last[0]
+        if step.total < end * first.total:
             return
-        if len(totals) > 10 and totals[-1] > (1 - tolerance) * totals[-11]:
+        if len(last) == 11 and (step.total > (1 - tolerance) * total or moved(before, image) < MOVED):
             return
+
+
+def moved(before, image):
+    """The share of pixels that differ by 1/255 or more in some colour."""
+    return ((image - before).abs().amax(dim=1) >= 1 / 255).double().mean().item()
 
 
 _interrupted = set()  # notebook cells whose stop button was pressed

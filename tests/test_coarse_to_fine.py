@@ -3,21 +3,24 @@ import itertools
 import pytest
 import torch
 
-from nst_engine.coarse_to_fine import Step, plan_scales, plan_stages
+from nst_engine.coarse_to_fine import Step, agreement, plan_scales, refine
 from nst_engine.preparation import Task
-from nst_engine.stopping import FINE, best_so_far, until_slow
+from nst_engine.prior import draw_noise
+from nst_engine.stopping import best_so_far, until_still
 from nst_utils import FIRST_FIVE, resize, synthesize_texture
 
 # --- When a run ends -----------------------------------------------------------------------------
 
 
-def steps(totals):
-    return [(k, Step((1, 1), "float32", total, 0.0, 0.0)) for k, total in enumerate(totals)]
+def steps(totals, images=None):
+    """(picture, Step) after each evaluation; without `images` every pixel moves all the time."""
+    images = images or [torch.full((1, 3, 2, 2), float(k)) for k in range(len(totals))]
+    return [(image, Step((2, 2), "float32", total, 0.0, 0.0)) for image, total in zip(images, totals)]
 
 
 def test_a_slow_run_is_ended_and_a_fast_one_is_not():
     def count(totals, end=0.0):
-        return len(list(until_slow(steps(totals), 0.1, end)))
+        return len(list(until_still(steps(totals), 0.1, end)))
 
     assert count([0.9**k for k in range(50)]) == 50
     assert count([1.0] * 50) == 11  # ten evaluations without progress
@@ -26,18 +29,74 @@ def test_a_slow_run_is_ended_and_a_fast_one_is_not():
     assert count([0.0] * 50) == 50  # nothing left to gain is for the optimiser to notice
 
 
+@pytest.mark.parametrize(
+    "pixels, distance, count", [(1, 0.5, 11), (2, 0.5, 30), (2000, 0.9 / 255, 11), (2, 1.1 / 255, 30)]
+)
+def test_a_picture_that_stands_still_ends_a_run_though_its_loss_falls(pixels, distance, count):
+    """Of 2000 pixels one is less than a thousandth and two are not; each moves in one colour within ten evaluations."""
+    images = []
+    for k in range(30):
+        image = torch.zeros(1, 3, 2000)
+        image[:, 1, :pixels] = distance * (k // 10 % 2)
+        images.append(image.view(1, 3, 40, 50))
+    assert len(list(until_still(steps([0.5**k for k in range(30)], images), 0.1))) == count
+
+
 def test_what_is_shown_is_the_best_so_far_by_the_total():
-    shown = list(best_so_far(steps([5.0, 6.0, 4.0, 4.5])))
-    assert [image for image, _ in shown] == [0, 0, 2, 2]
-    assert [step.total for _, step in shown] == [5.0, 5.0, 4.0, 4.0]
+    run = [(k, step, -k) for k, (_, step) in enumerate(steps([5.0, 6.0, 4.0, 4.5]))]
+    shown = list(best_so_far(run))
+    assert [(image, gradient) for image, _, gradient in shown] == [(0, 0), (0, 0), (2, -2), (2, -2)]
+    assert [step.total for _, step, _ in shown] == [5.0, 5.0, 4.0, 4.0]
 
 
-def test_only_the_last_stage_refines():
-    for precisions in (("bfloat16", "float32"), ("float32",)):
-        stages = plan_stages(precisions, 100)
-        assert tuple(stage.precision for stage in stages) == precisions
-        assert [stage.tolerance == FINE for stage in stages] == [False] * (len(stages) - 1) + [True]
-        assert {(stage.end, stage.limit) for stage in stages} == {(0.0, 100)}
+# --- In which precision --------------------------------------------------------------------------
+
+
+def begun(gradients, log):
+    """begin(image, precision) for `refine`: a run in which loss and picture stand still; gradients: {precision: it}."""
+
+    def begin(image, precision):
+        log.append(precision)
+        for k in itertools.count():
+            yield image + k, Step((1, 1), precision, 1.0, 0.0, 0.0), gradients[precision]
+
+    return begin
+
+
+def precisions_of(gradients, precisions):
+    log = []
+    run = list(refine(torch.zeros(1, 3, 1, 1), precisions, begun(gradients, log), lambda x: x))
+    return ["".join(step.precision[0] for _, step, _ in run), log, run]
+
+
+UP, ASIDE = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])
+
+
+def test_one_precision_goes_on_until_it_stands_still():
+    found, log, _ = precisions_of({"float32": UP}, ("float32",))
+    assert found == "f" * 11 and log == ["float32"]
+
+
+def test_where_the_gradients_agree_the_faster_precision_goes_on_to_the_end():
+    """Slow, asked, not rounding; done, asked, not rounding: the exact one is evaluated twice, at the same picture."""
+    found, log, run = precisions_of({"bfloat16": UP, "float32": 3 * UP}, ("bfloat16", "float32"))
+    assert found == "b" * 11 + "f" + "b" * 11 + "f"
+    assert log == ["bfloat16", "float32", "float32"]
+    assert torch.equal(run[11][0], run[10][0]) and torch.equal(run[-1][0], run[-2][0])
+
+
+@pytest.mark.parametrize("gradient", [ASIDE, -UP, torch.zeros(2)])
+def test_where_rounding_stops_the_faster_precision_the_exact_one_goes_on(gradient):
+    found, log, run = precisions_of({"bfloat16": gradient, "float32": UP}, ("bfloat16", "float32"))
+    assert found == "b" * 11 + "f" + "f" * 11 and log == ["bfloat16", "float32"]
+    assert torch.equal(run[11][0], run[10][0])
+
+
+def test_agreement_is_the_cosine_as_the_preconditioner_weighs_it():
+    weights = torch.tensor([1.0, 3.0])
+    assert agreement(UP, ASIDE, lambda x: x) == pytest.approx(0.5**0.5)
+    assert agreement(UP, ASIDE, weights.mul) == pytest.approx(0.5)
+    assert agreement(UP, -2 * UP, weights.mul) == pytest.approx(-1)
 
 
 # --- Scales --------------------------------------------------------------------------------------
@@ -75,12 +134,16 @@ def test_scales_of_the_leading_example():
     assert scales == [(64, 96), (128, 192), (256, 384)]
 
 
-def test_a_finer_scale_begins_with_the_enlarged_picture(picture, settings):
+def test_a_finer_scale_begins_with_the_enlarged_picture_and_detail_of_the_seed(picture, settings):
     """The first picture of a scale, evaluated before any step; the last of the scale before is what it came from."""
     style, seen = picture(128, 128), []
-    synthesize_texture(style, "conv1_1", callback=lambda image, _: seen.append(image), evaluations=8, **settings)
+    options = {"callback": lambda image, _: seen.append(image), "evaluations": 8, "seed": 3, **settings}
+    synthesize_texture(style, "conv1_1", **options)
     coarse, fine = next(pair for pair in itertools.pairwise(seen) if pair[1].shape[-1] == 128)
-    torch.testing.assert_close(fine, resize(coarse, (128, 128)))
+    noise = draw_noise((128, 128), 3, "cpu")
+    detail = noise - resize(resize(noise, (64, 64)), (128, 128))
+    assert 0.01 < detail.std() < 0.1
+    torch.testing.assert_close(fine, (resize(coarse, (128, 128)) + detail).clamp(0, 1))
 
 
 def test_a_picture_of_another_size_to_start_from_is_scaled(picture, settings):

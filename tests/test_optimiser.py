@@ -20,7 +20,7 @@ def minimise(objective, start, memory=20, precondition=identity, curvature=None)
     """(picture, losses) after each evaluation; objective: picture (1, 3, H, W) -> losses."""
     evaluate = evaluation(objective, start)
     curvature = curvature or InverseCurvature(precondition, start.flatten(), memory)
-    for x, losses in projected_lbfgs(evaluate, start.flatten(), curvature):
+    for x, losses, _ in projected_lbfgs(evaluate, start.flatten(), curvature):
         yield x.view_as(start), losses
 
 
@@ -150,8 +150,7 @@ def test_l_bfgs_equals_the_textbook_recursion():
     for s, y in reversed(pairs):
         alphas.append((s @ q) / (s @ y))
         q -= alphas[-1] * y
-    s, y = pairs[-1]
-    r = (s @ y) / (y @ (scales * y)) * scales * q
+    r = max((s @ y) / (y @ (scales * y)) for s, y in pairs) * scales * q
     for (s, y), alpha in zip(pairs, reversed(alphas)):
         r += s * (alpha - (y @ r) / (s @ y))
     torch.testing.assert_close(curvature.times(gradient), r, rtol=1e-3, atol=1e-4)

@@ -135,3 +135,14 @@ def test_the_weight_of_the_prior_goes_by_the_first_block_in_use(vgg, picture):
         image = picture(32, 32)
         list(prepared.run(Task(image, image, content_layers, style_layers), image, [(32, 32)], 1))
     assert weights == [0.01, 0.01, 0.1, math.inf]
+
+
+@pytest.mark.parametrize(
+    "content_layers, style_layers, noisy", [(("conv1_1",), {}, False), ((), {"conv1_1": 1.0}, True)]
+)
+def test_a_finer_scale_has_drawn_detail_for_a_style_alone(content_layers, style_layers, noisy, vgg, picture):
+    flat = torch.full((1, 3, 128, 128), 0.5)
+    seen, task = [], Task(flat, flat, content_layers, style_layers)
+    for image, step in Preparation(vgg, CPU, "float32").run(task, flat[..., ::2, ::2], [(64, 64), (128, 128)], 40, 1):
+        seen += [image] if step.shape == (128, 128) else []
+    assert (seen[0].std() > 0.01) == noisy

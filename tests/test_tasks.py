@@ -102,9 +102,9 @@ def test_a_picture_is_left_only_for_one_of_smaller_loss(settings, content, style
     stood_on, optimiser = [], coarse_to_fine.projected_lbfgs
 
     def noting(*arguments):
-        for x, losses in optimiser(*arguments):
+        for x, losses, gradient in optimiser(*arguments):
             stood_on.append((x.view_as(content).clone(), losses[0]))
-            yield x, losses
+            yield x, losses, gradient
 
     monkeypatch.setattr(coarse_to_fine, "projected_lbfgs", noting)
     transfer_style(content, style, evaluations=30, coarse_to_fine=False, **settings)
@@ -270,13 +270,23 @@ def test_float32_goes_on_where_bfloat16_ends(settings, content, monkeypatch):
     assert result.history[-1].total < 0.1 * result.history[switch].total
 
 
+def test_float32_is_only_asked_where_rounding_does_not_matter(settings, content, style, monkeypatch):
+    """With networks that do not round at all: it is evaluated twice, once when progress is slow and once at the end."""
+    cut = preparation.cut_network
+    monkeypatch.setattr(preparation, "cut_network", lambda vgg, last, device, _: cut(vgg, last, device, "float32"))
+    monkeypatch.setattr(preparation, "pick_precisions", lambda *_: ("bfloat16", "float32"))
+    result = transfer_style(content, style, init="content", evaluations=300, **settings)
+    asked = [k for k, step in enumerate(result.history) if step.precision == "float32"]
+    assert len(asked) == 2 and asked[-1] == result.evaluations - 1 < 299
+
+
 def test_curvature_is_kept_from_bfloat16_to_float32_and_begins_anew_at_a_finer_scale(settings, picture, monkeypatch):
     monkeypatch.setattr(preparation, "pick_precisions", lambda *_: ("bfloat16", "float32"))
     known, work = [], coarse_to_fine.work
 
-    def noting(image, scale, stage, curvature, evaluate):
-        known.append((scale, stage.precision, len(curvature.used) > 0))
-        return work(image, scale, stage, curvature, evaluate)
+    def noting(scale, curvature, evaluate_at, image, precision):
+        known.append((scale, precision, len(curvature.used) > 0))
+        return work(scale, curvature, evaluate_at, image, precision)
 
     monkeypatch.setattr(coarse_to_fine, "work", noting)
     reconstruct_content(picture(48, 48), evaluations=1000, **settings)
@@ -292,6 +302,16 @@ def test_an_easy_picture_costs_less(settings, content, style):
     assert result.evaluations < 500
     before, end = result.history[-11].total, result.history[-1].total
     assert before / end - 1 < 1.01 * FINE  # it had become slow
+
+
+def test_a_reconstruction_ends_when_nobody_sees_a_change(settings):
+    """Its loss would fall for ever."""
+    content = load_image(IMAGES / "content" / "kitten_on_fence.jpg", 64, "cpu")
+    seen = []
+    result = reconstruct_content(content, callback=lambda image, _: seen.append(image), evaluations=500, **settings)
+    assert 40 < result.evaluations < 400
+    assert difference_numbers(seen[-11], seen[-1]).share < 0.001 < difference_numbers(seen[-13], seen[-3]).share
+    assert difference_numbers(result.image, content).psnr > 40
 
 
 def test_layers_by_either_name_and_one_or_several(settings, content):
