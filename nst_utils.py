@@ -158,13 +158,14 @@ def optimise(
 
     init: "noise" (soft clouds around grey, drawn from `seed`), "content", or a picture to start from, which is scaled
     to `shape`; white noise is `torch.rand(1, 3, H, W)`.
-    evaluations: how many times the network is run forward and back, at most, over all scales; it ends sooner when
-    progress has become slow. From noise, coarse scales come first unless `coarse_to_fine` is False. vgg: from
-    `load_vgg19`, which is the default. precision: "float32" or "bfloat16"; by default bfloat16 where that is fast,
-    then float32 for the end. progress: show a bar. callback(image, step): called after each evaluation with the best
-    picture so far of its scale and precision, and the `Step`. An interrupt (the notebook's stop button) ends the run
-    and returns that picture; no further run of the same cell begins. Returns a `Result`. Raises ValueError for bad
-    input, and for a size that the device has no memory for.
+    evaluations: how many times the network is run forward and back, at most, over all scales; it ends sooner when ten
+    of them lower the loss by less than 0.5 %, or move fewer than one pixel in a thousand by 1/255. From noise, coarse
+    scales come first unless `coarse_to_fine` is False. vgg: from `load_vgg19`, which is the default. precision:
+    "float32" or "bfloat16"; by default bfloat16 where that is fast, and float32 from where rounding would stop it.
+    progress: show a bar. callback(image, step): called after each evaluation with the best picture so far of its scale
+    and precision, and the `Step`. An interrupt (the notebook's stop button) ends the run and returns that picture; no
+    further run of the same cell begins. Returns a `Result`. Raises ValueError for bad input, and for a size that the
+    device has no memory for.
     """
     refuse_after_interrupt()
     shape, task, evaluations = as_shape(shape), as_task(task), as_whole(evaluations, "evaluations")

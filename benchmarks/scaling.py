@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import nst_utils as nst
-from nst_engine.evaluation import loss_and_gradient, pick_precisions
+from nst_engine.evaluation import pick_precisions
 
 HERE = Path(__file__).resolve().parent
 
@@ -71,9 +71,9 @@ def measure(size, evaluations, device, repeats):
     preparation = nst.Preparation(vgg, device, precision)
     task = nst.Task(content, style, ("conv1_2",), dict.fromkeys(nst.FIRST_FIVE, 1.0))
     network = preparation.network(task, precision)
-    evaluate = loss_and_gradient(preparation.objective(task, (size, size), (size, size), precision), content)
-    flat = content.flatten()
-    one = best_of(lambda: evaluate(flat), repeats, device)
+    evaluate = preparation.evaluation(task, (size, size), (size, size), precision)
+    flat, weights = content.flatten(), torch.tensor([1.0, 1e4, *[1.0] * 5], device=device)
+    one = best_of(lambda: evaluate(flat, weights), repeats, device)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # GiB, on Linux
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated() / 2**30

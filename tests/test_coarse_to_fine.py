@@ -69,7 +69,7 @@ def precisions_of(gradients, precisions):
     return ["".join(step.precision[0] for _, step, _ in run), log, run]
 
 
-UP, ASIDE = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])
+UP, ASIDE = torch.tensor([1.0, 0.0]), torch.tensor([3.0, 4.0])
 
 
 def test_one_precision_goes_on_until_it_stands_still():
@@ -94,8 +94,8 @@ def test_where_rounding_stops_the_faster_precision_the_exact_one_goes_on(gradien
 
 def test_agreement_is_the_cosine_as_the_preconditioner_weighs_it():
     weights = torch.tensor([1.0, 3.0])
-    assert agreement(UP, ASIDE, lambda x: x) == pytest.approx(0.5**0.5)
-    assert agreement(UP, ASIDE, weights.mul) == pytest.approx(0.5)
+    assert agreement(UP, ASIDE, lambda x: x) == pytest.approx(0.6)
+    assert agreement(UP, ASIDE, weights.mul) == pytest.approx(3 / 57**0.5)
     assert agreement(UP, -2 * UP, weights.mul) == pytest.approx(-1)
 
 
