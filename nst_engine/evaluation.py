@@ -22,7 +22,7 @@ def pick_precisions(device, precision=None):
     """The network's precisions one after another: (`precision`,), or what is best on `device`.
 
     bfloat16, where the hardware multiplies it (NVIDIA GPUs from Ampere on, CPUs with AMX or AVX512-BF16), takes half
-    the time until its rounding hides what progress is left; then float32 goes on. Elsewhere float32 alone.
+    the time; where its rounding hides what progress is left, float32 goes on. Elsewhere float32 alone.
     """
     if precision is not None:
         if precision not in ROUNDING:
