@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import math
+import re
 import sys
 
 import psutil
@@ -50,6 +51,6 @@ def fitting(shape, bytes_per_pixel, device):
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError on CUDA, which is one too, and no class of its own elsewhere
-        if "memory" not in str(error):
+        if not re.search("out of memory|allocate memory", str(error)):
             raise
         raise ValueError(f"out of memory for a picture of {height} x {width}: {advice(min(share, 0.5))}") from error

@@ -47,7 +47,7 @@ def until_still(run, tolerance, end=0.0):
 
 def moved(before, image):
     """The share of pixels that differ by 1/255 or more in some colour."""
-    return ((image - before).abs().amax(dim=1) >= 1 / 255).double().mean().item()
+    return ((image - before).abs().amax(dim=1) >= 1 / 255).float().mean().item()
 
 
 _interrupted = set()  # notebook cells whose stop button was pressed
