@@ -103,7 +103,8 @@ def run(copy, options):
     environment = {**os.environ, "PYTHONPATH": str(copy)}  # the broken code, not the installed one
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *options]
     done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
-    failed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    lines = [line.partition(" ") for line in done.stdout.splitlines()]
+    failed = [where.split(" - ")[0] for word, _, where in lines if word in ("FAILED", "ERROR")]
     return failed[0] if done.returncode == 1 and failed else None
 
 
