@@ -178,6 +178,7 @@ def test_bfloat16_maps_are_summed_in_float32():
     maps = {"x": torch.full((1, 1, 512, 512), 0.1, dtype=torch.bfloat16)}
     found = fast_losses(maps, {"x": torch.zeros_like(maps["x"])}, {})
     assert found.dtype == torch.float32 and found[1].item() == pytest.approx(0.01, rel=0.01)
+    assert measure(maps, {"x": torch.zeros_like(maps["x"])}, {}).squares["x"].dtype == torch.float32
     assert fast_gram_matrices(maps)["x"].item() == pytest.approx(0.01, rel=0.01)
 
 
