@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from tqdm.auto import tqdm
 
-from nst_engine.checks import as_layers, as_picture, as_shape, as_start, as_task, as_whole, check_feature_map
+from nst_engine.checks import as_layers, as_shape, as_start, as_task, as_whole, check_feature_map
 from nst_engine.coarse_to_fine import Step
 from nst_engine.figures import display_figure, plot_losses, show_difference, show_images
 from nst_engine.layers import CONVOLUTIONS, FIRST_FIVE, RELUS, layer_name
@@ -143,7 +143,7 @@ class Result(NamedTuple):
 
 def optimise(
     task,
-    shape,
+    shape=None,
     *,
     init="noise",
     seed=0,
@@ -154,7 +154,7 @@ def optimise(
     progress=True,
     callback=None,
 ):
-    """Minimise the loss of a `Task` over pictures of `shape` (H, W).
+    """Minimise the loss of a `Task` over pictures of `shape` (H, W), by default the content's, or a texture's style's.
 
     init: "noise" (soft clouds around grey, drawn from `seed`), "content", or a picture to start from, which is scaled
     to `shape`; white noise is `torch.rand(1, 3, H, W)`.
@@ -168,9 +168,10 @@ def optimise(
     device has no memory for.
     """
     refuse_after_interrupt()
-    shape, task, evaluations = as_shape(shape), as_task(task), as_whole(evaluations, "evaluations")
+    task, evaluations = as_task(task), as_whole(evaluations, "evaluations")
+    shape = as_shape(task.picture.shape[-2:] if shape is None else shape)
     init, seed = as_start(init, seed, task)
-    device = (task.style if task.content is None else task.content).device
+    device = task.picture.device
     preparation = Preparation(vgg or load_vgg19(device=device), device, precision)
     image, scales = preparation.start(task, shape, init, seed, coarse_to_fine)
     run = preparation.run(task, image, scales, evaluations, seed)
@@ -198,9 +199,8 @@ def reconstruct_content(content, layers="conv1_2", **options):
 
     content: (1, 3, H, W) in [0, 1]; the result has its size. options: those of `optimise`. Returns a `Result`.
     """
-    content = as_picture(content, "content")
-    task = Task(content, None, as_layers(layers), {}, content_weight=1.0, style_weight=0.0)
-    return optimise(task, content.shape[-2:], **options)
+    task = Task(content, None, layers, {}, content_weight=1.0, style_weight=0.0)
+    return optimise(task, **options)
 
 
 def synthesize_texture(style, layers=FIRST_FIVE, *, shape=None, **options):
@@ -209,9 +209,8 @@ def synthesize_texture(style, layers=FIRST_FIVE, *, shape=None, **options):
     style: (1, 3, H, W) in [0, 1]; shape: (H, W) of the result, by default the style's. options: those of
     `optimise`. Returns a `Result`. `history`'s total is 1e4 * style loss, as in a transfer.
     """
-    style = as_picture(style, "style")
     task = Task(None, style, (), dict.fromkeys(as_layers(layers), 1.0), content_weight=0.0, style_weight=1e4)
-    return optimise(task, style.shape[-2:] if shape is None else shape, **options)
+    return optimise(task, shape, **options)
 
 
 def transfer_style(
@@ -228,7 +227,6 @@ def transfer_style(
     content, style: (1, 3, H, W) in [0, 1], of any two sizes; the result has the content's. options: those of
     `optimise`, such as init="noise" or "content", seed, evaluations. Returns a `Result`.
     """
-    content, style = as_picture(content, "content"), as_picture(style, "style")
     style_layers = dict.fromkeys(as_layers(style_layers), 1.0)
-    task = Task(content, style, as_layers(content_layers), style_layers, content_weight, style_weight)
-    return optimise(task, content.shape[-2:], **options)
+    task = Task(content, style, content_layers, style_layers, content_weight, style_weight)
+    return optimise(task, **options)

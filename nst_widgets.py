@@ -87,7 +87,7 @@ class Painter:
             self.layers = ()
         task = nst.as_task(self.task(settings))
         self.layers = tuple(task.style_layers)
-        shape = tuple((task.style if task.content is None else task.content).shape[-2:])
+        shape = tuple(task.picture.shape[-2:])
         if start or self.image is None:
             self.begin(task, shape, start or ("noise", 0))
         elif shape == self.scales[-1]:

@@ -75,8 +75,12 @@ def as_layers(layers):
 
 def as_task(task):
     """The `Task` with float32 pictures, and numbers as weights. Raises ValueError if it has nothing to match."""
-    given = {name: getattr(task, name) for name in ("content", "style") if getattr(task, name) is not None}
-    pictures = {name: as_picture(image, name) for name, image in given.items()}
+    layers = {"content": task.content_layers, "style": task.style_layers}
+    pictures = {
+        name: as_picture(getattr(task, name), name)
+        for name in layers
+        if layers[name] or getattr(task, name) is not None
+    }
     devices = {str(image.device) for image in pictures.values()}
     if len(devices) > 1:
         raise ValueError(
@@ -94,7 +98,7 @@ def as_task(task):
     )
     if not checked.layers:
         raise ValueError("no layers given: name at least one, such as 'conv1_2'")
-    if not (task.content_layers and checked.content_weight or any(style_layers.values()) and checked.style_weight):
+    if not (checked.content_layers and checked.content_weight or any(style_layers.values()) and checked.style_weight):
         raise ValueError(
             f"content_weight is {task.content_weight} and style_weight {task.style_weight}, and every layer named has "
             "weight 0: give one that has layers a weight above 0"

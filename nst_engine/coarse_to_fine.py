@@ -44,7 +44,6 @@ def descend(image, scales, precisions, enlarge, evaluate_at, precondition_at, ev
         if scale != scales[0]:
             image = enlarge(image, scale)
         curvature = InverseCurvature(precondition_at(scale), image.flatten())
-
         begin = functools.partial(work, scale, curvature, evaluate_at)
         if scale == scales[-1]:
             run, count = refine(image, precisions, begin, curvature.precondition), evaluations

@@ -24,18 +24,23 @@ def pick_device(device=None):
     """
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     here = [kind for kind, available in present.items() if available]
-    for wanted in here if device is None else [device]:
-        try:
-            chosen = torch.device(wanted)
-            torch.zeros(1, device=chosen).add(1).item()  # a GPU may be there, and this torch have no code for it
-            if chosen.type not in here:
-                raise ValueError
-        except (RuntimeError, AssertionError, TypeError, ImportError, ValueError) as error:
-            if device is not None:
-                raise ValueError(f"unknown device {device!r}: this machine has {', '.join(here)}") from error
-            warnings.warn(f"the installed torch cannot use {wanted!r}, which is passed over", stacklevel=2)
-        else:
-            return torch.device("cuda", torch.cuda.current_device()) if str(chosen) == "cuda" else chosen
+    if device is None:
+        while not can_compute(here[0]):
+            warnings.warn(f"the installed torch cannot use {here.pop(0)!r}, which is passed over", stacklevel=2)
+        device = here[0]
+    elif not can_compute(device):
+        raise ValueError(f"unknown device {device!r}: this machine has {', '.join(here)}")
+    chosen = torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if str(chosen) == "cuda" else chosen
+
+
+def can_compute(device):
+    """Whether the installed torch computes on `device`: a GPU may be there and torch have no code for it."""
+    try:
+        torch.zeros(1, device=torch.device(device)).add(1).item()
+    except (RuntimeError, AssertionError, TypeError, ImportError):
+        return False
+    return True
 
 
 # What cameras, phones, browsers and paint programs write. Pillow knows more, some by starting other programs.
@@ -116,10 +121,17 @@ def difference_map(a, b):
     return (a.clamp(0, 1) - b.clamp(0, 1)).abs()
 
 
+def share_changed(a, b):
+    """The share of the pixels, in [0, 1], of which two pictures differ by at least 1/255 in some channel."""
+    # Two 8-bit values one step apart can differ by a hair less than 1/255 once they are float32.
+    changed = difference_map(a, b).amax(dim=1) >= 0.9995 / 255
+    return changed.count_nonzero().item() / changed.numel()
+
+
 class Difference(NamedTuple):
     """How far two pictures are apart, in three numbers."""
 
-    share: float  # of the pixels, in [0, 1], that differ by at least 1/255 in some channel
+    share: float  # of the pixels that differ: `share_changed`
     mean: float  # absolute difference, averaged over pixels and channels, in [0, 1]
     psnr: float  # peak signal-to-noise ratio in dB; infinite for equal pictures
 
@@ -127,7 +139,5 @@ class Difference(NamedTuple):
 def difference_numbers(a, b):
     """The `Difference` of two pictures (1, 3, H, W) of equal shape."""
     gap = difference_map(a, b).cpu().double()  # in this order: Apple's GPUs have no float64
-    # Two 8-bit values one step apart can differ by a hair less than 1/255 once they are float32.
-    share = (gap.amax(dim=1) >= 0.9995 / 255).double().mean().item()
     mse = gap.square().mean().item()
-    return Difference(share, gap.mean().item(), 10 * math.log10(1 / mse) if mse else math.inf)
+    return Difference(share_changed(a, b), gap.mean().item(), 10 * math.log10(1 / mse) if mse else math.inf)

@@ -32,6 +32,11 @@ class Task(NamedTuple):
         return (*self.content_layers, *self.style_layers)
 
     @property
+    def picture(self):
+        """The one whose size and device a result has: the content, or a texture's style."""
+        return self.style if self.content is None else self.content
+
+    @property
     def smallest_side(self):
         """How many pixels the coarsest scale needs along its shorter side.
 

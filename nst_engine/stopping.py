@@ -4,12 +4,14 @@ from collections import deque
 
 from IPython import get_ipython
 
+from .pictures import share_changed
+
 # A run stands still when ten evaluations lower the total by less than this share of it:
 COARSE = 0.1  # at a coarse scale, whose detail the next one replaces
 ROUGH = 0.05  # at full size, when it is asked whether rounding is the cause
 FINE = 0.005  # at full size, and the run is done
-# or when they move less than one in a thousand pixels by 1/255 or more, so that nobody sees a difference.
-MOVED = 0.001
+# or when they change less than this share of the pixels by 1/255 or more, so that nobody sees a difference.
+CHANGED = 0.001
 
 # A coarse scale also ends when its total is down to this share of its first one: the next one begins far above that.
 COARSE_END = 0.004
@@ -41,13 +43,8 @@ def until_still(run, tolerance, end=0.0):
         before, total = last[0]
         if step.total < end * first.total:
             return
-        if len(last) == 11 and (step.total > (1 - tolerance) * total or moved(before, image) < MOVED):
+        if len(last) == 11 and (step.total > (1 - tolerance) * total or share_changed(before, image) < CHANGED):
             return
-
-
-def moved(before, image):
-    """The share of pixels that differ by 1/255 or more in some colour."""
-    return ((image - before).abs().amax(dim=1) >= 1 / 255).float().mean().item()
 
 
 _interrupted = set()  # notebook cells whose stop button was pressed

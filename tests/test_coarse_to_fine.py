@@ -14,7 +14,7 @@ from nst_utils import FIRST_FIVE, resize, synthesize_texture
 
 def steps(totals, images=None):
     """(picture, Step) after each evaluation; without `images` every pixel moves all the time."""
-    images = images or [torch.full((1, 3, 2, 2), float(k)) for k in range(len(totals))]
+    images = images or [torch.full((1, 3, 2, 2), 0.07 * k % 1) for k in range(len(totals))]
     return [(image, Step((2, 2), "float32", total, 0.0, 0.0)) for image, total in zip(images, totals)]
 
 

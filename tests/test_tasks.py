@@ -541,6 +541,17 @@ def test_a_bad_picture_is_named(reason, settings, content, style, refuses):
                 run()
 
 
+def test_a_picture_left_out_is_named(settings, content, style, refuses):
+    for name, run in {
+        "content": lambda: reconstruct_content(None, **settings),
+        "style": lambda: synthesize_texture(None, **settings),
+        "content ": lambda: transfer_style(None, style, **settings),
+        "style ": lambda: transfer_style(content, None, **settings),
+    }.items():
+        with refuses(ValueError, f"{name.strip()} is NoneType"):
+            run()
+
+
 @pytest.mark.parametrize("init", [None, 0, [[0.5]]])
 def test_a_start_that_is_no_picture_is_named(init, settings, content, refuses):
     with refuses(ValueError, f"init is {type(init).__name__}"):
