@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from nst_engine.checks import as_layers, as_shape, as_start, as_task, as_whole, check_feature_map
 from nst_engine.coarse_to_fine import Step
-from nst_engine.figures import display_figure, plot_losses, show_difference, show_images
+from nst_engine.figures import display_figure, plot_losses, show_images
 from nst_engine.layers import CONVOLUTIONS, FIRST_FIVE, RELUS, layer_name
 from nst_engine.network import features, load_vgg19
 from nst_engine.pictures import (
@@ -67,7 +67,6 @@ __all__ = [
     "synthesize_texture",
     "transfer_style",
     "show_images",
-    "show_difference",
     "plot_losses",
     "display_figure",
 ]

@@ -1,4 +1,4 @@
-"""Pictures, difference maps and loss curves, drawn."""
+"""Pictures, single maps and loss curves, drawn."""
 
 import base64
 import io
@@ -6,10 +6,10 @@ import io
 from IPython.display import publish_display_data
 from matplotlib.figure import Figure
 
-from .pictures import difference_map, difference_numbers, to_pil
+from .pictures import to_pil
 
 
-def show_images(images, titles=None, columns=None, title=None, width=2.6):
+def show_images(images, titles=None, columns=None, width=2.6):
     """Draw pictures (1, 3, H, W), or single maps (H, W) in false colour, in a grid; return the Figure.
 
     columns: by default one row; width: of a panel, in inches. None in `images` leaves that place empty.
@@ -26,7 +26,7 @@ def show_images(images, titles=None, columns=None, title=None, width=2.6):
         shapes = [image.shape[-2:] for image in images[k : k + columns] if image is not None]
         lines = max(text.count("\n") + 1 if text else 0 for text in titles[k : k + columns])
         heights.append(width * max(h / w for h, w in shapes) + 0.09 + 0.2 * lines)
-    figure = Figure(figsize=(width * columns, sum(heights) + (0.32 if title else 0)))
+    figure = Figure(figsize=(width * columns, sum(heights)))
     figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.04, wspace=0, hspace=0)
     grid = figure.subplots(len(heights), columns, squeeze=False, gridspec_kw={"height_ratios": heights})
     for axes in grid.flat:
@@ -38,39 +38,19 @@ def show_images(images, titles=None, columns=None, title=None, width=2.6):
         elif image is not None:
             axes.imshow(to_pil(image))
         axes.set_title(text, fontsize=9)
-    if title:
-        figure.suptitle(title, fontsize=11)
     return figure
 
 
-def show_difference(a, b, titles, gain=1):
-    """Draw two pictures, their difference map times `gain` in colour, and one map a channel; return the Figure."""
-    gap, numbers = difference_map(a, b), difference_numbers(a, b)
-    times = f" × {gain}" if gain != 1 else ""
-    caption = (
-        f"{numbers.share:.1%} of pixels differ by 1/255 or more; "
-        f"mean difference {numbers.mean:.4f}; PSNR {numbers.psnr:.1f} dB"
-    )
-    channels = [gap[:, k : k + 1].expand_as(gap) * gain for k in range(3)]
-    panels = [a, b, gap * gain, *channels]
-    names = [*titles, f"|difference|{times}", *(f"{colour} only{times}" for colour in ("red", "green", "blue"))]
-    return show_images(panels, names, columns=3, title=caption, width=3.1)
+def plot_losses(curves, ylabel="loss"):
+    """Draw {label: the loss after each evaluation} in a log scale; return the Figure.
 
-
-def plot_losses(results):
-    """Draw the total loss of {label: Result} against evaluations, in a log scale; return the Figure.
-
-    A dot marks the step to a finer scale, where the targets change and the loss jumps, or to float32.
+    Where a run steps to a finer scale the loss jumps, since there is new detail to match.
     """
     figure = Figure(figsize=(7.5, 3.2), layout="constrained")
     axes = figure.subplots()
-    for label, result in results.items():
-        total = [step.total for step in result.history]
-        (line,) = axes.semilogy(range(1, len(total) + 1), total, label=label, linewidth=1.4)
-        stages = [(step.shape, step.precision) for step in result.history]
-        finer = [k for k in range(1, len(stages)) if stages[k] != stages[k - 1]]
-        axes.plot([k + 1 for k in finer], [total[k] for k in finer], "o", color=line.get_color(), markersize=4)
-    axes.set(xlabel="evaluations of the network", ylabel="loss")
+    for label, losses in curves.items():
+        axes.semilogy(range(1, len(losses) + 1), losses, label=label, linewidth=1.4)
+    axes.set(xlabel="evaluations of the network", ylabel=ylabel)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     figure.legend(loc="outside right upper", frameon=False, fontsize=9)
