@@ -170,6 +170,11 @@ def stored(kind):
     return [(path.stem.replace("_", " "), path) for path in sorted((nst.IMAGES / kind).glob("*.*"))]
 
 
+def in_order(layers):
+    """Layers, each once, in the network's order: conv1_1, relu1_1, conv1_2, ..."""
+    return sorted(set(layers), key=lambda name: (name[4:], name))
+
+
 def captioned(caption, picture):
     return widgets.VBox([widgets.Label(caption), picture], layout={"margin": "0 8px 8px 0", "max_width": "100%"})
 
@@ -177,27 +182,29 @@ def captioned(caption, picture):
 class Studio:
     """The panel: controls, the living picture, and the loop that moves it. Made by `style_studio`.
 
-    state: "ready", "running", "paused", "done" (progress is slow) or "closed". painter: a `Painter`; only the worker's
-    thread touches it.
+    opening: the `Settings` that the controls open at, and whose layers and weights Reset goes back to. painter: a
+    `Painter`; only the worker's thread touches it. state: "ready", "running", "paused", "done" (progress is slow) or
+    "closed".
     """
 
-    def __init__(self, content, style, size, painter):
+    def __init__(self, opening, painter):
         before = set(widgets.widget._instances)
         self.loop = asyncio.get_running_loop()
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="style-studio")
-        self.painter = painter
+        self.opening, self.painter = opening, painter
         self.uploads = tempfile.TemporaryDirectory(prefix="style-studio-")
         self.state, self.task = "ready", None
         self.shown, self.snapshot = None, None  # the last Frame, and a picture that was kept
         self.single, self.restarting, self.presses = False, False, 0  # what the last button asked for
         self.moments, self.last_chart = deque(maxlen=20), -math.inf
-        self.build(content, style, size)
+        self.build()
         self.widgets = [widgets.widget._instances[key] for key in widgets.widget._instances.keys() - before]
         self.tell()
 
     # Controls
 
-    def build(self, content, style, size):
+    def build(self):
+        content, style, size = self.opening[:3]
         wide = {"layout": {"width": "340px", "max_width": "100%"}, "style": {"description_width": "112px"}}
 
         def choice(kind, path):
@@ -209,21 +216,23 @@ class Studio:
         def upload(kind):
             return widgets.FileUpload(accept="image/*", description=f"Upload {kind}", layout={"width": "160px"})
 
-        def slider(kind, value, smallest, largest, description, form, **options):
-            return kind(
-                value=value, min=smallest, max=largest, description=description, readout_format=form, **options, **wide
-            )
+        def slider(kind, description, smallest, largest, form, step=0.1):
+            return kind(description=description, min=smallest, max=largest, readout_format=form, step=step, **wide)
 
         roles = {"content": content, "style": style}
         self.choices = {kind: choice(kind, path) for kind, path in roles.items() if path}
         self.uploaders = {kind: upload(kind) for kind in self.choices}
-        self.content_layer = widgets.Dropdown(
-            options=nst.CONVOLUTIONS, value="conv1_2", description="content layer", **wide
-        )
-        self.content_weight = slider(widgets.FloatSlider, 1.0, 0, 10, "content weight", ".1f", step=0.1)
-        self.style_weight = slider(widgets.FloatLogSlider, 1e4, 0, 7, "style weight", ".1e", step=0.1)
+        offered = in_order({*nst.CONVOLUTIONS, self.opening.content_layer})
+        self.content_layer = widgets.Dropdown(options=offered, description="content layer", **wide)
+        # The browser rounds a slider's value to its steps, counted from the smallest: the opening one must be a step.
+        weight, power = self.opening.content_weight, math.log10(self.opening.style_weight or 1.0)
+        step = weight / max(1, round(10 * weight)) or 0.1
+        self.content_weight = slider(widgets.FloatSlider, "content weight", 0, max(10, weight), ".3g", step)
+        smallest = power - max(0, math.ceil(10 * power)) / 10
+        self.style_weight = slider(widgets.FloatLogSlider, "style weight", smallest, max(7, power), ".1e")
         self.layer_weights = {
-            name: slider(widgets.FloatSlider, 0.0, 0, 2, f"style {name}", ".1f", step=0.1) for name in STYLE_LAYERS
+            name: slider(widgets.FloatSlider, f"style {name}", 0, 2, ".1f")
+            for name in in_order({*STYLE_LAYERS, *dict(self.opening.layer_weights)})
         }
         sizes = sorted({128, 192, 256, 384, 512, size})
         self.size = widgets.Dropdown(options=sizes, value=size, description="size in pixels", **wide)
@@ -244,7 +253,7 @@ class Studio:
             "Restart": (self.restart, "refresh", "Begin again from the chosen start"),
             "Snapshot": (self.keep, "camera", "Keep this picture for the difference map"),
             "Save": (self.save, "download", "Write a PNG file with the settings in it"),
-            "Reset": (self.reset, "undo", "The assignment's layers and weights"),
+            "Reset": (self.reset, "undo", "The layers and weights that the panel opened with"),
         }
         self.buttons = {}
         for name, (action, icon, tooltip) in actions.items():
@@ -300,14 +309,13 @@ class Studio:
 
     def settings(self):
         paths = {kind: control.value for kind, control in self.choices.items()}
-        both = len(paths) == 2
         return Settings(
             content=paths.get("content"),
             style=paths.get("style"),
             size=self.size.value,
             content_layer=self.content_layer.value,
-            content_weight=self.content_weight.value if both else float("content" in paths),
-            style_weight=self.style_weight.value if both else 1e4 * ("style" in paths),
+            content_weight=self.content_weight.value * ("content" in paths),
+            style_weight=self.style_weight.value * ("style" in paths),
             layer_weights=tuple(
                 (name, control.value)
                 for name, control in self.layer_weights.items()
@@ -336,10 +344,11 @@ class Studio:
         self.start()
 
     def reset(self):
-        """The assignment's layers and weights: content 1 on conv1_2, style 1e4 on the first five convolutions."""
-        self.content_layer.value, self.content_weight.value, self.style_weight.value = "conv1_2", 1.0, 1e4
+        """The layers and weights that the panel opened with."""
+        self.content_layer.value = self.opening.content_layer
+        self.content_weight.value, self.style_weight.value = self.opening.content_weight, self.opening.style_weight
         for name, control in self.layer_weights.items():
-            control.value = float(name in nst.FIRST_FIVE)
+            control.value = dict(self.opening.layer_weights).get(name, 0.0)
 
     def keep(self):
         """Keep the picture on display for the difference map."""
@@ -502,7 +511,7 @@ class Studio:
             "ready": "Ready. Press Start.",
             "running": "Running; the kernel is free for other cells.",
             "paused": "Paused.",
-            "done": "Finished: progress has become slow. Move a control to go on.",
+            "done": f"Finished: progress is slow, or {LIMIT} evaluations are done. A moved control or Start goes on.",
             "closed": "Closed. Run the cell again.",
         }[self.state]
         numbers = ""
@@ -539,26 +548,44 @@ class Studio:
 _open = []  # the one panel that is open
 
 
-def style_studio(content=None, style=None, size=256, vgg=None):
+def style_studio(
+    content=None,
+    style=None,
+    *,
+    size=256,
+    content_layer="conv1_2",
+    style_layers=nst.FIRST_FIVE,
+    content_weight=1.0,
+    style_weight=1e4,
+    vgg=None,
+):
     """A panel in which the optimisation goes on while its weights are moved; it opens ready, and Start sets it going.
 
     content, style: paths of pictures. With both, style transfer; with content alone, reconstruction; with style
-    alone, texture synthesis. size: shorter side in pixels. vgg: from `load_vgg19`, which is the default. It closes
-    the panel that was open before, so that running a cell again leaves nothing behind. To be called in a notebook,
-    as the last line of a cell. Raises FileNotFoundError or ValueError for bad input.
+    alone, texture synthesis. size: shorter side in pixels. content_layer, style_layers (a name or several, each of
+    weight 1), content_weight, style_weight: what the controls open at, and Reset goes back to. vgg: from `load_vgg19`,
+    which is the default. It closes the panel that was open before, so that running a cell again leaves nothing behind.
+    To be called in a notebook, as the last line of a cell. Raises FileNotFoundError or ValueError for bad input.
     """
     if content is None and style is None:
         raise ValueError("content and style are both None: give the path of at least one picture")
     size = nst.as_whole(size, "size", " of pixels")
     content, style = (None if path is None else Path(path) for path in (content, style))
-    for path in (content, style):
-        if path:
-            nst.load_image(path, 32, "cpu")
+    pictures = [path and nst.load_image(path, 32, "cpu") for path in (content, style)]
+    content_layer = nst.layer_name(content_layer)
+    layer_weights = tuple((nst.layer_name(name), 1.0) for name in nst.as_layers(style_layers))
+    layers = (content_layer,) if content else (), dict(layer_weights) if style else {}
+    task = nst.as_task(nst.Task(*pictures, *layers, content_weight, style_weight))
+    if style and not task.style_weight:
+        raise ValueError(
+            f"style_weight is {style_weight!r}: the panel's slider begins above 0, so give more or no style"
+        )
     try:
         asyncio.get_running_loop()
     except RuntimeError as error:
         raise ValueError("no event loop runs here: call style_studio in a cell of a notebook") from error
     while _open:
         _open.pop().close()
-    _open.append(Studio(content, style, size, Painter(vgg or nst.load_vgg19())))
+    opening = Settings(content, style, size, content_layer, task.content_weight, task.style_weight, layer_weights)
+    _open.append(Studio(opening, Painter(vgg or nst.load_vgg19())))
     return _open[-1]

@@ -146,7 +146,7 @@ class Notebook:
     def open_panel(self, whole):
         """Run every cell up to the panel, or only those up to the network; return the panel's place."""
         sources = self.sources()
-        panel = next(k for k, (kind, text) in enumerate(sources) if kind == "code" and text.startswith("style_studio("))
+        panel = next(k for k, (kind, text) in enumerate(sources) if kind == "code" and "style_studio(" in text)
         network = next(k for k, (_, text) in enumerate(sources) if "vgg = nst.load_vgg19" in text)
         for k, (kind, _) in enumerate(sources[:panel]):
             if kind == "code" and (whole or k <= network):
@@ -174,7 +174,7 @@ class Notebook:
     def status(self):
         return self.page.locator("[data-state]").text_content()
 
-    def wait_for(self, condition, seconds=20):
+    def wait_for(self, condition, seconds=120):
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, self.status
@@ -199,6 +199,11 @@ class Notebook:
         text = self.status
         return {name: float(value) for name, value in re.findall(r"(loss|content|style) ([\d.e+-]+\d)", text)}
 
+    @property
+    def difference(self):
+        """The mean of the difference map, as its caption says."""
+        return float(self.page.get_by_text("difference map, mean").text_content().split()[-1])
+
     def slider(self, name):
         """The handle of a slider, to be dragged or moved with the arrow keys."""
         return self.page.locator(".widget-hslider", has_text=name).locator(".noUi-handle")
@@ -214,12 +219,12 @@ class Notebook:
     def pictures(self):
         return self.page.evaluate("window.counted")
 
-    def finish(self, seconds=900):
+    def finish(self, seconds=3600):
         """Wait until the panel has finished with the settings that its controls show."""
         end = time.monotonic() + seconds
-        ask = "import nst_widgets; panel = nst_widgets._open[0]\n"
+        ask = "import asyncio, nst_widgets; panel = nst_widgets._open[0]; await asyncio.sleep(0)\n"
         ask += "print(panel.state == 'done' and panel.shown.settings == panel.settings(), panel.state)"
-        # The kernel answers only after it has heard of the last moved control.
+        # The kernel answers only after it has heard of the last control, and has done what that asked the loop for.
         while not (answer := self.ask(ask)).startswith("True"):
             assert answer.split()[1] in ("running", "done"), answer
             assert time.monotonic() < end, answer

@@ -10,6 +10,8 @@ import pytest
 from lab_driver import CHROMIUM, Notebook, chromium, jupyterlab
 from PIL import Image
 
+from nst_utils import FIRST_FIVE, IMAGES
+
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(not CHROMIUM, reason="no Chromium here: install Debian's package chromium"),
@@ -36,10 +38,19 @@ ungated = panel.painter.step
 panel.painter.step = lambda *arguments: gate.acquire() and ungated(*arguments)
 """
 
+# In the kernel: the panel's layers and weights, and notebook 3's parameters.
+PANEL = """
+import nst_widgets
+now = nst_widgets._open[0].settings()
+layers, weights = zip(*now.layer_weights)
+print(f"{now.content_layer} {now.content_weight:.9g} {layers} {set(weights)} {now.style_weight:.9g}")
+"""
+NOTEBOOK = 'print(f"{CONTENT_LAYERS[0]} {CONTENT_WEIGHT:.9g} {(*STYLE_LAYERS,)} {{1.0}} {STYLE_WEIGHT:.9g}")'
+
 
 def test_style_transfer_from_start_to_a_closed_panel(browser, server):
     book = Notebook(browser, server, "3_style_transfer.ipynb")
-    panel = book.open_panel(whole=True)
+    panel = book.open_panel(whole=False)
     assert book.state == "ready"
 
     book.count_pictures()
@@ -50,21 +61,10 @@ def test_style_transfer_from_start_to_a_closed_panel(browser, server):
     book.screenshot("finished")
     book.still("panel_content_and_style")
 
-    # More style weight: the panel goes on by itself, and ends with less style loss for the content loss it has.
-    before = book.losses()
-    handle = book.slider("style weight")
-    box = handle.bounding_box()
-    book.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    book.page.mouse.down()
-    book.page.mouse.move(box["x"] + 60, box["y"] + box["height"] / 2, steps=8)
-    book.page.mouse.up()
-    book.finish()
-    after = book.losses()
-    assert after["loss"] > 1.5 * before["loss"]
-    assert after["style"] / after["content"] < 0.5 * before["style"] / before["content"]
-    book.screenshot("more_style")
-
     # The kernel answers while the panel runs, and Pause holds at once: what is under way ends unseen.
+    book.page.get_by_label("size in pixels").select_option("128")
+    book.finish()
+    middle = book.losses()
     book.ask(GATE)
     book.show_panel()
     book.button("Start").click()
@@ -77,35 +77,59 @@ def test_style_transfer_from_start_to_a_closed_panel(browser, server):
     assert book.ask("gate.release(); await panel.task; print(panel.state)") == "paused"
     book.show_panel()
     assert book.pixels() == kept
-    book.ask("panel.painter.step = ungated")
+
+    # While it runs the style weight is dragged up. Then it is little, by the keyboard.
+    book.button("Start").click()
+    book.wait_for(lambda: book.state == "running")
+    handle = book.slider("style weight")
+    box = handle.bounding_box()
+    book.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    book.page.mouse.down()
+    book.page.mouse.move(box["x"] + 60, box["y"] + box["height"] / 2, steps=8)
+    book.page.mouse.up()
+    book.ask("panel.painter.step = ungated; gate.release(10)")
+    book.finish()
+    much = book.losses()
+    assert much["style"] < 0.5 * middle["style"] and much["content"] > 1.2 * middle["content"]
+    book.screenshot("more_style")
+    for key in ("Home", "PageUp", "PageUp", "PageUp"):
+        handle.press(key)
+    book.finish()
+    little = book.losses()
+    assert little["content"] < 0.1 * middle["content"] and little["style"] > 2 * middle["style"]
+    book.screenshot("little_style")
+
+    # Reset puts the weights back to the notebook's.
+    book.button("Reset").click()
+    book.finish()
+    assert book.ask(PANEL) == book.ask(NOTEBOOK)
     book.show_panel()
 
-    # Another style picture, one evaluation.
+    # Another picture: one of those that are there, and an uploaded one, which Save writes down.
+    book.step()
     style = book.losses()["style"]
-    book.page.get_by_label("style", exact=True).select_option("great wave")
+    styles = book.page.get_by_label("style", exact=True)
+    styles.select_option("great wave")
     book.step()
     assert book.losses()["style"] > 2 * style
+    with book.page.expect_file_chooser() as chooser:
+        book.page.locator("button", has_text="Upload style").click()
+    chooser.value.set_files(IMAGES / "style" / "starry_night.jpg")
+    book.wait_for(lambda: styles.locator("option:checked").text_content() == "starry_night")
     book.step()
-    book.step()
-    assert book.pixels() != kept
-    book.screenshot("great_wave")
-
+    assert book.losses()["style"] < 2 * style
+    book.screenshot("uploaded")
     book.button("Save").click()
     book.wait_for(lambda: "saved" in book.status)
     (path,) = (server.folder / "saved").iterdir()
     with Image.open(path) as file:
         about = json.loads(file.text["settings"])
-    assert about["style"] == "great_wave.jpg" and about["style_weight"] > 2e4
+    assert (about["content"], about["style"], about["size"]) == ("chenonceau.jpg", "starry_night.jpg", 128)
 
-    # The difference map, and the keyboard.
+    # The difference map.
     book.page.get_by_label("difference to").select_option("the start")
-    book.button("Step").focus()
-    book.page.keyboard.press("Enter")
+    book.button("Step").press("Enter")
     book.wait_for(lambda: book.page.locator("img.difference-map").is_visible())
-    weight = book.ask("print(panel.style_weight.value)")
-    handle.focus()
-    book.page.keyboard.press("ArrowLeft")
-    assert float(book.ask("print(panel.style_weight.value)")) < float(weight)
 
     # Dark, and narrow.
     book.page.evaluate("jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
@@ -123,14 +147,26 @@ def test_style_transfer_from_start_to_a_closed_panel(browser, server):
     book.screenshot("narrow")
     book.page.set_viewport_size({"width": 1180, "height": 1250})
 
-    # To run the cell again closes the panel that runs, and leaves no worker.
-    book.ask(GATE)
+    # To run the cell again closes the panel that runs, and leaves no worker. The new one opens at new parameters, and
+    # Reset goes back to them.
+    book.ask(GATE + "CONTENT_WEIGHT, STYLE_LAYERS, STYLE_WEIGHT = 0.03, ('conv3_2', 'conv4_1'), 3e4")
     book.show_panel()
     book.button("Start").click()
     book.wait_for(lambda: book.state == "running")
     book.run(panel)
     book.show_panel()
     book.wait_for(lambda: book.state == "ready")
+    book.screenshot("opened_again")
+    notebook = book.ask(NOTEBOOK)
+    assert book.ask(PANEL) == notebook
+    book.show_panel()
+    for name in ("content weight", "style weight", "style conv3_2"):
+        book.slider(name).press("Home")
+    book.page.get_by_label("content layer").select_option("conv4_1")
+    assert book.ask(PANEL) != notebook
+    book.show_panel()
+    book.button("Reset").click()
+    assert book.ask(PANEL) == notebook
     left = """
 import asyncio, threading
 gate.release(10)
@@ -145,42 +181,69 @@ print([task for task in asyncio.all_tasks() if "Studio" in repr(task)])
     book.page.close()
 
 
-# In the kernel: the loss that the panel should show.
-LOSSES = {
-    "content": """
-names = ["conv3_1"]
-print(nst.content_loss(nst.features(vgg, panel.shown.image, names), nst.features(vgg, content, names)).item())
-""",
-    "style": """
-names = [*nst.FIRST_FIVE, "conv4_1"]
-grams = nst.gram_matrices(nst.features(vgg, style, names))
-print(1e4 * nst.style_loss(nst.features(vgg, panel.shown.image, names), grams).item())
-""",
-}
-
-
-@pytest.mark.parametrize(
-    "name, form, loss",
-    [("1_content_reconstruction", "content", 0.02), ("2_texture_synthesis", "style", 0.05)],
-)
-def test_the_other_notebooks_panels(browser, server, name, form, loss):
-    book = Notebook(browser, server, f"{name}.ipynb")
+def test_what_a_deep_layer_loses_comes_back(browser, server):
+    book = Notebook(browser, server, "1_content_reconstruction.ipynb")
     book.open_panel(whole=False)
     book.count_pictures()
     book.button("Start").click()
     book.finish()
-    assert book.losses()["loss"] < loss and book.pictures() >= 3
-
-    # Another layer: the panel goes on, and in the end shows the loss at that layer.
-    if form == "content":
-        book.page.get_by_label("content layer").select_option("conv3_1")
-    else:
-        book.slider("style conv4_1").focus()
-        for _ in range(10):
-            book.page.keyboard.press("ArrowRight")
+    assert book.losses()["loss"] < 0.02 and book.pictures() >= 3
+    book.button("Snapshot").click()
+    book.page.get_by_label("content layer").select_option("conv4_4")
+    book.button("Restart").click()
     book.finish()
-    expected = float(book.ask(LOSSES[form]))
+    lost = book.difference
+    assert lost > 0.03
+    book.still("panel_content")
+    at_layer = """
+maps = [nst.features(vgg, image, ["conv4_4"]) for image in (panel.shown.image, content)]
+print(nst.content_loss(*maps).item())
+"""
+    expected = float(book.ask(at_layer))
     book.show_panel()
     assert book.losses()["loss"] == pytest.approx(expected, rel=0.02)
-    book.still(f"panel_{form}")
+
+    book.page.get_by_label("content layer").select_option("conv1_2")
+    book.finish()
+    assert book.difference < lost / 5
+    book.page.close()
+
+
+def test_another_seed_is_another_piece_and_block_1_is_grain(browser, server):
+    book = Notebook(browser, server, "2_texture_synthesis.ipynb")
+    book.open_panel(whole=False)
+
+    def style_loss(layers):
+        """Of the picture on display, by the helper's formulas."""
+        maps = f"nst.features(vgg, panel.shown.image, {layers}), nst.gram_matrices(nst.features(vgg, style, {layers}))"
+        loss = float(book.ask(f"print(nst.style_loss({maps}).item())"))
+        book.show_panel()
+        return loss
+
+    book.count_pictures()
+    book.button("Start").click()
+    book.finish()
+    strokes = style_loss(FIRST_FIVE)
+    assert book.losses()["loss"] < 0.05 and book.pictures() >= 3
+    book.still("panel_style")
+
+    book.button("Snapshot").click()
+    book.page.get_by_label("noise seed").fill("1")
+    book.page.keyboard.press("Enter")
+    book.button("Restart").click()
+    book.finish()
+    assert book.difference > 0.05
+
+    for name in FIRST_FIVE[2:]:
+        book.slider(f"style {name}").press("Home")
+    book.button("Restart").click()
+    book.finish()
+    assert book.losses()["loss"] == pytest.approx(1e4 * style_loss(FIRST_FIVE[:2]), rel=0.02)
+    assert style_loss(FIRST_FIVE) > 1000 * strokes
+    book.screenshot("grain")
+
+    # The panel had finished, so the weights' way back is its Start.
+    book.button("Reset").click()
+    book.finish()
+    assert style_loss(FIRST_FIVE) < 5 * strokes
     book.page.close()

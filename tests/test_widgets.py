@@ -219,10 +219,10 @@ def play(monkeypatch):
     """Run `scene(panel)`, a coroutine, with a panel whose painter is a `StandIn`: one evaluation a frame."""
     monkeypatch.setattr(nst_widgets, "FRAME", -1.0)
 
-    def run(scene, content=CASTLE, style=NIGHT):
+    def run(scene, **opening):
         async def main():
             painter = StandIn()
-            panel = Studio(content, style, 40, painter)
+            panel = Studio(TRANSFER._replace(**opening), painter)
             try:
                 await scene(panel)
             finally:
@@ -565,15 +565,15 @@ def test_the_forms_ask_for_what_their_notebook_does(content, style, weights, pla
         assert settings.layer_weights == (LAYERS if style else ())
         assert set(panel.choices) == {kind for kind, path in (("content", content), ("style", style)) if path}
 
-    play(scene, content, style)
+    play(scene, content=content, style=style)
 
 
 # --- The panel with the real painter ---------------------------------------------------------------
 
 
-def play_real(scene, *paths, vgg):
+def play_real(scene, *paths, vgg, **options):
     async def main():
-        panel = style_studio(*paths, size=40, vgg=vgg)
+        panel = style_studio(*paths, size=40, vgg=vgg, **options)
         try:
             await scene(panel)
         finally:
@@ -687,6 +687,90 @@ def test_without_an_event_loop_or_with_a_size_that_is_none(vgg, refuses):
     for size in (0, 2.5, "256", None):
         with refuses(ValueError, f"size is {size!r}"):
             style_studio(CASTLE, NIGHT, size=size, vgg=vgg)
+
+
+# Content layer, style layers, content weight, style weight: as they are given, and as the controls show them.
+OPENINGS = [
+    (("conv1_2", nst.FIRST_FIVE, 1, 1e4), ("conv1_2", nst.FIRST_FIVE, 1.0, 1e4)),
+    (("relu3_1", "conv_6", 0, 7), ("relu3_1", ("conv3_2",), 0.0, 7.0)),
+    (
+        ("conv_9", ["conv4_1", "relu3_1", "conv_5"], 0.03, 3e4),
+        ("conv4_1", ("conv3_1", "relu3_1", "conv4_1"), 0.03, 3e4),
+    ),
+    (("conv_16", (), torch.tensor(1234.5), 3e11), ("conv5_4", (), 1234.5, 3e11)),
+    (("conv1_1", "conv5_1", 10.7, 2e-3), ("conv1_1", ("conv5_1",), 10.7, 2e-3)),
+]
+PARAMETERS = ("content_layer", "style_layers", "content_weight", "style_weight")
+
+
+@pytest.mark.parametrize("given, expected", OPENINGS)
+def test_the_controls_open_at_the_parameters_and_reset_goes_back_to_them(given, expected, vgg):
+    async def scene(panel):
+        def shown():
+            layers, weights = zip(*panel.settings().layer_weights) if expected[1] else ((), ())
+            assert set(weights) <= {1.0}
+            return panel.content_layer.value, layers, panel.content_weight.value, panel.style_weight.value
+
+        opening = shown()
+        assert opening[:3] == expected[:3] and opening[3] == pytest.approx(expected[3], rel=1e-12)
+        for control in (panel.content_weight, panel.style_weight, *panel.layer_weights.values()):
+            control.value = 1.5
+        panel.content_layer.value = "conv5_3"
+        panel.buttons["Reset"].click()
+        assert shown() == opening
+
+    play_real(scene, CASTLE, NIGHT, vgg=vgg, **dict(zip(PARAMETERS, given)))
+
+
+@pytest.mark.parametrize("given, expected", OPENINGS)
+def test_the_browser_leaves_the_weights_as_they_were_given(given, expected, vgg):
+    """It rounds the value of a slider to a whole number of steps from the smallest."""
+
+    async def scene(panel):
+        style, content = panel.style_weight, panel.content_weight
+        for control, value in ((content, content.value), (style, math.log10(style.value))):
+            taken = (value - control.min) / control.step
+            assert taken == pytest.approx(round(taken), abs=1e-6) and control.step <= 0.15
+
+    play_real(scene, CASTLE, NIGHT, vgg=vgg, **dict(zip(PARAMETERS, given)))
+
+
+def test_another_style_layer_has_a_slider_in_the_networks_order(vgg):
+    async def scene(panel):
+        assert list(panel.layer_weights) == [*nst.FIRST_FIVE, "relu3_1", "conv4_1", "conv5_1", "conv5_4"]
+        assert list(panel.content_layer.options) == [*nst.CONVOLUTIONS[:10], "relu4_2", *nst.CONVOLUTIONS[10:]]
+        shown = panel.view.children[-1].children[1].children
+        assert [control for control in shown if control in panel.layer_weights.values()] == [
+            *panel.layer_weights.values()
+        ]
+
+    play_real(scene, CASTLE, NIGHT, vgg=vgg, content_layer="relu4_2", style_layers=("conv5_4", "relu3_1"))
+
+
+@pytest.mark.parametrize(
+    "option, value, sentence",
+    [
+        ("content_layer", "conv6_1", "unknown layer 'conv6_1'"),
+        ("content_layer", ("conv1_2",), "unknown layer ('conv1_2',)"),
+        ("style_layers", ("conv1_1", "conv9"), "unknown layer 'conv9'"),
+        ("style_layers", ("conv1_1", "conv_1"), "conv1_1 is among them twice"),
+        ("content_weight", -1, "content_weight is -1"),
+        ("content_weight", "1", "content_weight is '1'"),
+        ("style_weight", math.nan, "style_weight is nan"),
+        ("style_weight", 2e12, "style_weight is 2000000000000.0"),
+        ("style_weight", 0, "style_weight is 0: the panel's slider begins above 0"),
+    ],
+)
+def test_a_bad_layer_or_weight_is_refused_in_a_sentence(option, value, sentence, refuses):
+    with refuses(ValueError, sentence):
+        style_studio(CASTLE, NIGHT, **{option: value})
+
+
+def test_a_panel_with_nothing_to_match_is_refused(refuses):
+    with refuses(ValueError, "no layers given"):
+        style_studio(style=NIGHT, style_layers=())
+    with refuses(ValueError, "every layer named has weight 0"):
+        style_studio(CASTLE, content_weight=0)
 
 
 def test_a_panel_without_pictures_or_with_a_missing_one(refuses):
