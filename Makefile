@@ -1,9 +1,10 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN = $(VENV)/bin
+NBGRADER ?= .venv-nbgrader
 PIP_OPTIONS ?=
 
-.PHONY: run test test-browser lab notebooks clean
+.PHONY: run test test-browser lab notebooks assignment test-assignment clean
 
 run: $(VENV)/installed  ## execute the three notebooks with progress and render them to rendered/*.html
 	$(BIN)/python tools/run_notebooks.py
@@ -23,10 +24,22 @@ lab: $(VENV)/installed  ## open JupyterLab
 notebooks: $(VENV)/installed  ## execute the notebooks and store their outputs, to be committed
 	$(BIN)/python tools/run_notebooks.py --store
 
+assignment: $(NBGRADER)/installed  ## the notebooks as homework, without solutions, in assignment/
+	$(NBGRADER)/bin/python tools/make_assignment.py
+
+test-assignment: $(VENV)/installed $(NBGRADER)/installed  ## grade the homework's solution and four wrong submissions
+	$(NBGRADER)/bin/python tools/check_assignment.py $(BIN)/python
+
 $(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(PIP_OPTIONS) -r requirements.txt
 	touch $@
 
+# nbgrader has an environment of its own, which only those who give the homework need.
+$(NBGRADER)/installed: tools/nbgrader.txt
+	$(PYTHON) -m venv $(NBGRADER)
+	$(NBGRADER)/bin/python -m pip install $(PIP_OPTIONS) -r tools/nbgrader.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) rendered
+	rm -rf $(VENV) $(NBGRADER) rendered assignment
