@@ -24,7 +24,7 @@ FORMULAS = ["gram_matrix", "content_loss", "style_loss"]
 CODE_BLANK = 'raise NotImplementedError("yours to write, in place of this line")'
 TEXT_BLANK = "*Your answer, in place of this line.*"
 HELPER_BLANK = 'raise NotImplementedError("yours to write: first in the notebook, then here")'
-READING = 15  # minutes for the rest of a notebook
+READING = 25  # minutes for the rest of a notebook
 MINUTES = {
     "content-loss": 10,
     "descent": 25,
