@@ -59,6 +59,7 @@ __all__ = [
     "Task",
     "as_task",
     "as_whole",
+    "as_layers",
     "Preparation",
     "Step",
     "Result",

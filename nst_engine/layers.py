@@ -14,7 +14,7 @@ def layer_name(name):
     Raises ValueError for a name that VGG-19 does not have.
     """
     counted = {f"conv_{k}": conv for k, conv in enumerate(CONVOLUTIONS, 1)}
-    if name not in LAYERS and name not in counted:
+    if name not in (*LAYERS, *counted):
         raise ValueError(f"unknown layer {name!r}: use conv1_1 ... conv5_4, relu1_1 ... relu5_4 or conv_1 ... conv_16")
     return counted.get(name, name)
 

@@ -124,7 +124,9 @@ def test_counted_names_are_the_assignments(counted, papers, vgg, image, maps):
     assert torch.equal(found[f"conv_{counted}"], maps[f"conv{papers}"])
 
 
-@pytest.mark.parametrize("name", ["conv_0", "conv_17", "conv1_3", "conv6_1", "relu_1", "pool1", "", "conv3", None])
+@pytest.mark.parametrize(
+    "name", ["conv_0", "conv_17", "conv1_3", "conv6_1", "relu_1", "pool1", "", "conv3", None, ["conv1_2"]]
+)
 def test_an_unknown_layer_is_named(name, refuses, vgg, image):
     for use in (lambda: layer_name(name), lambda: features(vgg, image, ["conv1_1", name])):
         with refuses(ValueError, f"unknown layer {name!r}"):
