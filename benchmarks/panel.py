@@ -88,7 +88,7 @@ def main():
     shown, bare, pictures, waits = [], [], [], []
     with tempfile.TemporaryDirectory() as home, jupyterlab(Path(home)) as server, chromium() as browser:
         book = Notebook(browser, server, "3_style_transfer.ipynb")
-        book.open_panel(whole=False)
+        book.open_panel()
         for _ in range(options.repeats):
             rate, frames = rates(book, options.evaluations)
             shown.append(rate)

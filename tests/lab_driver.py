@@ -84,9 +84,10 @@ class Notebook:
     def __init__(self, browser, server, name):
         self.asking = None  # the place of the cell that `ask` runs
         self.page = browser.new_page(viewport={"width": 1180, "height": 1250})
+        self.page.set_default_timeout(120_000)  # only a page that hangs takes so long, on the slowest machine
         self.page.goto(f"{server.address}/lab/workspaces/{secrets.token_hex(4)}/tree/{name}?token={server.token}")
         self.page.wait_for_function(
-            "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'", timeout=90_000
+            "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
         )
         self.page.evaluate("jupyterapp.commands.execute('application:set-mode', {mode: 'single-document'})")
         if self.page.locator(".jp-SideBar .lm-mod-current").count():
@@ -143,13 +144,13 @@ class Notebook:
         )
         return self.run(self.asking, 120).strip()
 
-    def open_panel(self, whole):
-        """Run every cell up to the panel, or only those up to the network; return the panel's place."""
+    def open_panel(self):
+        """Run the cells up to the network, and the panel's; return the panel's place."""
         sources = self.sources()
         panel = next(k for k, (kind, text) in enumerate(sources) if kind == "code" and "style_studio(" in text)
         network = next(k for k, (_, text) in enumerate(sources) if "vgg = nst.load_vgg19" in text)
-        for k, (kind, _) in enumerate(sources[:panel]):
-            if kind == "code" and (whole or k <= network):
+        for k, (kind, _) in enumerate(sources[: network + 1]):
+            if kind == "code":
                 self.run(k)
         self.run(panel)
         self.panel = panel
@@ -160,7 +161,7 @@ class Notebook:
         """Scroll to the panel's cell, since JupyterLab draws only what is near the window."""
         self.page.evaluate("i => jupyterapp.shell.currentWidget.content.scrollToItem(i, 'start')", self.panel)
         self.page.wait_for_timeout(500)
-        self.button("Start").scroll_into_view_if_needed(timeout=10_000)
+        self.button("Start").scroll_into_view_if_needed()
 
     def button(self, name):
         # Not by its role's name, in which Chromium counts the icon's glyph.

@@ -50,7 +50,7 @@ NOTEBOOK = 'print(f"{CONTENT_LAYERS[0]} {CONTENT_WEIGHT:.9g} {(*STYLE_LAYERS,)} 
 
 def test_style_transfer_from_start_to_a_closed_panel(browser, server):
     book = Notebook(browser, server, "3_style_transfer.ipynb")
-    panel = book.open_panel(whole=False)
+    panel = book.open_panel()
     assert book.state == "ready"
 
     book.count_pictures()
@@ -183,7 +183,7 @@ print([task for task in asyncio.all_tasks() if "Studio" in repr(task)])
 
 def test_what_a_deep_layer_loses_comes_back(browser, server):
     book = Notebook(browser, server, "1_content_reconstruction.ipynb")
-    book.open_panel(whole=False)
+    book.open_panel()
     book.count_pictures()
     book.button("Start").click()
     book.finish()
@@ -211,7 +211,7 @@ print(nst.content_loss(*maps).item())
 
 def test_another_seed_is_another_piece_and_block_1_is_grain(browser, server):
     book = Notebook(browser, server, "2_texture_synthesis.ipynb")
-    book.open_panel(whole=False)
+    book.open_panel()
 
     def style_loss(layers):
         """Of the picture on display, by the helper's formulas."""
