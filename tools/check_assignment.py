@@ -52,7 +52,7 @@ MISTAKES = {
     "gram": Mistake(
         "return rows @ rows.T / rows.numel()",
         "return rows @ rows.T",
-        {"test-gram-matrix", "test-objective-parts"},
+        {"test-gram-matrix", "test-formulas", "test-objective-parts"},
     ),
     "signed": Mistake("return (a - b).abs()", "return a - b", {"test-difference"}),
     "swapped": Mistake(

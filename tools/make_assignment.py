@@ -34,6 +34,7 @@ MINUTES = {
     "style-loss": 15,
     "style-layers": 20,
     "textures-differ": 20,
+    "formulas": 5,
     "objective": 25,
     "noise-or-photograph": 20,
 }
@@ -104,10 +105,9 @@ def done(result):
 
 
 def write_release(course, target):
-    """Everything that a student gets, in the folder `target`, which is made anew."""
+    """Everything that a student gets, in the new folder `target`."""
     page = handout(read_notebooks(ROOT / "notebooks"))
     done(course.generate_assignment(NAME))
-    shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(Path(course.coursedir.root) / "release" / NAME, target / "notebooks")
     for path in (ROOT / name for name in COPIED):
         if path.is_dir():
@@ -198,6 +198,8 @@ def sections(notebook):
 
 
 if __name__ == "__main__":
+    if (ROOT / "assignment").exists():
+        sys.exit("The folder assignment/ is there already: move it away first, since you may have worked on it.")
     with tempfile.TemporaryDirectory() as folder:
         write_release(open_course(Path(folder)), ROOT / "assignment")
     print("The students' release is in assignment/, and what it asks for in its HANDOUT.md.")
