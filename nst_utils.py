@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from tqdm.auto import tqdm
 
-from nst_engine.checks import as_layers, as_shape, as_start, as_task, as_whole, check_feature_map
+from nst_engine.checks import as_layers, as_positive, as_shape, as_start, as_task, as_whole, check_feature_map
 from nst_engine.coarse_to_fine import Step
 from nst_engine.figures import display_figure, plot_losses, show_images
 from nst_engine.layers import CONVOLUTIONS, FIRST_FIVE, RELUS, layer_name
@@ -151,6 +151,7 @@ def optimise(
     coarse_to_fine=True,
     vgg=None,
     precision=None,
+    memory=None,
     progress=True,
     callback=None,
 ):
@@ -162,6 +163,8 @@ def optimise(
     of them lower the loss by less than 0.5 %, or move fewer than one pixel in a thousand by 1/255. From noise, coarse
     scales come first unless `coarse_to_fine` is False. vgg: from `load_vgg19`, which is the default. precision:
     "float32" or "bfloat16"; by default bfloat16 where that is fast, and float32 from where rounding would stop it.
+    memory: GiB that the process may take on the device, by default what is free. A picture too large for it is worked
+    on in tiles, with the same losses, and takes about twice the time.
     progress: show a bar. callback(image, step): called after each evaluation with the best picture so far of its scale
     and precision, and the `Step`. An interrupt (the notebook's stop button) ends the run and returns that picture; no
     further run of the same cell begins. Returns a `Result`. Raises ValueError for bad input, and for a size that the
@@ -172,7 +175,8 @@ def optimise(
     shape = as_shape(task.picture.shape[-2:] if shape is None else shape)
     init, seed = as_start(init, seed, task)
     device = task.picture.device
-    preparation = Preparation(vgg or load_vgg19(device=device), device, precision)
+    memory = None if memory is None else as_positive(memory, "memory", " of GiB")
+    preparation = Preparation(vgg or load_vgg19(device=device), device, precision, memory)
     image, scales = preparation.start(task, shape, init, seed, coarse_to_fine)
     run = preparation.run(task, image, scales, evaluations, seed)
     history, start = [], time.perf_counter()

@@ -54,10 +54,23 @@ def as_shape(shape):
         ) from error
 
 
+def as_number(value):
+    """A number of whatever library -> float; nan for what is none."""
+    scalar = isinstance(value, numbers.Real) or (torch.is_tensor(value) and value.dim() == 0 and value.isreal())
+    return float(value) if scalar else math.nan
+
+
+def as_positive(value, name, unit=""):
+    """A number of whatever library, above 0 -> float."""
+    number = as_number(value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name} is {value!r}: it must be a finite number{unit} above 0")
+    return number
+
+
 def as_weight(value, name):
     """A number of whatever library, 0 to 1e12 -> float."""
-    scalar = isinstance(value, numbers.Real) or (torch.is_tensor(value) and value.dim() == 0 and value.isreal())
-    number = float(value) if scalar else math.nan
+    number = as_number(value)
     if not 0 <= number <= LARGEST_WEIGHT:
         raise ValueError(f"{name} is {value!r}: it must be a finite number, 0 or more and at most {LARGEST_WEIGHT:.0e}")
     return number

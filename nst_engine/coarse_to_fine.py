@@ -31,19 +31,21 @@ def plan_scales(shape, smallest):
     return [tuple(round(side / 2**k) for side in shape) for k in range(halvings, -1, -1)]
 
 
-def descend(image, scales, precisions, enlarge, evaluate_at, precondition_at, evaluations):
+def descend(image, scales, precisions, enlarge, evaluate_at, precondition_at, pairs_at, evaluations):
     """Yield (picture, `Step`) after each evaluation, of which there are `evaluations` at most.
 
     image: of the first scale's shape; the pictures have the shape of their scale, to which enlarge(picture, shape)
     brings them. precisions: of the full size, the faster first, in which coarse scales are worked on.
     evaluate_at(shape, precision) -> function of flat pictures, as `projected_lbfgs` takes it, and
-    precondition_at(shape) -> function of flat gradients make what a scale needs when it begins.
+    precondition_at(shape) -> function of flat gradients make what a scale needs when it begins; pairs_at(shape): how
+    many curvature pairs there is memory for.
     """
     share = evaluations // (len(scales) + 1)  # of a coarse scale, at most
     for scale in scales:
         if scale != scales[0]:
             image = enlarge(image, scale)
-        curvature = InverseCurvature(precondition_at(scale), image.flatten())
+        curvature = None  # the last scale's goes before there is another
+        curvature = InverseCurvature(precondition_at(scale), image.flatten(), pairs_at(scale))
         begin = functools.partial(work, scale, curvature, evaluate_at)
         if scale == scales[-1]:
             run, count = refine(image, precisions, begin, curvature.precondition), evaluations

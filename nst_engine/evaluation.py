@@ -3,19 +3,23 @@
 import functools
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+
+from .tiles import loss_and_gradient_of
 
 ROUNDING = {"float32": 0.0, "bfloat16": 0.01}  # how well a loss is known in this precision, as a share of it
 
 
 class Objective(NamedTuple):
-    """What to minimise, as two functions."""
+    """What to minimise, as two functions and the tiles that the first is asked for."""
 
-    statistics: Callable  # of a picture (1, 3, H, W): sums over its positions
-    loss: Callable  # of these sums and a tensor of weights: a 1-D tensor of losses, of which the first is minimised
+    statistics: Callable  # of a `Tile`'s window of the picture (1, 3, h, w), and the tile: a list of sums over it
+    loss: Callable  # of the whole's sums and a tensor of weights: a 1-D tensor of losses; the first is minimised
+    tiles: Sequence  # the picture's `Tile`s
+    kept: int = 1  # of how many tiles there is memory for the graph, until the second pass
 
 
 def pick_precisions(device, precision=None):
@@ -42,21 +46,13 @@ def loss_and_gradient(objective, image, count):
     objective: an `Objective`. Only pictures of `image`'s shape and device fit, and tensors of `count` weights. Both are
     copied to where a captured evaluation reads them, so that another weight is no other evaluation.
     """
-    picture = image.detach().clone().requires_grad_()
-    present = picture.new_ones(count).detach()
-
-    def run():
-        with torch.enable_grad():
-            losses = objective.loss(objective.statistics(picture), present)
-        (gradient,) = torch.autograd.grad(losses[0], picture)
-        return losses.detach(), gradient
-
-    replay = capture(run, image.device)
+    picture = image.detach().clone()
+    present = picture.new_ones(count)
+    replay = capture(functools.partial(loss_and_gradient_of, objective, picture, present), image.device)
 
     def evaluate(x, weights):
-        with torch.no_grad():
-            picture.copy_(x.view_as(picture))
-            present.copy_(weights)
+        picture.copy_(x.view_as(picture))
+        present.copy_(weights)
         losses, gradient = replay()
         return losses.tolist(), gradient.flatten().clone()  # a replay writes over its outputs
 

@@ -4,16 +4,7 @@ Sums of a picture's parts add up to those of the whole. The formulas are those o
 them equal; here they are fast.
 """
 
-from typing import NamedTuple
-
 import torch
-
-
-class Statistics(NamedTuple):
-    """What the losses know of a picture: sums over the positions of its feature maps."""
-
-    squares: dict  # {content layer: the squared differences to the content's feature map, summed}
-    grams: dict  # {style layer: F F^T, (C, C), with F the (C, h w) rows of the feature map}
 
 
 class _GramSum(torch.autograd.Function):
@@ -51,29 +42,30 @@ def _precise(x):
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def measure(maps, content_targets, style_layers):
-    """The `Statistics` of a picture's feature maps, {layer: (1, C, h, w)}."""
-    squares = {name: _SquareSum.apply(maps[name] - target) for name, target in content_targets.items()}
-    return Statistics(squares, {name: _GramSum.apply(maps[name]) for name in style_layers})
+def measure(maps, content_targets, style_layers, sizes):
+    """What the losses know of feature maps, {layer: (1, C, h, w)}, of a picture or a part of it, as a list.
+
+    For each content layer the squared differences to the content's feature map, then for each style layer F F^T,
+    (C, C), with F the (C, h w) rows of the feature map: sums over positions, divided by the size C h w that the layer's
+    feature map has for the whole picture, {layer: size}. Those of the parts add up to those of the whole.
+    """
+    squares = [_SquareSum.apply(maps[name] - target) / sizes[name] for name, target in content_targets.items()]
+    return squares + [_GramSum.apply(maps[name]) / sizes[name] for name in style_layers]
 
 
-def gram_matrices(maps):
-    """{layer: feature map (1, C, h, w)} -> {layer: Gram matrix F F^T / (C h w), (C, C)}."""
-    return {name: gram / maps[name].numel() for name, gram in measure(maps, {}, maps).grams.items()}
+def weigh(sums, style_targets, weights):
+    """(total, content loss, style loss), a tensor of three numbers, from the list that `measure` gives.
 
-
-def weigh(statistics, sizes, style_targets, weights):
-    """(total, content loss, style loss), a tensor of three numbers, from a picture's `Statistics`.
-
-    sizes: {layer: C h w}; style_targets: {layer: Gram matrix (C, C) to reach}; weights: a tensor of the content weight,
-    the style weight and one weight for each style layer, the paper's w_l. The total is content_weight * content loss +
-    style_weight * style loss.
+    style_targets: {layer: Gram matrix (C, C) to reach}; weights: a tensor of the content weight, the style weight and
+    one weight for each style layer, the paper's w_l. The total is content_weight * content loss + style_weight * style
+    loss.
     """
     content_weight, style_weight, *layer_weights = weights
-    errors = {name: gram / sizes[name] - style_targets[name] for name, gram in statistics.grams.items()}
-    zero = next(iter((statistics.squares | errors).values())).new_zeros(())  # for a loss without layers
-    content = sum((square / sizes[name] for name, square in statistics.squares.items()), zero)
-    style = sum((weight * mean_square(error) for weight, error in zip(layer_weights, errors.values())), zero)
+    squares, grams = sums[: len(sums) - len(style_targets)], sums[len(sums) - len(style_targets) :]
+    zero = sums[0].new_zeros(())  # for a loss without layers
+    content = sum(squares, zero)
+    errors = [gram - target for gram, target in zip(grams, style_targets.values())]
+    style = sum((weight * mean_square(error) for weight, error in zip(layer_weights, errors)), zero)
     return torch.stack([content_weight * content + style_weight * style, content.detach(), style.detach()])
 
 

@@ -9,6 +9,8 @@ import sys
 import psutil
 import torch
 
+from .tiles import processes
+
 
 def keep_freed_memory():
     """Have the C library keep what an evaluation frees for the next one, up to 2 GiB (glibc, so Linux alone).
@@ -24,6 +26,32 @@ def keep_freed_memory():
             mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: more than this, free at the end of the heap, goes back
 
 
+def memory_to_use(device, gibibytes=None):
+    """How many bytes may still be asked for on `device`, so that the process has `gibibytes` in all.
+
+    By default four fifths of what is free there, for this process's share of it.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # what is freed and kept is free
+    if gibibytes is not None:
+        used = used_memory(device)
+        if gibibytes * 2**30 <= used:
+            raise ValueError(
+                f"memory is {gibibytes}: so many GiB are too few, as {used / 2**30:.2f} are in use already"
+            )
+        return int(gibibytes * 2**30) - used
+    return int(0.8 * free_memory(device) / (1 if device.type == "cuda" else processes()))
+
+
+def used_memory(device):
+    """How many bytes this process has on `device`."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.current_allocated_memory()
+    return psutil.Process().memory_info().rss
+
+
 def free_memory(device):
     """How many bytes may still be asked for on `device`."""
     if device.type == "cuda":
@@ -35,18 +63,23 @@ def free_memory(device):
 
 
 @contextlib.contextmanager
-def fitting(shape, bytes_per_pixel, device):
+def fitting(shape, free, bytes_per_pixel, constant, device):
     """Turn too little memory into a ValueError that names the size that fits: before work begins where it is foreseen,
-    and where it is not, when the device refuses."""
+    and where it is not, when the device refuses.
+
+    free: bytes; so many are needed for each pixel of a picture of `shape`, and `constant` ones besides.
+    """
     height, width = shape
-    free, needed = free_memory(device), bytes_per_pixel * height * width
+    share = (free - constant) / (bytes_per_pixel * height * width)
 
     def advice(share):
-        """share: of what was asked for that may be asked for, with a margin as all this is an estimate."""
+        """share: of what was asked for that may be asked for."""
         return f"{device} has memory for about {int(min(shape) * math.sqrt(share))} pixels along the shorter side"
 
-    share = 0.8 * free / needed
-    if needed > free:
+    if share <= 0:
+        raise ValueError(f"{free / 2**20:.1f} MiB of memory are too few: {constant / 2**20:.1f} are the least")
+    if share < 1:
+        needed = bytes_per_pixel * height * width + constant
         raise ValueError(f"a picture of {height} x {width} needs about {needed / 2**30:.1f} GiB: {advice(share)}")
     try:
         yield

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 from collections import OrderedDict
 from pathlib import Path
 
@@ -122,6 +123,20 @@ def map_size(vgg, name, shape):
     """C h w, how many values the feature map of a layer has for a picture of `shape` (H, W)."""
     convolution = vgg.get_submodule(layer_name(name).replace("relu", "conv"))
     return convolution.out_channels * (shape[0] // stride(name)) * (shape[1] // stride(name))
+
+
+def margin_and_step(network):
+    """(how many pixels beyond a part of a picture its feature maps depend on, rounded up to steps; the step).
+
+    The step is how many pixels there are to a position of the deepest layer.
+    """
+    margin, step = 0, 1
+    for module in network:
+        if isinstance(module, nn.Conv2d):
+            margin += step
+        elif isinstance(module, nn.MaxPool2d):
+            step *= 2
+    return math.ceil(margin / step) * step, step
 
 
 def memory_per_pixel(network):

@@ -10,11 +10,12 @@ import torch
 from .coarse_to_fine import descend, plan_scales
 from .evaluation import Objective, loss_and_gradient, pick_precisions
 from .layers import block, deepest, stride
-from .losses import gram_matrices, measure, weigh
-from .memory import fitting, keep_freed_memory
-from .network import cut_network, features, first_kernels, map_size, memory_per_pixel
+from .losses import measure, weigh
+from .memory import fitting, keep_freed_memory, memory_to_use
+from .network import cut_network, features, first_kernels, map_size, margin_and_step, memory_per_pixel
 from .pictures import resize
 from .prior import draw_noise, enlarge, spectral_preconditioner
+from .tiles import own_share, plan_tiles, smallest_tile, sum_tiles
 
 
 class Task(NamedTuple):
@@ -51,12 +52,17 @@ class Task(NamedTuple):
 # ones, which see otherwise than these, it counts alone.
 PRIOR_WEIGHTS = {1: 0.01, 2: 0.1}
 
+# Bytes for each pixel of the picture: its own, the content's, gradients, steps and preconditioner; a curvature pair.
+VECTORS, PAIR = 240, 24
+FEWEST, MOST = 3, 20  # curvature pairs
+
 
 class Preparation:
     """Makes what runs need, once: what the run before had and the next one has too, such as targets, is kept."""
 
-    def __init__(self, vgg, device, precision=None):
+    def __init__(self, vgg, device, precision=None, memory=None):
         keep_freed_memory()
+        self.memory = memory_to_use(device, memory)
         self.vgg, self.device, self.precisions = vgg, device, pick_precisions(device, precision)
         keep, keep_more = functools.lru_cache(maxsize=2), functools.lru_cache(maxsize=8)
         self.cut_network, self.evaluation_of = keep(cut_network), keep(evaluation_of)
@@ -92,8 +98,22 @@ class Preparation:
             weight = PRIOR_WEIGHTS.get(min(map(block, task.layers)), math.inf)
             return self.preconditioner(self.kernels, shape, weight, self.device)
 
-        with fitting(scales[-1], memory_per_pixel(self.network(task, self.precisions[-1])), self.device):
-            yield from descend(image, scales, self.precisions, enlarge_to, evaluate_at, precondition_at, evaluations)
+        def pairs_at(shape):
+            return self.divide_memory(shape)[0]
+
+        network = self.network(task, self.precisions[-1])
+        constant = memory_per_pixel(network) * smallest_tile(*margin_and_step(network))
+        with fitting(scales[-1], self.memory, VECTORS + FEWEST * PAIR, constant, self.device):
+            yield from descend(
+                image, scales, self.precisions, enlarge_to, evaluate_at, precondition_at, pairs_at, evaluations
+            )
+
+    def divide_memory(self, shape):
+        """(how many curvature pairs, how many bytes for an evaluation) at a scale."""
+        pixels = math.prod(shape)
+        left = self.memory - VECTORS * pixels
+        pairs = max(FEWEST, min(MOST, int(left / 3 / (PAIR * pixels))))
+        return pairs, left - pairs * PAIR * pixels
 
     @functools.cached_property
     def kernels(self):
@@ -114,31 +134,65 @@ class Preparation:
         content = self.scaled(task.content, shape) if task.content_layers else None
         style = self.style_at(task, shape, full_size) if task.style_layers else None
         network = self.network(task, precision)
-        return self.evaluation_of(network, content, style, tuple(task.content_layers), tuple(task.style_layers), shape)
+        layers, room = (tuple(task.content_layers), tuple(task.style_layers)), self.divide_memory(shape)[1]
+        return self.evaluation_of(network, content, style, *layers, shape, room)
 
     def network(self, task, precision):
         return self.cut_network(self.vgg, deepest(task.layers), self.device, precision)
 
 
-def evaluation_of(network, content, style, content_layers, style_layers, shape):
-    objective = objective_of(network, content, style, content_layers, style_layers, shape)
+def evaluation_of(network, content, style, content_layers, style_layers, shape, room):
+    objective = objective_of(network, content, style, content_layers, style_layers, shape, room)
     image = torch.zeros(1, 3, *shape, device=network.mean.device)
     return loss_and_gradient(objective, image, 2 + len(style_layers))
 
 
-def objective_of(network, content, style, content_layers, style_layers, shape):
-    """The `Objective` for pictures of `shape`; content: of that shape, or None without content layers; style: likewise,
-    of any size."""
-    with torch.no_grad():
-        content_targets = features(network, content, content_layers) if content_layers else {}
-        style_targets = gram_matrices(features(network, style, style_layers)) if style_layers else {}
+def objective_of(network, content, style, content_layers, style_layers, shape, room):
+    """The `Objective` for pictures of `shape`, evaluated in `room` bytes of memory.
+
+    content: of that shape, or None without content layers; style: likewise, of any size.
+    """
     layers = dict.fromkeys((*content_layers, *style_layers))
     sizes = {name: map_size(network, name, shape) for name in layers}
+    values = sum(sizes[name] for name in content_layers) * network.conv1_1.weight.element_size()
+    store = values <= room / 4  # the content's feature maps, or else they are found anew each time
+    tiles, kept = tiles_of(network, shape, room - values * store)
 
-    def statistics(image):
-        return measure(features(network, image, layers), content_targets, style_layers)
+    def content_maps(tile):
+        with torch.no_grad():
+            return tile_features(network, content[tile.window], tile, content_layers) if content_layers else {}
 
-    def loss(statistics, weights):
-        return weigh(statistics, sizes, style_targets, weights)
+    stored = {tile: content_maps(tile) for tile in own_share(tiles)} if store else {}
+    style_targets = gram_matrices(network, style, style_layers, room) if style_layers else {}
 
-    return Objective(statistics, loss)
+    def statistics(part, tile):
+        targets = stored[tile] if store else content_maps(tile)
+        return measure(tile_features(network, part, tile, layers), targets, style_layers, sizes)
+
+    def loss(sums, weights):
+        return weigh(sums, style_targets, weights)
+
+    return Objective(statistics, loss, tiles, kept)
+
+
+def gram_matrices(network, image, layers, room):
+    """{layer: Gram matrix (C, C)} of a picture of any size, found in `room` bytes of memory."""
+    shape = tuple(image.shape[-2:])
+    sizes = {name: map_size(network, name, shape) for name in layers}
+
+    def sums_of(tile):
+        with torch.no_grad():
+            return measure(tile_features(network, image[tile.window], tile, layers), {}, layers, sizes)
+
+    return dict(zip(layers, sum_tiles(sums_of, tiles_of(network, shape, room)[0])))
+
+
+def tiles_of(network, shape, room):
+    return plan_tiles(shape, room, memory_per_pixel(network), *margin_and_step(network))
+
+
+def tile_features(network, part, tile, layers):
+    """{layer: feature map of the `Tile`} from its window of a picture."""
+    maps = features(network, part, layers)
+    whole = (tile.rows, tile.columns) == (tile.window_rows, tile.window_columns)
+    return maps if whole else {name: feature_map[tile.own(name)].clone() for name, feature_map in maps.items()}

@@ -71,14 +71,25 @@ def spectral_preconditioner(kernels, shape, weight, device):
         torch.exp(-2j * math.pi * frequencies[:, None] * torch.arange(-4, 5))
         for frequencies in (torch.fft.fftfreq(padded[0]), torch.fft.rfftfreq(padded[1]))
     )
-    curvature = torch.einsum("ijab,ha,wb->hwij", overlaps, rows, columns)
-    precision = relative_frequencies(padded)[..., None, None] ** 2 * torch.linalg.inv(K)  # 1 / P
-    divisor = curvature / (weight * torch.linalg.eigvalsh(curvature).max()) + precision
-    filters = torch.linalg.inv(divisor).permute(2, 3, 0, 1).contiguous().to(here)
+    inverse, squares = torch.linalg.inv(K), relative_frequencies(padded)[..., None, None] ** 2
+    bands = list(zip(rows.split(64), squares.split(64)))  # a few rows at a time: matrices take much memory
+
+    def curvature(rows):
+        return torch.einsum("ijab,ha,wb->hwij", overlaps, rows, columns)
+
+    largest = max(torch.linalg.eigvalsh(curvature(rows)).max() for rows, _ in bands)
+    filters = torch.cat(
+        [
+            torch.linalg.inv(curvature(rows) / (weight * largest) + squares * inverse).permute(2, 3, 0, 1)
+            for rows, squares in bands
+        ],
+        dim=2,
+    ).to(here)
 
     def precondition(gradient):
         spectrum = torch.fft.rfft2(F.pad(gradient.to(here).view(3, *shape), (margin,) * 4))
-        step = torch.fft.irfft2((filters * spectrum).sum(dim=1), s=padded)
+        step = torch.stack([(row * spectrum).sum(0) for row in filters])
+        step = torch.fft.irfft2(step, s=padded)
         return step[:, margin:-margin, margin:-margin].flatten().to(device)
 
     return precondition

@@ -1,5 +1,6 @@
 """When a run ends, and which of its pictures is shown."""
 
+import math
 from collections import deque
 
 from IPython import get_ipython
@@ -12,6 +13,7 @@ ROUGH = 0.05  # at full size, when it is asked whether rounding is the cause
 FINE = 0.005  # at full size, and the run is done
 # or when they change less than this share of the pixels by 1/255 or more, so that nobody sees a difference.
 CHANGED = 0.001
+SAMPLE = 2**18  # pixels that are looked at
 
 # A coarse scale also ends when its total is down to this share of its first one: the next one begins far above that.
 COARSE_END = 0.004
@@ -29,6 +31,12 @@ def best_so_far(run):
         yield best
 
 
+def sample(image):
+    """The picture, or of a large one every second or third row and column and so on: eleven whole ones take memory."""
+    step = max(1, math.isqrt(image[0, 0].numel() // SAMPLE))
+    return image[..., ::step, ::step].clone() if step > 1 else image
+
+
 def until_still(run, tolerance, end=0.0):
     """Pass on (picture, `Step`, ...) until it stands still by the share `tolerance`, as said above.
 
@@ -39,11 +47,11 @@ def until_still(run, tolerance, end=0.0):
         yield found
         image, step = found[:2]
         first = first or step
-        last.append((image, step.total))
+        last.append((sample(image), step.total))
         before, total = last[0]
         if step.total < end * first.total:
             return
-        if len(last) == 11 and (step.total > (1 - tolerance) * total or share_changed(before, image) < CHANGED):
+        if len(last) == 11 and (step.total > (1 - tolerance) * total or share_changed(before, last[-1][0]) < CHANGED):
             return
 
 

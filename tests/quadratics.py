@@ -5,6 +5,7 @@ import functools
 import torch
 
 from nst_engine.evaluation import Objective, loss_and_gradient
+from nst_engine.tiles import cut
 
 
 def quadratic(matrix, target, seen=None):
@@ -33,7 +34,14 @@ def coupled(n=27, seed=0):
     return basis @ torch.diag(torch.logspace(-1, 1, n)) @ basis.T, torch.randn(n, generator=generator) + 0.5
 
 
+def whole(image):
+    """The picture as its single tile."""
+    return cut(image.shape[-2:], max(image.shape), 0, 1)
+
+
 def evaluation(objective, start):
     """flat picture -> (losses, gradient) of an objective without weights."""
-    evaluate = loss_and_gradient(Objective(torch.clone, lambda image, weights: objective(image)), start, 1)
+    evaluate = loss_and_gradient(
+        Objective(lambda part, tile: [part.clone()], lambda sums, weights: objective(sums[0]), whole(start)), start, 1
+    )
     return functools.partial(evaluate, weights=torch.ones(1))

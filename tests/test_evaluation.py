@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from quadratics import coupled, evaluation, quadratic
+from quadratics import coupled, evaluation, quadratic, whole
 
 import nst_engine.evaluation
 from nst_engine.evaluation import Objective, capture, loss_and_gradient, pick_precisions
@@ -50,8 +50,11 @@ def test_a_replay_writes_over_its_outputs_and_earlier_results_stay(monkeypatch):
 def test_another_weight_is_no_other_evaluation(monkeypatch):
     captured = []
     monkeypatch.setattr(nst_engine.evaluation, "capture", lambda run, device: captured.append(run) or run)
-    objective = Objective(torch.sum, lambda total, weights: (weights * total).sum()[None])
-    evaluate = loss_and_gradient(objective, torch.zeros(1, 3, 2, 2), 2)
+    image = torch.zeros(1, 3, 2, 2)
+    objective = Objective(
+        lambda part, tile: [part.sum()], lambda sums, weights: (weights * sums[0]).sum()[None], whole(image)
+    )
+    evaluate = loss_and_gradient(objective, image, 2)
     for weights in ([1.0, 2.0], [0.0, 5.0]):
         losses, gradient = evaluate(torch.ones(12), torch.tensor(weights))
         assert losses == [12 * sum(weights)] and gradient.tolist() == [sum(weights)] * 12

@@ -1,9 +1,9 @@
 import copy
+import math
 
 import pytest
 import torch
 
-from nst_engine.losses import gram_matrices as fast_gram_matrices
 from nst_engine.losses import measure, weigh
 from nst_engine.preparation import Task, objective_of
 from nst_utils import content_loss, features, gram_matrices, gram_matrix, make_objective, style_loss
@@ -120,9 +120,15 @@ def finite_differences(function, maps, step=1e-4):
 def fast_losses(maps, content_targets, style_targets, weights=(1.0, 1.0), layer_weights=None):
     """(total, content, style) by the engine."""
     weights = torch.tensor([*weights, *(layer_weights or dict.fromkeys(style_targets, 1.0)).values()])
-    sizes = {name: feature_map.numel() for name, feature_map in maps.items()}
-    statistics = measure(maps, content_targets, style_targets)
-    return weigh(statistics, sizes, style_targets, weights)
+    return weigh(measure(maps, content_targets, style_targets, sizes_of(maps)), style_targets, weights)
+
+
+def sizes_of(maps):
+    return {name: feature_map.numel() for name, feature_map in maps.items()}
+
+
+def fast_gram_matrices(maps):
+    return dict(zip(maps, measure(maps, {}, maps, sizes_of(maps))))
 
 
 def as_leaves(maps, layout=torch.contiguous_format):
@@ -178,20 +184,20 @@ def test_bfloat16_maps_are_summed_in_float32():
     maps = {"x": torch.full((1, 1, 512, 512), 0.1, dtype=torch.bfloat16)}
     found = fast_losses(maps, {"x": torch.zeros_like(maps["x"])}, {})
     assert found.dtype == torch.float32 and found[1].item() == pytest.approx(0.01, rel=0.01)
-    assert measure(maps, {"x": torch.zeros_like(maps["x"])}, {}).squares["x"].dtype == torch.float32
+    assert measure(maps, {"x": torch.zeros_like(maps["x"])}, {}, sizes_of(maps))[0].dtype == torch.float32
     assert fast_gram_matrices(maps)["x"].item() == pytest.approx(0.01, rel=0.01)
 
 
 def test_statistics_of_parts_add_up_to_those_of_the_whole():
     maps, targets = random_maps(0), random_maps(1)
+    sizes = sizes_of(maps)
     parts = [
-        measure({name: x[..., columns] for name, x in maps.items()}, {"a": targets["a"][..., columns]}, maps)
+        measure({name: x[..., columns] for name, x in maps.items()}, {"a": targets["a"][..., columns]}, maps, sizes)
         for columns in (slice(0, 1), slice(1, None))
     ]
-    whole = measure(maps, {"a": targets["a"]}, maps)
-    torch.testing.assert_close(parts[0].squares["a"] + parts[1].squares["a"], whole.squares["a"])
-    for name in maps:
-        torch.testing.assert_close(parts[0].grams[name] + parts[1].grams[name], whole.grams[name])
+    whole = measure(maps, {"a": targets["a"]}, maps, sizes)
+    assert len(whole) == 1 + len(maps)
+    torch.testing.assert_close([a + b for a, b in zip(*parts)], whole)
 
 
 # --- The objective -------------------------------------------------------------------------------
@@ -234,9 +240,10 @@ def exact(vgg):
 
 def fast_objective(network, task, shape):
     """The engine's objective on a given network, picture -> losses."""
-    objective = objective_of(network, task.content, task.style, task.content_layers, tuple(task.style_layers), shape)
+    layers = task.content_layers, tuple(task.style_layers)
+    objective = objective_of(network, task.content, task.style, *layers, shape, math.inf)
     weights = torch.tensor([task.content_weight, task.style_weight, *task.style_layers.values()])
-    return lambda image: objective.loss(objective.statistics(image), weights)
+    return lambda image: objective.loss(objective.statistics(image, *objective.tiles), weights)
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ import sys
 import pytest
 import torch
 
-from nst_engine import memory, preparation
-from nst_engine.memory import fitting, free_memory, keep_freed_memory
+from nst_engine import preparation
+from nst_engine.memory import fitting, free_memory, keep_freed_memory, memory_to_use, used_memory
 from nst_engine.network import cut_network, memory_per_pixel
+from nst_engine.preparation import FEWEST, PAIR, VECTORS
 from nst_utils import reconstruct_content
 
 CPU = torch.device("cpu")
@@ -17,12 +18,16 @@ CPU = torch.device("cpu")
 def test_a_size_that_does_not_fit_is_refused_before_any_work_and_the_one_that_fits_is_named(
     settings, content, monkeypatch, refuses
 ):
-    """48 pixels along the shorter side where there is memory for a third of that area."""
+    """48 pixels along the shorter side where there is memory for a tile and a third of that area."""
     network = cut_network(settings["vgg"], "conv1_2", CPU, "float32")
-    height, width = content.shape[-2:]
-    monkeypatch.setattr(memory, "free_memory", lambda device: memory_per_pixel(network) * height * width / 3)
+    tile = memory_per_pixel(network) * 5**2  # one pixel, and two to each side
+    free = tile + (VECTORS + FEWEST * PAIR) * content[0, 0].numel() / 3
+    monkeypatch.setattr(preparation, "memory_to_use", lambda device, memory: free)
     monkeypatch.setattr(preparation, "objective_of", None)  # nothing is computed
-    with refuses(ValueError, "cpu has memory for about 24 pixels along the shorter side"):
+    with refuses(ValueError, "cpu has memory for about 27 pixels along the shorter side"):
+        reconstruct_content(content, **settings)
+    free = tile / 2
+    with refuses(ValueError, f"{free / 2**20:.1f} MiB of memory are too few: {tile / 2**20:.1f} are the least"):
         reconstruct_content(content, **settings)
 
 
@@ -31,18 +36,26 @@ def test_a_size_that_does_not_fit_is_refused_before_any_work_and_the_one_that_fi
 )
 def test_memory_that_runs_out_is_answered_in_one_sentence(error, refuses):
     with refuses(ValueError, "out of memory for a picture of 100 x 200: cpu has memory for about 70 pixels"):
-        with fitting((100, 200), 1.0, CPU):
+        with fitting((100, 200), 1e6, 1.0, 0.0, CPU):
             raise error
 
 
 def test_other_errors_pass():
     with pytest.raises(RuntimeError, match="^something else$"):
-        with fitting((100, 200), 1.0, CPU):
+        with fitting((100, 200), 1e6, 1.0, 0.0, CPU):
             raise RuntimeError("something else")
 
 
 def test_what_is_free_is_what_this_machine_has():
     assert 1e6 < free_memory(CPU) < 1e14
+    assert 1e6 < memory_to_use(CPU) < 0.9 * free_memory(CPU)
+
+
+def test_a_budget_is_of_the_whole_process(refuses):
+    assert 1e7 < used_memory(CPU) < 1e11
+    with refuses(ValueError, "memory is 0.01: so many GiB are too few, as"):
+        memory_to_use(CPU, 0.01)
+    assert memory_to_use(CPU, 1000) + used_memory(CPU) == pytest.approx(1000 * 2**30, rel=1e-3)
 
 
 def test_the_estimate_counts_what_a_network_puts_out(vgg):

@@ -41,7 +41,7 @@ def evaluated(monkeypatch):
 
     def noting(*arguments):
         made = objective(*arguments)
-        return made._replace(statistics=lambda image: seen.append(image.shape[-2:]) or made.statistics(image))
+        return made._replace(statistics=lambda part, tile: seen.append(part.shape[-2:]) or made.statistics(part, tile))
 
     monkeypatch.setattr(preparation, "objective_of", noting)
     return seen

@@ -1,0 +1,134 @@
+"""Loss and gradient of a picture tile by tile, where the whole does not fit in memory. It knows no network.
+
+The losses are made of sums over positions, and the sums of a picture's parts add up to those of the whole. A first pass
+over the tiles adds up the sums; the derivative of the loss by each sum follows; a second pass leads every tile back
+with it. That is exact but for rounding: a tile is seen through a window that reaches as far beyond it as the deepest
+layer looks, and that begins where pooling does. A picture that fits is a single tile, which is seen once.
+
+Tiles may be shared out over the processes of `torch.distributed`; sums and gradients are then added up over them.
+"""
+
+import itertools
+import math
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from .layers import stride
+
+SIDE = 512  # pixels, where there is room; a tile half as wide costs a tenth more
+MARGINS = 4  # but at least so many margins
+
+
+class Tile(NamedTuple):
+    """A part of a picture, and the window through which it is seen: (first, end) of rows and of columns."""
+
+    rows: tuple
+    columns: tuple
+    window_rows: tuple
+    window_columns: tuple
+
+    @property
+    def window(self):
+        """The index of the window in a picture (1, 3, H, W)."""
+        return (..., slice(*self.window_rows), slice(*self.window_columns))
+
+    def own(self, layer):
+        """The index of the part in the feature map that a layer has for the window."""
+        step, index = stride(layer), [...]
+        for (first, end), (start, _) in ((self.rows, self.window_rows), (self.columns, self.window_columns)):
+            index.append(slice((first - start) // step, (first - start) // step + end // step - first // step))
+        return tuple(index)
+
+
+def cut(shape, side, margin, step):
+    """The `Tile`s of a picture of `shape`: about equal, at most `side` pixels wide or high, a multiple of `step`."""
+
+    def spans(length):
+        count = math.ceil(length / side)
+        edges = sorted({0, length, *(length * k // count // step * step for k in range(1, count))})
+        return [((a, b), (max(0, a - margin), min(length, b + margin))) for a, b in itertools.pairwise(edges)]
+
+    return [
+        Tile(rows, columns, window_rows, window_columns)
+        for (rows, window_rows), (columns, window_columns) in itertools.product(*map(spans, shape))
+    ]
+
+
+def plan_tiles(shape, room, bytes_per_pixel, margin, step):
+    """(the `Tile`s of a picture, of how many the graph is kept for the second pass) for `room` bytes of memory.
+
+    Raises ValueError if there are fewer tiles than processes.
+    """
+    if bytes_per_pixel * math.prod(shape) <= room and processes() == 1:
+        return cut(shape, math.ceil(max(shape) / step) * step, margin, step), 1
+    side = 2 * max(SIDE, MARGINS * margin)
+    tiles, fit = [], 0  # how many have room
+    while side > step and (fit < 1 or len(tiles) < processes()):
+        side //= 2
+        tiles, fit = cut(shape, side, margin, step), int(room / (bytes_per_pixel * (side + 2 * margin) ** 2))
+    if len(tiles) < processes():
+        raise ValueError(f"a picture of {shape[0]} x {shape[1]} is too small to share out over {processes()} processes")
+    return tiles, max(0, fit - 1)  # one is under way
+
+
+def smallest_tile(margin, step):
+    """How many pixels the window of the smallest tile has."""
+    return (step + 2 * margin) ** 2
+
+
+def sum_tiles(sums_of, tiles):
+    """The lists of sums that `sums_of` gives for each tile, added up over all tiles and processes."""
+    total = None
+    for tile in own_share(tiles):
+        sums = [x.detach().clone() for x in sums_of(tile)]
+        total = [a + b for a, b in zip(total, sums)] if total else sums
+    return add_up(total)
+
+
+def loss_and_gradient_of(objective, picture, weights):
+    """(losses, gradient of the first) of an `Objective` at a picture (1, 3, H, W): the two passes."""
+    kept = {}
+
+    def look(tile, remember):
+        part = picture[tile.window].clone().requires_grad_(remember)
+        with torch.set_grad_enabled(remember):
+            return part, objective.statistics(part, tile)
+
+    def first_pass(tile):
+        remember = len(kept) < objective.kept
+        part, sums = look(tile, remember)
+        if remember:
+            kept[tile] = part, sums
+        return sums
+
+    sums = [x.requires_grad_() for x in sum_tiles(first_pass, objective.tiles)]
+    with torch.enable_grad():
+        losses = objective.loss(sums, weights)
+    slopes = torch.autograd.grad(losses[0], sums)
+    gradient = torch.zeros_like(picture)
+    for tile in own_share(objective.tiles):
+        part, sums = kept.pop(tile) if tile in kept else look(tile, True)
+        gradient[tile.window] += torch.autograd.grad(sums, part, slopes)[0]
+    return losses.detach(), add_up([gradient])[0]
+
+
+# --- Several processes ---------------------------------------------------------------------------
+
+
+def processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def own_share(tiles):
+    """Those of the tiles that this process sees."""
+    return tiles[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else tiles
+
+
+def add_up(tensors):
+    """The tensors, each added up over all processes, in place."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+    return tensors
