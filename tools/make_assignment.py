@@ -20,7 +20,7 @@ from traitlets.config import Config
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "style-transfer"  # the assignment's, in nbgrader's folders and gradebook
 COPIED = ["nst_engine", "nst_widgets.py", "images", "requirements.txt", "pyproject.toml", "LICENSE"]
-FORMULAS = ["gram_matrix", "content_loss", "style_loss"]
+FORMULAS = ["gram_matrix", "content_loss", "style_loss", "make_objective"]
 CODE_BLANK = 'raise NotImplementedError("yours to write, in place of this line")'
 TEXT_BLANK = "*Your answer, in place of this line.*"
 HELPER_BLANK = 'raise NotImplementedError("yours to write: first in the notebook, then here")'
