@@ -160,11 +160,12 @@ def optimise(
     init: "noise" (soft clouds around grey, drawn from `seed`), "content", or a picture to start from, which is scaled
     to `shape`; white noise is `torch.rand(1, 3, H, W)`.
     evaluations: how many times the network is run forward and back, at most, over all scales; it ends sooner when ten
-    of them lower the loss by less than 0.5 %, or move fewer than one pixel in a thousand by 1/255. From noise, coarse
-    scales come first unless `coarse_to_fine` is False. vgg: from `load_vgg19`, which is the default. precision:
-    "float32" or "bfloat16"; by default bfloat16 where that is fast, and float32 from where rounding would stop it.
-    memory: GiB that the process may take on the device, by default what is free. A picture too large for it is worked
-    on in tiles, with the same losses, and takes about twice the time.
+    of them lower the loss by less than 0.5 %, or move fewer than one pixel in a thousand by 1/255. A scale of more than
+    512 x 1024 pixels has fewer. Coarse scales come first unless `coarse_to_fine` is False; from a picture, only those
+    of 512 pixels and more. vgg: from `load_vgg19`, which is the default. precision: "float32" or "bfloat16"; by default
+    bfloat16 where that is fast, and float32 from where rounding would stop it. memory: GiB that the process may take on
+    the device, by default what is free. A picture too large for it is worked on in tiles: the same losses, in about
+    twice the time.
     progress: show a bar. callback(image, step): called after each evaluation with the best picture so far of its scale
     and precision, and the `Step`. An interrupt (the notebook's stop button) ends the run and returns that picture; no
     further run of the same cell begins. Returns a `Result`. Raises ValueError for bad input, and for a size that the
@@ -178,7 +179,7 @@ def optimise(
     memory = None if memory is None else as_positive(memory, "memory", " of GiB")
     preparation = Preparation(vgg or load_vgg19(device=device), device, precision, memory)
     image, scales = preparation.start(task, shape, init, seed, coarse_to_fine)
-    run = preparation.run(task, image, scales, evaluations, seed)
+    run = preparation.run(task, image, scales, evaluations, seed, init)
     history, start = [], time.perf_counter()
     silent = not progress or "TQDM_DISABLE" in os.environ  # which tqdm's bar for notebooks passes by
     with tqdm(total=evaluations, disable=silent, leave=False, desc="optimising") as bar:

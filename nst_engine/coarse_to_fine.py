@@ -6,9 +6,10 @@ import math
 from typing import NamedTuple
 
 from .evaluation import ROUNDING
-from .optimiser import InverseCurvature, projected_lbfgs
+from .optimiser import projected_lbfgs
 from .stopping import COARSE, COARSE_END, FINE, ROUGH, best_so_far, until_still
 
+LARGE = 2**19  # pixels, 512 x 1024: a larger scale has fewer evaluations
 AGREEMENT = 0.7  # of two precisions' gradients, a cosine; below, half of the faster one's or more is rounding
 
 
@@ -31,27 +32,34 @@ def plan_scales(shape, smallest):
     return [tuple(round(side / 2**k) for side in shape) for k in range(halvings, -1, -1)]
 
 
-def descend(image, scales, precisions, enlarge, evaluate_at, precondition_at, pairs_at, evaluations):
+def most_evaluations(scales, evaluations):
+    """[how many evaluations a scale has, at most]: equal shares of them, of which the last scale's may be what is left.
+
+    A large scale has fewer, as the root of its pixels: the coarser ones have done the work.
+    """
+    shares = [evaluations // (len(scales) + 1)] * (len(scales) - 1) + [evaluations]
+    return [min(share, round(evaluations * min(1, (LARGE / math.prod(s)) ** 0.5))) for share, s in zip(shares, scales)]
+
+
+def descend(image, scales, precisions, enlarge, evaluate_at, curvature_at, evaluations, done=0):
     """Yield (picture, `Step`) after each evaluation, of which there are `evaluations` at most.
 
     image: of the first scale's shape; the pictures have the shape of their scale, to which enlarge(picture, shape)
     brings them. precisions: of the full size, the faster first, in which coarse scales are worked on.
     evaluate_at(shape, precision) -> function of flat pictures, as `projected_lbfgs` takes it, and
-    precondition_at(shape) -> function of flat gradients make what a scale needs when it begins; pairs_at(shape): how
-    many curvature pairs there is memory for.
+    curvature_at(shape) -> `InverseCurvature` make what a scale needs when it begins. done: so many evaluations of the
+    first scale are behind a run that goes on, and besides `evaluations`.
     """
-    share = evaluations // (len(scales) + 1)  # of a coarse scale, at most
-    for scale in scales:
+    for scale, most in zip(scales, most_evaluations(scales, evaluations + done)):
         if scale != scales[0]:
-            image = enlarge(image, scale)
-        curvature = None  # the last scale's goes before there is another
-        curvature = InverseCurvature(precondition_at(scale), image.flatten(), pairs_at(scale))
+            image, done = enlarge(image, scale), 0
+        curvature = curvature_at(scale)
         begin = functools.partial(work, scale, curvature, evaluate_at)
         if scale == scales[-1]:
-            run, count = refine(image, precisions, begin, curvature.precondition), evaluations
+            run = refine(image, precisions, begin, curvature.precondition)
         else:
-            run, count = until_still(begin(image, precisions[0]), COARSE, COARSE_END), min(share, evaluations)
-        for image, step, _ in itertools.islice(run, count):
+            run = until_still(begin(image, precisions[0]), COARSE, COARSE_END)
+        for image, step, _ in itertools.islice(run, max(0, min(most - done, evaluations))):
             evaluations -= 1
             yield image, step
 

@@ -26,6 +26,22 @@ class InverseCurvature:
     def forget(self):
         self.used = []
 
+    def state(self):
+        """What it has learned, {name: tensor on the CPU}: s0, y0, s1 and so on, oldest first, and their products."""
+        rows = {f"s{k}": self.pairs[slot].cpu() for k, slot in enumerate(self.used)}
+        rows |= {f"y{k}": self.pairs[self.memory + slot].cpu() for k, slot in enumerate(self.used)}
+        chosen = np.ix_(self.used, self.used)
+        return {**rows, "sy": torch.from_numpy(self.sy[chosen]), "yy": torch.from_numpy(self.yy[chosen])}
+
+    def load(self, state):
+        """Know what another one had learned, or the latest of it."""
+        latest = range(len(state["sy"]))[-self.memory :]
+        self.used = list(range(len(latest)))
+        for slot, k in enumerate(latest):
+            self.pairs[slot], self.pairs[self.memory + slot] = state[f"s{k}"], state[f"y{k}"]
+        for matrix, name in ((self.sy, "sy"), (self.yy, "yy")):
+            matrix[: len(latest), : len(latest)] = state[name][latest.start :, latest.start :].numpy()
+
     def learn(self, s, y):
         """Take in that the step `s` changed the gradient by `y`, unless that tells of negative curvature."""
         if s @ y <= 1e-4 * s.norm() * y.norm():

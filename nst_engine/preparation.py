@@ -13,8 +13,9 @@ from .layers import block, deepest, stride
 from .losses import measure, weigh
 from .memory import fitting, keep_freed_memory, memory_to_use
 from .network import cut_network, features, first_kernels, map_size, margin_and_step, memory_per_pixel
+from .optimiser import InverseCurvature
 from .pictures import resize
-from .prior import draw_noise, enlarge, spectral_preconditioner
+from .prior import draw_noise, enlarge, enlarge_change, spectral_preconditioner
 from .tiles import own_share, plan_tiles, smallest_tile, sum_tiles
 
 
@@ -56,13 +57,15 @@ PRIOR_WEIGHTS = {1: 0.01, 2: 0.1}
 VECTORS, PAIR = 240, 24
 FEWEST, MOST = 3, 20  # curvature pairs
 
+BROAD = 512  # pixels
+
 
 class Preparation:
     """Makes what runs need, once: what the run before had and the next one has too, such as targets, is kept."""
 
     def __init__(self, vgg, device, precision=None, memory=None):
         keep_freed_memory()
-        self.memory = memory_to_use(device, memory)
+        self.memory, self.curvature = memory_to_use(device, memory), None
         self.vgg, self.device, self.precisions = vgg, device, pick_precisions(device, precision)
         keep, keep_more = functools.lru_cache(maxsize=2), functools.lru_cache(maxsize=8)
         self.cut_network, self.evaluation_of = keep(cut_network), keep(evaluation_of)
@@ -71,42 +74,48 @@ class Preparation:
     def start(self, task, shape, init, seed=0, coarse_to_fine=True):
         """(picture to begin with, scales to go through). init: None for noise drawn from `seed`, or a picture.
 
-        A start with detail of its own would lose it at a coarse scale, and so has none.
+        From a picture, of which a coarse scale sees less, they begin at `BROAD` pixels to a side.
         """
         if init is not None:
-            return resize(init.detach().float().to(self.device), shape), [shape]
+            scales = plan_scales(shape, max(BROAD, task.smallest_side)) if coarse_to_fine else [shape]
+            return resize(init.detach().float().to(self.device), scales[0]), scales
         scales = plan_scales(shape, task.smallest_side) if coarse_to_fine else [shape]
         return draw_noise(scales[0], seed, self.device), scales
 
-    def run(self, task, image, scales, evaluations, seed=0):
+    def run(self, task, image, scales, evaluations, seed=0, init=None, done=0, learned=None):
         """The run from `image`, of the first of these scales: yields (picture, `Step`) after each evaluation.
 
-        seed: of the noise that a finer scale has where the one before had no detail. Raises ValueError for a size that
-        the device has no memory for.
+        seed: of the noise that a finer scale has where the one before had no detail. init: the picture that the run
+        began with, whose detail finer scales keep. A run that goes on: done evaluations of the first scale are behind
+        it, and it had learned so much (`InverseCurvature.state`). Raises ValueError for a size that the device has no
+        memory for.
         """
         weights = torch.tensor(
             [task.content_weight, task.style_weight, *task.style_layers.values()], device=self.device
         )
 
         def enlarge_to(image, shape):
+            if init is not None:
+                return enlarge_change(image, init.to(image), shape)
             return enlarge(image, shape, seed) if task.style_layers else resize(image, shape)
 
         def evaluate_at(shape, precision):
             return functools.partial(self.evaluation(task, shape, scales[-1], precision), weights=weights)
 
-        def precondition_at(shape):
+        def curvature_at(shape):
             weight = PRIOR_WEIGHTS.get(min(map(block, task.layers)), math.inf)
-            return self.preconditioner(self.kernels, shape, weight, self.device)
-
-        def pairs_at(shape):
-            return self.divide_memory(shape)[0]
+            self.curvature = None  # the last scale's goes before there is another
+            precondition = self.preconditioner(self.kernels, shape, weight, self.device)
+            place = torch.empty(3 * math.prod(shape), device=self.device)
+            self.curvature = InverseCurvature(precondition, place, self.divide_memory(shape)[0])
+            if learned is not None and shape == scales[0]:
+                self.curvature.load(learned)
+            return self.curvature
 
         network = self.network(task, self.precisions[-1])
         constant = memory_per_pixel(network) * smallest_tile(*margin_and_step(network))
         with fitting(scales[-1], self.memory, VECTORS + FEWEST * PAIR, constant, self.device):
-            yield from descend(
-                image, scales, self.precisions, enlarge_to, evaluate_at, precondition_at, pairs_at, evaluations
-            )
+            yield from descend(image, scales, self.precisions, enlarge_to, evaluate_at, curvature_at, evaluations, done)
 
     def divide_memory(self, shape):
         """(how many curvature pairs, how many bytes for an evaluation) at a scale."""
@@ -114,6 +123,13 @@ class Preparation:
         left = self.memory - VECTORS * pixels
         pairs = max(FEWEST, min(MOST, int(left / 3 / (PAIR * pixels))))
         return pairs, left - pairs * PAIR * pixels
+
+    def describe(self, task, shape):
+        """What the memory buys at full size, in a line."""
+        pairs, room = self.divide_memory(shape)
+        tiles, kept = tiles_of(self.network(task, self.precisions[-1]), shape, room)
+        parts = "whole" if len(tiles) == 1 else f"in {len(tiles)} tiles, the graphs of {min(kept, len(tiles))} kept"
+        return f"{shape[1]} x {shape[0]} pixels {parts}, {pairs} curvature pairs"
 
     @functools.cached_property
     def kernels(self):

@@ -54,6 +54,12 @@ def enlarge(image, shape, seed):
     return (resize(image, shape) + detail).clamp(0, 1)
 
 
+def enlarge_change(image, init, shape):
+    """A picture scaled to a larger `shape`, with the detail of the picture `init` that it began as."""
+    change = image - resize(init, image.shape[-2:])
+    return (resize(init, shape) + F.interpolate(change, tuple(shape), mode="bicubic")).clamp(0, 1)
+
+
 def spectral_preconditioner(kernels, shape, weight, device):
     """Return the linear function of flat gradients (3 H W,) that divides, at each frequency, by A + `weight` / P.
 

@@ -3,7 +3,9 @@ import itertools
 import pytest
 import torch
 
-from nst_engine.coarse_to_fine import Step, agreement, plan_scales, refine
+from nst_engine import preparation
+from nst_engine.coarse_to_fine import Step, agreement, descend, most_evaluations, plan_scales, refine
+from nst_engine.optimiser import InverseCurvature
 from nst_engine.preparation import Task
 from nst_engine.prior import draw_noise
 from nst_engine.stopping import best_so_far, until_still
@@ -149,3 +151,55 @@ def test_a_finer_scale_begins_with_the_enlarged_picture_and_detail_of_the_seed(p
 def test_a_picture_of_another_size_to_start_from_is_scaled(picture, settings):
     result = synthesize_texture(picture(64, 64), "conv1_1", init=picture(40, 90), evaluations=1, **settings)
     torch.testing.assert_close(result.image, resize(picture(40, 90), (64, 64)))
+
+
+def test_each_scale_has_a_share_of_the_evaluations_and_a_large_one_fewer():
+    assert most_evaluations([(64, 64), (128, 128), (256, 256)], 100) == [25, 25, 100]
+    assert most_evaluations([(512, 1024)], 60) == [60]
+    assert most_evaluations([(512, 1024), (1024, 2048), (2048, 4096)], 80) == [20, 20, 20]
+    assert most_evaluations([(3000, 4000)], 100) == [21]  # the root of 524,288 / 12,000,000
+
+
+@pytest.mark.parametrize("done, expected", [(0, [2, 2, 2, 4]), (1, [1, 2, 2, 4])])
+def test_a_run_that_goes_on_has_its_scales_evaluations_but_those_that_are_done(done, expected):
+    """Ten over four scales; of the first one's two, one may be done already."""
+
+    def evaluate_at(shape, precision):
+        return lambda x: ([(x.double() - 0.3).square().sum().item(), 0.0, 0.0], 2 * (x - 0.3))
+
+    def curvature_at(shape):
+        return InverseCurvature(lambda x: x / shape[0], torch.zeros(3 * shape[0] * shape[1]), 1)
+
+    scales = [(k, k) for k in (1, 2, 3, 4)]
+    image = torch.rand(1, 3, 1, 1, generator=torch.Generator().manual_seed(0))
+    run = descend(
+        image,
+        scales,
+        ("float32",),
+        lambda image, shape: torch.rand(1, 3, *shape, generator=torch.Generator().manual_seed(1)),
+        evaluate_at,
+        curvature_at,
+        10 - done,
+        done,
+    )
+    shapes = [step.shape for _, step in run]
+    assert [shapes.count(scale) for scale in scales] == expected
+
+
+def test_a_large_picture_to_start_from_goes_through_scales_and_keeps_its_detail(vgg, picture, monkeypatch):
+    """From 512 pixels on; what the coarse scale changed is enlarged, and the rest is the picture's own."""
+    monkeypatch.setattr(preparation, "BROAD", 32)
+    init, seen = picture(64, 96), {}
+    task = Task(init, init.flip(3), ("conv1_1",), {"conv1_1": 1.0})
+    prepared = preparation.Preparation(vgg, torch.device("cpu"), "float32")
+    monkeypatch.setattr(Task, "smallest_side", 1)
+    image, scales = prepared.start(task, (64, 96), init)
+    assert scales == [(32, 48), (64, 96)]
+    torch.testing.assert_close(image, resize(init, (32, 48)))
+    for shown, step in prepared.run(task, image, scales, 24, 0, init):
+        seen.setdefault(step.shape, []).append(shown)
+    change = seen[32, 48][-1] - resize(init, (32, 48))
+    expected = init + torch.nn.functional.interpolate(change, (64, 96), mode="bicubic")
+    assert change.abs().max() > 0.003
+    torch.testing.assert_close(seen[64, 96][0], expected.clamp(0, 1))
+    assert prepared.start(task, (63, 63), init)[1] == [(63, 63)]

@@ -165,3 +165,48 @@ def test_curvature_is_kept_from_one_objective_to_the_next():
     cold = list(itertools.islice(minimise(quadratic(matrix, target), image), 5))
     best = quadratic(matrix, target)(projected_solution(matrix, target).float())[0].item()
     assert warm[-1][1][0] - best < 0.5 * (cold[-1][1][0] - best)
+
+
+@pytest.mark.parametrize("memory", [5, 9])
+def test_what_was_learned_can_be_stored_and_known_again(memory):
+    """By one of the same memory exactly; by one of a smaller as if it had seen the latest pairs only."""
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.randn(12, 2, 30, generator=generator)
+    steps[:, 1] = 2 * steps[:, 0] + 0.1 * steps[:, 1]
+    old = InverseCurvature(torch.linspace(0.5, 2, 30).mul, steps[0, 0], 9)
+    same = InverseCurvature(old.precondition, steps[0, 0], memory)
+    for k, (s, y) in enumerate(steps):
+        old.learn(s, y)
+        if k >= len(steps) - memory:
+            same.learn(s, y)
+    new = InverseCurvature(old.precondition, steps[0, 0], memory)
+    new.load(old.state())
+    vector = torch.randn(30, generator=generator)
+    torch.testing.assert_close(new.times(vector), same.times(vector))
+    for s, y in steps[:3].flip(2):  # and it learns on, in the place of the oldest
+        new.learn(s, y)
+        same.learn(s, y)
+    torch.testing.assert_close(new.times(vector), same.times(vector))
+
+
+def test_what_is_learned_is_the_step_that_was_taken():
+    """Halved and clamped, if it was."""
+    learned, passed = [], []
+
+    class Noted(InverseCurvature):
+        def learn(self, s, y):
+            learned.append((s, y))
+            super().learn(s, y)
+
+    matrix, target = coupled()
+    start = torch.full((1, 3, 3, 3), 0.5)
+    run = projected_lbfgs(
+        evaluation(quadratic(matrix, target), start), start.flatten(), Noted(identity, start.flatten())
+    )
+    for x, _, gradient in itertools.islice(run, 30):
+        if not passed or x is not passed[-1][0]:
+            passed.append((x, gradient))
+    assert len(learned) == len(passed) - 1 > 5 and any((x == 0).any() or (x == 1).any() for x, _ in passed)
+    for (s, y), (before, after) in zip(learned, itertools.pairwise(passed)):
+        torch.testing.assert_close(s, after[0] - before[0])
+        torch.testing.assert_close(y, after[1] - before[1])

@@ -404,6 +404,13 @@ def test_an_interrupt_before_the_first_evaluation_is_an_interrupt(settings, cont
         reconstruct_content(content, **QUICK, **settings)
 
 
+def test_in_a_script_one_stop_ends_one_run(monkeypatch):
+    """Where there are no cells, there is no cell that was stopped."""
+    monkeypatch.setattr(stopping, "_interrupted", set())
+    stopping.note_interrupt()
+    stopping.refuse_after_interrupt()
+
+
 # --- Bad input -----------------------------------------------------------------------------------
 
 

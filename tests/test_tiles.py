@@ -193,7 +193,7 @@ def test_little_memory_has_few_curvature_pairs(settings, content, style, monkeyp
             seen.append(memory)
             super().__init__(precondition, x, memory)
 
-    monkeypatch.setattr("nst_engine.coarse_to_fine.InverseCurvature", Noted)
+    monkeypatch.setattr("nst_engine.preparation.InverseCurvature", Noted)
     monkeypatch.setattr(Preparation, "divide_memory", lambda self, shape: (7, math.inf))
     transfer_style(content, style, evaluations=1, **settings)
     assert seen == [7]

@@ -1,0 +1,148 @@
+"""tools/stylise.py: one picture, and nothing lost when it is interrupted."""
+
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from nst_engine.optimiser import InverseCurvature
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """The program's names, in an empty folder with a photograph of 192 x 128 pixels and a painting."""
+    monkeypatch.chdir(tmp_path)
+    for name, source in {"photo.jpg": "content/chenonceau.jpg", "painting.jpg": "style/starry_night.jpg"}.items():
+        Image.open(ROOT / "images" / source).resize((192, 128)).save(name)
+    return runpy.run_path(str(ROOT / "tools" / "stylise.py"))
+
+
+@pytest.fixture
+def run(program, monkeypatch):
+    """A function: run it with these arguments; returns the shapes of the pictures that it evaluated.
+
+    stop: raise KeyboardInterrupt when so many are evaluated.
+    """
+    bar = program["tqdm"]
+
+    def running(*arguments, stop=None):
+        seen = []
+
+        class Bar(bar):
+            def set_postfix_str(self, text):
+                size, _, loss = text.partition(", loss ")
+                seen.append(size)
+                running.loss = float(loss)
+                if len(seen) == stop:
+                    raise KeyboardInterrupt
+
+        monkeypatch.setitem(program["main"].__globals__, "tqdm", Bar)
+        words = ["photo.jpg", "painting.jpg", "--size", "128", "--evaluations", "12", "--device", "cpu", *arguments]
+        monkeypatch.setattr(sys, "argv", ["stylise.py", *words])
+        program["main"]()
+        return seen
+
+    return running
+
+
+def test_a_picture_is_made_and_no_file_is_written_over(run, capsys):
+    assert run() == ["96 x 64"] * 4 + ["192 x 128"] * 8
+    assert Image.open("photo_painting.png").size == (192, 128)
+    assert sorted(path.name for path in Path().iterdir()) == ["painting.jpg", "photo.jpg", "photo_painting.png"]
+    assert "192 x 128 pixels whole, 20 curvature pairs" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="'photo_painting.png' is there already: give another name with --output"):
+        run()
+
+
+@pytest.mark.parametrize("stop, init", [(2, "noise"), (7, "noise"), (7, "content")])
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(stop, init, run, monkeypatch):
+    """The saved picture is evaluated once more, and nothing else; what the optimiser had learned is there.
+
+    Where a step had just been refused, its halving is what is tried next in the one and not in the other.
+    """
+    loaded, load = [], InverseCurvature.load
+    monkeypatch.setattr(
+        InverseCurvature, "load", lambda self, state: loaded.append(len(state["sy"])) or load(self, state)
+    )
+    whole, loss = run("--init", init, "--output", "whole.png"), run.loss
+    with pytest.raises(SystemExit, match="interrupted: the same command goes on"):
+        run("--init", init, "--output", "parts.png", stop=stop)
+    assert Path("parts.safetensors").exists() and Image.open("parts.png").size in ((96, 64), (192, 128))
+    assert run("--init", init, "--output", "parts.png") == whole[stop - 1 :]
+    assert not Path("parts.safetensors").exists()
+    assert len(loaded) == 1 and (loaded[0] > 0 or stop == 2)
+    assert run.loss < 1.3 * loss
+
+
+def test_a_run_of_other_settings_or_none_is_refused_and_kept(run):
+    with pytest.raises(SystemExit):
+        run(stop=3)
+    kept = Path("photo_painting.safetensors").read_bytes()
+    with pytest.raises(SystemExit, match="is of other settings.*: give these, or move it away"):
+        run("--seed", "1")
+    for content in (kept[:1000], b"", b"nonsense"):
+        Path("photo_painting.safetensors").write_bytes(content)
+        with pytest.raises(SystemExit, match="'photo_painting.safetensors' is damaged, or not a run: move it away"):
+            run()
+        assert Path("photo_painting.safetensors").read_bytes() == content
+    save_file({"a": torch.ones(1)}, "photo_painting.safetensors")
+    with pytest.raises(SystemExit, match="is not a run of this program"):
+        run()
+    Path("photo_painting.safetensors").write_bytes(kept)
+    assert len(run()) == 10
+
+
+def test_a_full_disk_leaves_the_files_of_before(run, program, monkeypatch):
+    with pytest.raises(SystemExit):
+        run(stop=3)
+    shutil.copy("photo_painting.safetensors", "before")
+
+    def full(tensors, path, about):
+        Path(path).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(program["main"].__globals__, "save_file", full)
+        with pytest.raises(SystemExit, match="cannot be written, and is as it was: No space left on device"):
+            run(stop=2)
+    assert Path("photo_painting.safetensors").read_bytes() == Path("before").read_bytes()
+    assert len(list(Path().iterdir())) == 5
+    assert len(run()) == 10
+
+
+def test_the_picture_is_saved_on_the_way(run, program, monkeypatch):
+    times = []
+    monkeypatch.setitem(program["main"].__globals__, "SECONDS", -1)
+    saving = program["save"]
+    monkeypatch.setitem(program["main"].__globals__, "save", lambda *rest: times.append(rest[3:]) or saving(*rest))
+    run()
+    assert times == [*((12 - k, k) for k in range(1, 5)), *((8 - k, k) for k in range(1, 9))]
+
+
+def test_more_pixels_than_the_photograph_has_are_said(run, capsys):
+    run("--size", "160", "--evaluations", "1")
+    assert "photo.jpg is 128 pixels wide or high: enlarged to 160 it has no more detail" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--memory", "-1"], "--memory is -1.0: it must be a finite number of GiB above 0"),
+        (["--memory", "0.001"], "memory is 0.001: so many GiB are too few"),
+        (["--evaluations", "0"], "--evaluations is 0: it must be a whole number, 1 or more"),
+        (["--size", "0"], "size is 0"),
+        (["--style-weight", "nan"], "style_weight is nan"),
+        (["--output", "nowhere/a.png"], "'nowhere/a.png' cannot be written"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, message, run):
+    with pytest.raises(SystemExit) as error:
+        run(*arguments)
+    assert str(error.value).startswith("error: ") and message in str(error.value)
