@@ -138,7 +138,7 @@ def stylise(options, first):
                 scales, left = scales[scales.index(step.shape) :], left - 1
                 if first and done == 1 and step.shape == shape:
                     bar.write(preparation.describe(task, shape))
-                bar.update(image[0, 0].numel() / 1e6)
+                bar.update(min(image[0, 0].numel() / 1e6, work - bar.n))  # what a coarse scale spares goes to the last
                 bar.set_postfix_str(f"{step.shape[1]} x {step.shape[0]}, loss {step.total:.4g}")
                 if first and time.monotonic() - saved > SECONDS:
                     save(options, image, preparation.curvature, left, done)
