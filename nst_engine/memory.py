@@ -27,9 +27,9 @@ def keep_freed_memory():
 
 
 def memory_to_use(device, gibibytes=None):
-    """How many bytes may still be asked for on `device`, so that the process has `gibibytes` in all.
+    """How many bytes may still be asked for on `device`, so that the process has `gibibytes` in all, or what is free.
 
-    By default four fifths of what is free there, for this process's share of it.
+    Four fifths of it, as what a run needs is an estimate; where processes share it, this one's part.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)  # what is freed and kept is free
@@ -39,7 +39,7 @@ def memory_to_use(device, gibibytes=None):
             raise ValueError(
                 f"memory is {gibibytes}: so many GiB are too few, as {used / 2**30:.2f} are in use already"
             )
-        return int(gibibytes * 2**30) - used
+        return int(0.8 * (gibibytes * 2**30 - used))
     return int(0.8 * free_memory(device) / (1 if device.type == "cuda" else processes()))
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from .coarse_to_fine import descend, plan_scales
+from .coarse_to_fine import LARGE, descend, plan_scales
 from .evaluation import Objective, loss_and_gradient, pick_precisions
 from .layers import block, deepest, stride
 from .losses import measure, weigh
@@ -105,6 +105,8 @@ class Preparation:
         def curvature_at(shape):
             weight = PRIOR_WEIGHTS.get(min(map(block, task.layers)), math.inf)
             self.curvature = None  # the last scale's goes before there is another
+            if math.prod(shape) > LARGE:
+                self.evaluation_of.cache_clear()
             precondition = self.preconditioner(self.kernels, shape, weight, self.device)
             place = torch.empty(3 * math.prod(shape), device=self.device)
             self.curvature = InverseCurvature(precondition, place, self.divide_memory(shape)[0])

@@ -19,6 +19,7 @@ from .layers import stride
 
 SIDE = 512  # pixels, where there is room; a tile half as wide costs a tenth more
 MARGINS = 4  # but at least so many margins
+COPIES = 1.4  # memory of a tile's graph as a multiple of the whole's: feature maps are cut, and copied for it
 
 
 class Tile(NamedTuple):
@@ -63,7 +64,7 @@ def plan_tiles(shape, room, bytes_per_pixel, margin, step):
     """
     if bytes_per_pixel * math.prod(shape) <= room and processes() == 1:
         return cut(shape, math.ceil(max(shape) / step) * step, margin, step), 1
-    side = 2 * max(SIDE, MARGINS * margin)
+    bytes_per_pixel, side = COPIES * bytes_per_pixel, 2 * max(SIDE, MARGINS * margin)
     tiles, fit = [], 0  # how many have room
     while side > step and (fit < 1 or len(tiles) < processes()):
         side //= 2

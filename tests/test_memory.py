@@ -55,7 +55,7 @@ def test_a_budget_is_of_the_whole_process(refuses):
     assert 1e7 < used_memory(CPU) < 1e11
     with refuses(ValueError, "memory is 0.01: so many GiB are too few, as"):
         memory_to_use(CPU, 0.01)
-    assert memory_to_use(CPU, 1000) + used_memory(CPU) == pytest.approx(1000 * 2**30, rel=1e-3)
+    assert memory_to_use(CPU, 1000) / 0.8 + used_memory(CPU) == pytest.approx(1000 * 2**30, rel=1e-3)
 
 
 def test_the_estimate_counts_what_a_network_puts_out(vgg):
