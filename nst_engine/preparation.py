@@ -16,7 +16,7 @@ from .network import cut_network, features, first_kernels, map_size, margin_and_
 from .optimiser import InverseCurvature
 from .pictures import resize
 from .prior import draw_noise, enlarge, enlarge_change, spectral_preconditioner
-from .tiles import own_share, plan_tiles, smallest_tile, sum_tiles
+from .tiles import least, own_share, plan_tiles, smallest_tile, sum_tiles
 
 
 class Task(NamedTuple):
@@ -61,11 +61,14 @@ BROAD = 512  # pixels
 
 
 class Preparation:
-    """Makes what runs need, once: what the run before had and the next one has too, such as targets, is kept."""
+    """Makes what runs need, once: what the run before had and the next one has too, such as targets, is kept.
+
+    memory: GiB for the process, by default what is free.
+    """
 
     def __init__(self, vgg, device, precision=None, memory=None):
         keep_freed_memory()
-        self.memory, self.curvature = memory_to_use(device, memory), None
+        self.memory, self.curvature = least(memory_to_use(device, memory), device), None
         self.vgg, self.device, self.precisions = vgg, device, pick_precisions(device, precision)
         keep, keep_more = functools.lru_cache(maxsize=2), functools.lru_cache(maxsize=8)
         self.cut_network, self.evaluation_of = keep(cut_network), keep(evaluation_of)

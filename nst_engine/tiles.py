@@ -122,6 +122,15 @@ def processes():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def least(number, device):
+    """The smallest of the processes' whole numbers, which all then go by."""
+    if not dist.is_initialized():
+        return number
+    agreed = torch.tensor(number, device=device)
+    dist.all_reduce(agreed, dist.ReduceOp.MIN)
+    return agreed.item()
+
+
 def own_share(tiles):
     """Those of the tiles that this process sees."""
     return tiles[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else tiles

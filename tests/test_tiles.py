@@ -138,6 +138,19 @@ def test_processes_share_the_tiles_and_add_up(count, monkeypatch):
     assert len(planned) >= count
 
 
+def test_processes_go_by_the_least_memory_that_one_of_them_has(settings, monkeypatch):
+    """Or each would plan tiles of its own."""
+
+    def all_reduce(tensor, op):
+        assert op == tiles.dist.ReduceOp.MIN and tensor == 5000
+        tensor.fill_(3000)
+
+    Ranks(monkeypatch, 2)
+    monkeypatch.setattr(tiles.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr("nst_engine.preparation.memory_to_use", lambda device, memory: 5000)
+    assert Preparation(settings["vgg"], CPU).memory == 3000
+
+
 def test_a_picture_of_fewer_tiles_than_processes_is_refused(monkeypatch, refuses):
     Ranks(monkeypatch, 5)
     with refuses(ValueError, "a picture of 8 x 8 is too small to share out over 5 processes"):

@@ -88,6 +88,7 @@ OTHERS = {
     "a large scale has as many evaluations": ("nst_engine/coarse_to_fine.py", "(LARGE / math.prod(s)) ** 0.5", "1"),
     "the start's detail is lost at finer scales": ("nst_engine/prior.py", "(resize(init, shape) + F.interpolate", "(resize(resize(init, image.shape[-2:]), shape) + F.interpolate"),
     "a run that goes on counts its scale anew": ("nst_engine/coarse_to_fine.py", "min(most - done, evaluations)", "min(most, evaluations)"),
+    "each process plans by its own memory": ("nst_engine/preparation.py", "least(memory_to_use(device, memory), device)", "memory_to_use(device, memory)"),
     "two threads may capture at once": ("nst_engine/evaluation.py", "with _capturing, torch.cuda.device(device):", "with torch.cuda.device(device):"),
     "a graph of which a part is right is trusted": ("nst_engine/evaluation.py", "same = all(gap", "same = any(gap"),
     "after running out of memory a size as large is advised": ("nst_engine/memory.py", "advice(min(share, 0.5))", "advice(share)"),
