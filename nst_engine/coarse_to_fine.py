@@ -38,7 +38,8 @@ def most_evaluations(scales, evaluations):
     A large scale has fewer, as the root of its pixels: the coarser ones have done the work.
     """
     shares = [evaluations // (len(scales) + 1)] * (len(scales) - 1) + [evaluations]
-    return [min(share, round(evaluations * min(1, (LARGE / math.prod(s)) ** 0.5))) for share, s in zip(shares, scales)]
+    fewer = [max(1, round(evaluations * min(1, (LARGE / math.prod(scale)) ** 0.5))) for scale in scales]
+    return list(map(min, shares, fewer))
 
 
 def descend(image, scales, precisions, enlarge, evaluate_at, curvature_at, evaluations, done=0):

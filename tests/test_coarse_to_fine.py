@@ -157,6 +157,7 @@ def test_each_scale_has_a_share_of_the_evaluations_and_a_large_one_fewer():
     assert most_evaluations([(64, 64), (128, 128), (256, 256)], 100) == [25, 25, 100]
     assert most_evaluations([(512, 1024)], 60) == [60]
     assert most_evaluations([(512, 1024), (1024, 2048), (2048, 4096)], 80) == [20, 20, 20]
+    assert most_evaluations([(1500, 2000), (3000, 4000)], 1) == [0, 1]
     assert most_evaluations([(3000, 4000)], 100) == [21]  # the root of 524,288 / 12,000,000
 
 

@@ -139,7 +139,8 @@ def test_more_pixels_than_the_photograph_has_are_said(run, capsys):
         (["--evaluations", "0"], "--evaluations is 0: it must be a whole number, 1 or more"),
         (["--size", "0"], "size is 0"),
         (["--style-weight", "nan"], "style_weight is nan"),
-        (["--output", "nowhere/a.png"], "'nowhere/a.png' cannot be written"),
+        (["--output", "nowhere/a.png"], "--output is 'nowhere/a.png': there is no folder 'nowhere'"),
+        (["--output", "a.jpg"], "--output is 'a.jpg': give a name that ends in .png"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, message, run):

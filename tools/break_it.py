@@ -85,7 +85,7 @@ OTHERS = {
     "processes do not add up gradients": ("nst_engine/tiles.py", "return losses.detach(), add_up([gradient])[0]", "return losses.detach(), gradient"),
     "as many curvature pairs whatever the memory": ("nst_engine/preparation.py", "place, self.divide_memory(shape)[0])", "place, MOST)"),
     "what was learned goes to the wrong rows": ("nst_engine/optimiser.py", 'state[f"s{k}"], state[f"y{k}"]', 'state[f"y{k}"], state[f"s{k}"]'),
-    "a large scale has as many evaluations": ("nst_engine/coarse_to_fine.py", "(LARGE / math.prod(s)) ** 0.5", "1"),
+    "a large scale has as many evaluations": ("nst_engine/coarse_to_fine.py", "(LARGE / math.prod(scale)) ** 0.5", "1"),
     "the start's detail is lost at finer scales": ("nst_engine/prior.py", "(resize(init, shape) + F.interpolate", "(resize(resize(init, image.shape[-2:]), shape) + F.interpolate"),
     "a run that goes on counts its scale anew": ("nst_engine/coarse_to_fine.py", "min(most - done, evaluations)", "min(most, evaluations)"),
     "each process plans by its own memory": ("nst_engine/preparation.py", "least(memory_to_use(device, memory), device)", "memory_to_use(device, memory)"),

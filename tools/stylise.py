@@ -71,12 +71,16 @@ def save(options, image, curvature, left, done):
     """Save the picture, and beside it what a run needs to go on."""
     tensors = {"image": image.detach().cpu().contiguous(), **curvature.state()}
     about = {"settings": settings_of(options), "left": str(left), "done": str(done)}
-    write(options.output, lambda path: nst.to_pil(image).save(path, format="PNG"))
     write(options.output.with_suffix(".safetensors"), lambda path: save_file(tensors, path, about))
+    write(options.output, lambda path: nst.to_pil(image).save(path, format="PNG"))
 
 
 def read(options):
     """(tensors, evaluations left, of them done at its scale) of the run that is to go on, or None."""
+    if options.output.suffix.lower() != ".png":
+        raise ValueError(f"--output is {str(options.output)!r}: give a name that ends in .png")
+    if not options.output.parent.is_dir():
+        raise ValueError(f"--output is {str(options.output)!r}: there is no folder {str(options.output.parent)!r}")
     path = options.output.with_suffix(".safetensors")
     if not path.exists():
         if options.output.exists():
@@ -96,10 +100,9 @@ def read(options):
 
 def warn_of_size(options):
     """Say so where the photograph has fewer pixels than the picture is to have."""
-    content = nst.load_image(options.content, options.size, "cpu")  # refuses what is no picture
     with Image.open(options.content) as file:
         side = min(file.size)
-    if side < min(content.shape[-2:]):
+    if side < options.size:
         print(f"{options.content} is {side} pixels wide or high: enlarged to {options.size} it has no more detail")
 
 
@@ -109,9 +112,9 @@ def warn_of_size(options):
 def stylise(options, first):
     """Make the picture; first: whether this process is the one that speaks and saves."""
     begun = read(options)
+    content = nst.load_image(options.content, options.size, options.device)
     if first:
         warn_of_size(options)
-    content = nst.load_image(options.content, options.size, options.device)
     style = nst.load_image(options.style, options.style_size or options.size, options.device)
     task = nst.as_task(nst.Task(content, style, ("conv1_2",), LAYERS, 1.0, options.style_weight))
     memory = None if options.memory is None else as_positive(options.memory, "--memory", " of GiB")
