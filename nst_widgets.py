@@ -93,7 +93,7 @@ class Painter:
         elif shape == self.scales[-1]:
             self.scales = self.scales[self.scales.index(tuple(self.image.shape[-2:])) :]
         else:
-            self.image, self.scales = self.preparation.start(task, shape, self.image)
+            self.image, self.scales = self.preparation.start(task, shape, self.image, coarse_to_fine=False)
         return self.preparation.run(task, self.image, self.scales, LIMIT, self.start[1])
 
     def begin(self, task, shape, start):
@@ -102,7 +102,7 @@ class Painter:
         if kind == "present" and self.image is None:
             raise ValueError("there is no present picture to start from yet: choose noise or content")
         init = {"noise": None, "content": task.content, "present": self.image}[kind]
-        self.image, self.scales = self.preparation.start(task, shape, init, seed)
+        self.image, self.scales = self.preparation.start(task, shape, init, seed, coarse_to_fine=init is None)
         self.first, self.start = self.image, start
         self.history, self.curves = [], []
 

@@ -60,6 +60,17 @@ def test_a_step_is_one_evaluation_and_its_losses_are_those_of_the_picture(painte
     assert painter.history[-1].total < painter.history[0].total
 
 
+def test_from_a_picture_the_panel_works_at_full_size_alone(painter, monkeypatch):
+    """However large: what is on display never loses its detail."""
+    monkeypatch.setattr(preparation, "BROAD", 8)
+    monkeypatch.setattr(nst.Task, "smallest_side", 8)
+    for settings, start in ((TRANSFER, ("content", 0)), (TRANSFER, ("present", 0)), (TRANSFER._replace(size=64), None)):
+        painter.step(settings, start)
+        assert painter.scales == [tuple(painter.image.shape[-2:])] and min(painter.scales[0]) == settings.size
+    painter.step(TRANSFER, ("noise", 0))
+    assert len(painter.scales) == 3
+
+
 def test_every_weight_reaches_the_loss(painter, vgg):
     weights = (("conv1_1", 0.5), ("conv3_1", 2.0))
     step = steps(painter, TRANSFER._replace(content_weight=3.0, style_weight=5e3, layer_weights=weights), 4)
