@@ -1,16 +1,22 @@
 """Break helper, engine and panel on purpose, a line at a time, in a copy, and see that the tests notice.
 
-A unit test must, and for formulas, weights and layers a cell of the notebooks too. Writes the table that
-benchmarks/results/breaks.md holds. Minutes for each break, so no part of the tests. Arguments: words of the breaks to
-try, by default all; with these, nothing is written.
+A unit test must, and for formulas, weights and layers a cell of the notebooks too. These are executed small first, and
+a cell counts that does not fail so without the break; where there is none, at full size. Writes the table that
+benchmarks/results/breaks.md holds. As many breaks at a time as there are cores; an hour, so no part of the tests.
+Arguments: words of the breaks to try, by default all; with these, nothing is written.
 """
 
+import functools
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import nbformat
+from small_notebooks import made_small
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "benchmarks" / "results" / "breaks.md"
@@ -110,14 +116,15 @@ OTHERS = {
 BREAKS = FORMULAS | OTHERS
 
 
-def run(copy, options):
-    """The first test that fails in the copy, or None."""
-    environment = {**os.environ, "PYTHONPATH": str(copy)}  # the broken code, not the installed one
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *options]
+def failures(copy, *options):
+    """The tests that fail in the copy, in order; of notebooks, their cells."""
+    environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}  # the broken code, not the installed
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
     done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    if done.returncode not in (0, 1):
+        raise RuntimeError(done.stdout[-2000:] + done.stderr[-2000:])
     lines = [line.partition(" ") for line in done.stdout.splitlines()]
-    failed = [where.split(" - ")[0] for word, _, where in lines if word in ("FAILED", "ERROR")]
-    return failed[0] if done.returncode == 1 and failed else None
+    return [where.split(" - ")[0] for word, _, where in lines if word in ("FAILED", "ERROR")]
 
 
 def unit_tests(path):
@@ -128,28 +135,50 @@ def unit_tests(path):
     return [f"tests/{file.name}" for file in files if file.stem != "test_breaks"] + ["-m", "not browser"]
 
 
-def notebooks(name):
-    """All of them, that on transfers first where weights are broken, and that on textures where style is."""
-    paths = sorted(f"notebooks/{path.name}" for path in (ROOT / "notebooks").glob("*.ipynb"))
-    first = 2 if "weights" in name else 1 if "Gram" in name or "style" in name else 0
-    return ["--nbval", "--nbval-current-env", *paths[first:], *paths[:first]]
+def cells_that_fail(copy, small):
+    paths = sorted((copy / "notebooks").glob("*.ipynb"))
+    for path in paths if small else []:
+        nbformat.write(made_small(path.stem, nbformat.read(path, as_version=4)), path)
+    limit = [] if small else ["-x"]
+    return failures(copy, "--nbval", "--nbval-current-env", "--nbval-cell-timeout", "3600", *limit, *map(str, paths))
+
+
+def in_a_copy(look, path=None, code="", broken=""):
+    """What `look` finds in a copy of the project, in which `code` is `broken`."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "rendered", "test-artifacts", "assignment"))
+        shutil.copy(ROOT / ".gitignore", copy)
+        if path:
+            source = (copy / path).read_text(encoding="utf-8")
+            assert source.count(code) == 1, f"{code!r} is {source.count(code)} times in {path}"
+            (copy / path).write_text(source.replace(code, broken), encoding="utf-8")
+        return look(copy)
+
+
+def noticed_by(name, fail_anyway):
+    """(the first unit test, the first notebook cell) that fails with this break; None where there is none."""
+    path = BREAKS[name][0]
+    tests = in_a_copy(lambda copy: failures(copy, "-x", *unit_tests(path)), *BREAKS[name])
+    if name not in FORMULAS:
+        return next(iter(tests), None), "-"
+    cells = [cell for cell in in_a_copy(SMALL_RUN, *BREAKS[name]) if cell not in fail_anyway]
+    return next(iter(tests), None), next(iter(cells or in_a_copy(FULL_RUN, *BREAKS[name])), None)
+
+
+SMALL_RUN, FULL_RUN = (functools.partial(cells_that_fail, small=small) for small in (True, False))
 
 
 def main():
     rows, missed = [], []
-    for name, (path, code, broken) in BREAKS.items():
-        if not all(word in name for word in sys.argv[1:]):
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            copy = Path(folder) / "copy"
-            shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "rendered"))
-            source = (copy / path).read_text(encoding="utf-8")
-            assert source.count(code) == 1, f"{code!r} is {source.count(code)} times in {path}"
-            (copy / path).write_text(source.replace(code, broken), encoding="utf-8")
-            caught = [run(copy, unit_tests(path)), run(copy, notebooks(name)) if name in FORMULAS else "-"]
-        rows.append(f"| {name} | `{path}` | " + " | ".join(where or "**not noticed**" for where in caught) + " |")
-        print(rows[-1], flush=True)
-        missed += [name] * (None in caught)
+    names = [name for name in BREAKS if all(word in name for word in sys.argv[1:])]
+    fail_anyway = in_a_copy(SMALL_RUN) if set(names) & set(FORMULAS) else []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for name, caught in zip(names, pool.map(functools.partial(noticed_by, fail_anyway=fail_anyway), names)):
+            cells = " | ".join(f"`{where}`" if where else "**not noticed**" for where in caught)
+            rows.append(f"| {name} | `{BREAKS[name][0]}` | {cells} |")
+            print(rows[-1], flush=True)
+            missed += [name] * (None in caught)
     if not sys.argv[1:]:
         head = ["| what is broken | where | first unit test that fails | first notebook cell |", "|---|---|---|---|"]
         TABLE.write_text("\n".join([*head, *rows, ""]), encoding="utf-8")

@@ -31,14 +31,9 @@ from make_assignment import (
     sections,
     write_release,
 )
+from small_notebooks import made_small
 from sqlalchemy.exc import SAWarning
 
-# What keeps every run small, by notebook.
-SMALL = {
-    "1_content_reconstruction": {"SIZE": 48, "STEPS": 2, "EVALUATIONS": 2},
-    "2_texture_synthesis": {"SIZE": 48, "EVALUATIONS": 2},
-    "3_style_transfer": {"SIZE": 48, "GALLERY_SIZE": 48, "LARGE_SIZE": 64, "EVALUATIONS": 2, "FEWER": 2},
-}
 MARKS = ["BEGIN SOLUTION", "END SOLUTION", "BEGIN HIDDEN TESTS", "END HIDDEN TESTS"]
 
 
@@ -143,17 +138,6 @@ def mistaken(solution, mistake):
     if not changed:
         sys.exit(f"No solution has the line {mistake.right!r} that a wrong submission changes.")
     return changed
-
-
-def made_small(name, notebook):
-    """A notebook with overriding lines at the end of its cell tagged `parameters`."""
-    notebook = copy.deepcopy(notebook)
-    (cell,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
-    assigned = {node.id for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Name)}
-    if SMALL[name].keys() - assigned:
-        sys.exit(f"{name} has no parameter {', '.join(SMALL[name].keys() - assigned)}.")
-    cell.source += "".join(f"\n{parameter} = {value}" for parameter, value in SMALL[name].items())
-    return notebook
 
 
 def grade(course, student, notebooks):
