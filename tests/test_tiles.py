@@ -12,7 +12,7 @@ from nst_engine.network import cut_network, margin_and_step
 from nst_engine.optimiser import InverseCurvature
 from nst_engine.preparation import FEWEST, MOST, PAIR, VECTORS, Preparation, Task, gram_matrices, objective_of
 from nst_engine.tiles import cut, loss_and_gradient_of, plan_tiles, sum_tiles
-from nst_utils import FIRST_FIVE, load_vgg19, transfer_style
+from nst_utils import FIRST_FIVE, IMAGES, load_image, load_vgg19, transfer_style
 
 CPU = torch.device("cpu")
 
@@ -216,3 +216,33 @@ def test_little_memory_has_few_curvature_pairs(settings, content, style, monkeyp
 def test_a_bad_budget_is_named(memory, settings, content, style, refuses):
     with refuses(ValueError, f"memory is {memory!r}"):
         transfer_style(content, style, memory=memory, **settings)
+
+
+def jump_at_borders(image, planned):
+    """How much neighbours differ across the borders of tiles, as a multiple of how much they do a few pixels away."""
+    across, near = [], []
+    for spans, side in (({tile.columns for tile in planned}, image), ({tile.rows for tile in planned}, image.mT)):
+        steps = (side[..., 1:] - side[..., :-1]).abs().mean((0, 1, 2))
+        borders = [first for first, _ in spans if first]
+        across += [steps[border - 1] for border in borders]
+        near += [steps[border - 1 + away] for border in borders for away in (-4, -3, -2, 2, 3, 4)]
+    return (sum(across) / len(across) / (sum(near) / len(near))).item()
+
+
+def test_a_picture_made_in_tiles_shows_no_seam(settings, monkeypatch, tiled):
+    """Its borders are no sharper than where they would be in the picture made whole; without margins they are."""
+    content, style = (
+        load_image(IMAGES / name, 64, "cpu") for name in ("content/chenonceau.jpg", "style/starry_night.jpg")
+    )
+    planned = cut(tuple(content.shape[-2:]), 24, 12, 4)
+    assert len(planned) > 8
+
+    def jump():
+        result = transfer_style(content, style, init="content", evaluations=20, **settings)
+        return jump_at_borders(result.image, planned)
+
+    whole = jump()
+    tiled(24, len(planned))
+    assert jump() == pytest.approx(whole, rel=0.03)
+    monkeypatch.setattr("nst_engine.preparation.margin_and_step", lambda network: (0, 4))
+    assert jump() > 1.2 * whole
