@@ -4,7 +4,8 @@ Every recipe minimises the same loss over the same network, in the same process,
 compute it as their code does, by the plain formulas of nst_utils; ours by the engine. After each evaluation the picture
 may be kept, with the time; afterwards each kept picture is clamped to [0, 1] as a viewer would see it, brought to full
 size, and its loss computed in float32. The clock includes the targets for all; for ours also the network's copy and the
-preconditioner. Writes results/NAME.json, .md and .png.
+preconditioner. Writes results/NAME.json, .md and .png, and NAME_strip.png: the first transfer from noise, as displayed
+after some seconds, of the best rival and ours.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import platform
 import statistics
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,7 @@ import nst_utils as nst
 from nst_engine.evaluation import pick_precisions
 from nst_engine.layers import deepest
 from nst_engine.network import cut_network
+from nst_engine.stopping import FINE, until_still
 
 HERE = Path(__file__).resolve().parent
 PAIRS = [
@@ -162,8 +165,15 @@ RIVALS = {
 }
 
 
+def to_the_limit(run, tolerance, end=0.0):
+    """As `until_still`, but at full size a run goes on when it is done, as the others do."""
+    return run if tolerance == FINE else until_still(run, tolerance, end)
+
+
 def run_cell(task, pair, seed, size, limit, precisions, vgg, repeat):
-    """Every recipe once on one cell of the grid: [{recipe, precision, times, losses, evaluations}]."""
+    """Every recipe once on one cell of the grid: [{recipe, precision, times, losses, evaluations}], and [its pictures
+    as displayed at `MOMENTS`].
+    """
     content_layers, style_layers, content_weight, style_weight, start = TASKS[task]
     device = vgg.mean.device
     content = nst.load_image(nst.IMAGES / "content" / f"{pair[0]}.jpg", size, device)
@@ -191,16 +201,9 @@ def run_cell(task, pair, seed, size, limit, precisions, vgg, repeat):
 
     def ours(precision):
         def recipe(make, start_picture, record):
-            nst.optimise(
-                goal,
-                (size, size),
-                init=start,
-                seed=seed,
-                vgg=vgg,
-                precision=precision,
-                progress=False,
-                callback=lambda image, step: record(image),
-            )
+            options = {"init": start, "seed": seed, "vgg": vgg, "precision": precision, "progress": False}
+            with mock.patch("nst_engine.coarse_to_fine.until_still", to_the_limit):
+                nst.optimise(goal, (size, size), **options, callback=lambda image, step: record(image))
 
         return recipe
 
@@ -211,7 +214,7 @@ def run_cell(task, pair, seed, size, limit, precisions, vgg, repeat):
         runs += [("ours", "float32", ours("float32"))]
     first = (repeat + seed) % len(runs)  # another recipe begins each time
     runs = runs[first:] + runs[:first]
-    results = []
+    results, pictures = [], []
     for name, precision, recipe in runs:
         make = None
         if name != "ours":
@@ -226,6 +229,7 @@ def run_cell(task, pair, seed, size, limit, precisions, vgg, repeat):
             losses = [judge(nst.resize(p.clamp(0, 1), (size, size)))[0].item() for _, p in record.kept]
         losses = [loss if math.isfinite(loss) else math.inf for loss in losses]
         times = [elapsed for elapsed, _ in record.kept]
+        pictures.append([kept_at(record, moment, (size, size)) for moment in MOMENTS])
         cell = {"task": task, "pair": "/".join(pair), "seed": seed, "repeat": repeat}
         results.append(
             cell
@@ -233,7 +237,13 @@ def run_cell(task, pair, seed, size, limit, precisions, vgg, repeat):
         )
         print(f"{task}, {pair[0]}, seed {seed}: {name} ({precision}) best {min(losses):.4g}, end {losses[-1]:.4g}, ")
         print(f"    {record.evaluations} evaluations in {times[-1]:.1f} s", flush=True)
-    return results
+    return results, pictures
+
+
+def kept_at(record, moment, shape):
+    """The displayed picture at a moment; the first one before it was kept."""
+    shown = [picture for elapsed, picture in record.kept if elapsed <= moment] or [record.kept[0][1]]
+    return nst.resize(shown[-1].clamp(0, 1), shape)
 
 
 # --- What to make of it --------------------------------------------------------------------------
@@ -283,8 +293,7 @@ def report(runs, about):
     lines += ["|---" * 9 + "|"]
     ratios, ends = [], []
     for cell in cells(runs):
-        best = min((run for run in cell if run["recipe"] != "ours"), key=lambda run: min(run["losses"]))
-        our = max((run for run in cell if run["recipe"] == "ours"), key=lambda run: run["precision"] == "mixed")
+        best, our = best_rival(cell), our_run(cell)
         target = min(best["losses"])
         its, own = time_to(best, target), time_to(our, target)
         ratios.append(its / own)
@@ -304,6 +313,29 @@ def report(runs, about):
         "",
     ]
     return "\n".join(lines)
+
+
+def best_rival(cell):
+    return min((run for run in cell if run["recipe"] != "ours"), key=lambda run: min(run["losses"]))
+
+
+def our_run(cell):
+    """Ours, with both precisions where there are."""
+    return max((run for run in cell if run["recipe"] == "ours"), key=lambda run: run["precision"] == "mixed")
+
+
+def strip(cell, pictures):
+    """What is displayed after some seconds: a row for the best rival, one for ours."""
+    moments = MOMENTS[:-1]
+    figure = Figure(figsize=(2.2 * len(moments) + 0.3, 4.7), layout="constrained")
+    for axes, run in zip(figure.subplots(2, len(moments)), (best_rival(cell), our_run(cell))):
+        for axis, moment, picture in zip(axes, moments, pictures[cell.index(run)]):
+            axis.imshow(picture[0].permute(1, 2, 0).cpu())
+            axis.set(xticks=[], yticks=[])
+            axis.set_title(f"{moment} s: {loss_at(run, moment):.4g}", fontsize=9)
+            axis.spines[:].set_visible(False)
+        axes[0].set_ylabel(run["recipe"])
+    return figure
 
 
 def plot(runs):
@@ -377,7 +409,10 @@ def main():
         for task, pair in itertools.product(options.tasks, PAIRS[: options.pairs]):
             if seed and TASKS[task][-1] != "noise" or (repeat, seed, task, "/".join(pair)) in done:
                 continue
-            runs += run_cell(task, pair, seed, options.size, options.seconds, precisions, vgg, repeat)
+            cell, pictures = run_cell(task, pair, seed, options.size, options.seconds, precisions, vgg, repeat)
+            runs += cell
+            if task == "transfer from noise" and pair == PAIRS[0] and repeat == seed == 0:
+                strip(cell, pictures).savefig(out / f"{options.name}_strip.png", dpi=110)
             stored.write_text(json.dumps({"about": about, "runs": runs}))
             (out / f"{options.name}.md").write_text(report(runs, about))
             plot(runs).savefig(out / f"{options.name}.png", dpi=110)
