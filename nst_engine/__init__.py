@@ -7,6 +7,7 @@ pictures.py        load, save, resize and compare pictures; the device they are 
 checks.py          what comes in: brought to one form, or refused in one sentence
 losses.py          Gram sums, squared differences, and the losses made of them: the fast forms
 prior.py           what natural pictures have in common: preconditioner, noise to start from
+tiles.py           loss and gradient of a picture in parts, which processes may share out
 evaluation.py      loss and gradient of an objective: precision, CUDA graph
 memory.py          what an evaluation needs and what the device has
 optimiser.py       projected L-BFGS

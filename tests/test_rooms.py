@@ -46,3 +46,9 @@ def test_only_the_preparation_brings_network_losses_and_optimiser_together():
 def test_a_file_is_read_in_one_sitting(name):
     lines = len(FILES[name].read_text(encoding="utf-8").splitlines())
     assert lines <= {"nst_utils": 320, "nst_widgets": 600}.get(name, 300)
+
+
+@pytest.mark.parametrize("name", sorted(ENGINE - {"__init__"}))
+def test_the_maps_have_every_file(name):
+    for page in (FILES["__init__"], ROOT / "CONTRIBUTING.md"):
+        assert f"{name}.py" in page.read_text(encoding="utf-8"), page.name
