@@ -8,8 +8,8 @@ from nst_engine.coarse_to_fine import Step, agreement, descend, most_evaluations
 from nst_engine.optimiser import InverseCurvature
 from nst_engine.preparation import Task
 from nst_engine.prior import draw_noise
-from nst_engine.stopping import best_so_far, until_still
-from nst_utils import FIRST_FIVE, resize, synthesize_texture
+from nst_engine.stopping import FINE, best_so_far, sample, until_still
+from nst_utils import FIRST_FIVE, optimise, resize, synthesize_texture
 
 # --- When a run ends -----------------------------------------------------------------------------
 
@@ -21,13 +21,15 @@ def steps(totals, images=None):
 
 
 def test_a_slow_run_is_ended_and_a_fast_one_is_not():
-    def count(totals, end=0.0):
-        return len(list(until_still(steps(totals), 0.1, end)))
+    def count(totals, end=0.0, tolerance=0.1):
+        return len(list(until_still(steps(totals), tolerance, end)))
 
     assert count([0.9**k for k in range(50)]) == 50
     assert count([1.0] * 50) == 11  # ten evaluations without progress
     assert count([0.8**k for k in range(20)] + [0.8**19] * 50) == 30
     assert count([0.5**k for k in range(50)], end=1e-3) == 11  # a thousandth of the first
+    assert count([0.994 ** (k / 10) for k in range(50)], tolerance=FINE) == 50  # 0.5 %, as `optimise` says
+    assert count([0.996 ** (k / 10) for k in range(50)], tolerance=FINE) == 11
     assert count([0.0] * 50) == 50  # nothing left to gain is for the optimiser to notice
 
 
@@ -42,6 +44,13 @@ def test_a_picture_that_stands_still_ends_a_run_though_its_loss_falls(pixels, di
         image[:, 1, :pixels] = distance * (k // 10 % 2)
         images.append(image.view(1, 3, 40, 50))
     assert len(list(until_still(steps([0.5**k for k in range(30)], images), 0.1))) == count
+
+
+def test_of_a_large_picture_a_sample_is_kept_and_not_the_whole():
+    small, large = torch.rand(1, 3, 500, 500), torch.rand(1, 3, 1030, 1100)
+    assert sample(small) is small
+    assert torch.equal(sample(large), large[..., ::2, ::2])
+    assert sample(large).untyped_storage().nbytes() == large[..., ::2, ::2].numel() * 4
 
 
 def test_what_is_shown_is_the_best_so_far_by_the_total():
@@ -79,9 +88,10 @@ def test_one_precision_goes_on_until_it_stands_still():
     assert found == "f" * 11 and log == ["float32"]
 
 
-def test_where_the_gradients_agree_the_faster_precision_goes_on_to_the_end():
+@pytest.mark.parametrize("exact", [3 * torch.tensor([1.0, 0.0]), torch.tensor([4.0, 3.0])])
+def test_where_the_gradients_agree_the_faster_precision_goes_on_to_the_end(exact):
     """Slow, asked, not rounding; done, asked, not rounding: the exact one is evaluated twice, at the same picture."""
-    found, log, run = precisions_of({"bfloat16": UP, "float32": 3 * UP}, ("bfloat16", "float32"))
+    found, log, run = precisions_of({"bfloat16": UP, "float32": exact}, ("bfloat16", "float32"))
     assert found == "b" * 11 + "f" + "b" * 11 + "f"
     assert log == ["bfloat16", "float32", "float32"]
     assert torch.equal(run[11][0], run[10][0]) and torch.equal(run[-1][0], run[-2][0])
@@ -204,3 +214,12 @@ def test_a_large_picture_to_start_from_goes_through_scales_and_keeps_its_detail(
     assert change.abs().max() > 0.003
     torch.testing.assert_close(seen[64, 96][0], expected.clamp(0, 1))
     assert prepared.start(task, (63, 63), init)[1] == [(63, 63)]
+    result = optimise(task, init=init, evaluations=24, vgg=vgg, precision="float32", progress=False)
+    assert torch.equal(result.image, shown)
+
+
+def test_from_a_picture_a_scale_has_512_pixels_to_a_side_at_least(vgg, picture):
+    prepared, init = preparation.Preparation(vgg, torch.device("cpu"), "float32"), picture(8, 8)
+    task = Task(init, None, ("conv1_1",))
+    assert prepared.start(task, (1023, 1030), init)[1] == [(1023, 1030)]
+    assert prepared.start(task, (1024, 1030), init)[1] == [(512, 515), (1024, 1030)]

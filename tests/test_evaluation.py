@@ -83,6 +83,7 @@ class FakeCuda:
 
         @contextlib.contextmanager
         def graph(made, stream, capture_error_mode):
+            assert capture_error_mode == "thread_local"  # what other threads do is no error
             fake.said.append("capture")
             fake.streams.append(stream)
             recorded.append(made)

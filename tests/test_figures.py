@@ -36,6 +36,12 @@ def test_pictures_are_shown_in_order_each_under_its_title(picture):
     assert not figure.axes[3].get_images()
 
 
+def test_a_row_is_as_high_as_its_tallest_picture(picture):
+    for shapes, height in (([(10, 40)], 0.5), ([(40, 10), (10, 10)], 8.0)):
+        figure = show_images([picture(*shape) for shape in shapes], width=2.0)
+        assert figure.get_size_inches() == pytest.approx((2 * len(shapes), height), abs=0.2)
+
+
 def test_what_is_seen_is_the_picture():
     """Rendered: a red picture beside a blue one, upright and in its own colours."""
     blue = plain([0.0, 0.0, 1.0]).clone()

@@ -186,6 +186,7 @@ def test_bfloat16_maps_are_summed_in_float32():
     assert found.dtype == torch.float32 and found[1].item() == pytest.approx(0.01, rel=0.01)
     assert measure(maps, {"x": torch.zeros_like(maps["x"])}, {}, sizes_of(maps))[0].dtype == torch.float32
     assert fast_gram_matrices(maps)["x"].item() == pytest.approx(0.01, rel=0.01)
+    assert fast_gram_matrices(maps)["x"].dtype == torch.float32  # parts are added up in it
 
 
 def test_statistics_of_parts_add_up_to_those_of_the_whole():

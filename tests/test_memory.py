@@ -6,9 +6,10 @@ import sys
 import pytest
 import torch
 
-from nst_engine import preparation
+from nst_engine import memory, preparation
 from nst_engine.memory import fitting, free_memory, keep_freed_memory, memory_to_use, used_memory
 from nst_engine.network import cut_network, memory_per_pixel
+from nst_engine.optimiser import InverseCurvature
 from nst_engine.preparation import FEWEST, PAIR, VECTORS
 from nst_utils import reconstruct_content
 
@@ -51,11 +52,30 @@ def test_what_is_free_is_what_this_machine_has():
     assert 1e6 < memory_to_use(CPU) < 0.9 * free_memory(CPU)
 
 
-def test_a_budget_is_of_the_whole_process(refuses):
+def test_a_budget_is_of_the_whole_process(refuses, settings, content):
     assert 1e7 < used_memory(CPU) < 1e11
     with refuses(ValueError, "memory is 0.01: so many GiB are too few, as"):
         memory_to_use(CPU, 0.01)
+    with refuses(ValueError, "memory is 0.01: so many GiB are too few, as"):
+        reconstruct_content(content, memory=0.01, **settings)
     assert memory_to_use(CPU, 1000) / 0.8 + used_memory(CPU) == pytest.approx(1000 * 2**30, rel=1e-3)
+
+
+def test_processes_share_what_is_free(monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1e9)
+    monkeypatch.setattr(memory, "processes", lambda: 4)
+    assert memory_to_use(CPU) == 2e8
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is in bytes elsewhere")
+def test_what_is_used_is_what_is_resident():
+    import resource  # which Windows does not have
+
+    assert used_memory(CPU) <= 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def test_a_curvature_pair_is_counted_as_it_is_stored():
+    assert InverseCurvature(None, torch.zeros(3 * 4 * 5), 7).pairs.nbytes == 7 * PAIR * 4 * 5
 
 
 def test_the_estimate_counts_what_a_network_puts_out(vgg):

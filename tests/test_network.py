@@ -363,3 +363,28 @@ def test_the_border_is_repeated_and_draws_no_frame(vgg):
 def test_pooling_takes_the_maximum(vgg, maps):
     pooled = F.max_pool2d(maps["relu1_2"], 2)
     torch.testing.assert_close(maps["conv2_1"], vgg.conv2_1(pooled))
+
+
+def test_bfloat16_begins_when_the_mean_is_subtracted(vgg):
+    """Near the mean, a picture rounded before would have lost what is left of it."""
+    image = vgg.mean.view(1, 3, 1, 1).expand(1, 3, 8, 8) + 1e-3
+    exact, rounded = (
+        features(cut_network(vgg, "conv1_1", torch.device("cpu"), precision), image, ["conv1_1"])["conv1_1"].float()
+        for precision in ("float32", "bfloat16")
+    )
+    assert (rounded - exact).abs().max() < 0.02 * exact.abs().max()
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_no_code_in_a_weight_file_is_executed(tmp_path, refuses):
+    torch.save({"features.0.weight": Bomb(tmp_path / "executed")}, tmp_path / "weights.pth")
+    with refuses(ValueError, "weights.pth"):
+        load_uncached(str(tmp_path / "weights.pth"), torch.device("cpu"))
+    assert not (tmp_path / "executed").exists()

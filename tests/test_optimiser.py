@@ -92,6 +92,19 @@ def test_an_evaluation_is_yielded_once_also_when_steps_fail():
     assert non_increasing([losses[0] for _, losses in run])
 
 
+def test_a_refused_step_is_tried_half_as_long():
+    seen = []
+
+    def objective(image):
+        losses = quadratic(torch.eye(27), torch.full((27,), 0.9), seen)(image)
+        return losses + 100 * (len(seen) in (2, 3))
+
+    start = torch.full((1, 3, 3, 3), 0.3)
+    list(itertools.islice(minimise(objective, start), 4))
+    first, second, third = (picture.flatten() - start.flatten() for picture in seen[1:4])
+    torch.testing.assert_close([second, third], [first / 2, first / 4])
+
+
 def test_a_start_that_is_the_minimum_stays_and_ends():
     seen = []
     start = torch.full((1, 3, 3, 3), 0.25)

@@ -177,6 +177,11 @@ def test_a_broken_avif_is_named(tmp_path, refuses):
         load_image(path)
 
 
+def test_what_is_too_fine_for_a_smaller_picture_is_averaged_not_sampled():
+    stripes = torch.tensor([0.0, 1.0]).repeat(45).expand(1, 3, 90, 90)
+    assert (resize(stripes, (30, 30)) - 0.5).abs().mean() < 0.05
+
+
 @pytest.mark.parametrize("size", [0, -3, 2.5, "256", None, True])
 def test_a_bad_size_is_named(size, refuses):
     with refuses(ValueError, f"size is {size!r}"):

@@ -118,6 +118,18 @@ def test_a_coarse_scale_has_content_and_style_as_much_smaller(vgg, picture, monk
         assert sizes == list(zip([(64, 75), (128, 150), (256, 300)], expected))
 
 
+def test_a_run_has_its_style_as_much_smaller_at_a_coarse_scale(vgg, picture, monkeypatch):
+    sizes, objective = [], preparation.objective_of
+
+    def noting(network, content, style, *rest):
+        sizes.append(tuple(style.shape[-2:]))
+        return objective(network, content, style, *rest)
+
+    monkeypatch.setattr(preparation, "objective_of", noting)
+    run(Preparation(vgg, CPU, "float32"), Task(None, picture(100, 60), (), {"conv1_1": 1.0}), (128, 128), 6)
+    assert sizes == [(50, 30), (100, 60)]
+
+
 def test_the_weight_of_the_prior_goes_by_the_first_block_in_use(vgg, picture):
     weights, prepared = [], Preparation(vgg, CPU, "float32")
 

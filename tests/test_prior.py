@@ -67,3 +67,11 @@ def test_frequencies_are_one_cycle_per_longer_side_at_least():
     frequencies = relative_frequencies((6, 8))
     assert frequencies.shape == (6, 5) and frequencies[0, 0] == pytest.approx(1 / 8 / 0.25)
     assert frequencies[0, 4] == pytest.approx(0.5 / 0.25)
+
+
+def test_a_tall_picture_is_preconditioned_as_a_wide_one(vgg):
+    """Its frequencies go by bands of rows, which the wide one has fewer of."""
+    kernels, x = first_kernels(vgg), torch.randn(3, 70, 9, generator=torch.Generator().manual_seed(0))
+    tall = spectral_preconditioner(kernels, (70, 9), 0.01, "cpu")(x.flatten()).view(3, 70, 9)
+    wide = spectral_preconditioner(kernels.mT, (9, 70), 0.01, "cpu")(x.mT.flatten()).view(3, 9, 70)
+    torch.testing.assert_close(tall, wide.mT, rtol=1e-3, atol=1e-4 * wide.abs().max().item())

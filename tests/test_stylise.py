@@ -1,8 +1,11 @@
 """tools/stylise.py: one picture, and nothing lost when it is interrupted."""
 
+import itertools
 import runpy
 import shutil
+import signal
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import nst_utils
 from nst_engine.optimiser import InverseCurvature
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,12 +37,13 @@ def run(program, monkeypatch):
     bar = program["tqdm"]
 
     def running(*arguments, stop=None):
-        seen = []
+        seen, running.done = [], []
 
         class Bar(bar):
             def set_postfix_str(self, text):
                 size, _, loss = text.partition(", loss ")
                 seen.append(size)
+                running.done.append(round(self.n / self.total, 3))
                 running.loss = float(loss)
                 if len(seen) == stop:
                     raise KeyboardInterrupt
@@ -85,8 +90,9 @@ def test_a_run_of_other_settings_or_none_is_refused_and_kept(run):
     with pytest.raises(SystemExit):
         run(stop=3)
     kept = Path("photo_painting.safetensors").read_bytes()
-    with pytest.raises(SystemExit, match="is of other settings.*: give these, or move it away"):
-        run("--seed", "1")
+    for other in ("--seed=1", "--size=96", "--style-size=64", "--style-weight=1e3", "--init=content"):
+        with pytest.raises(SystemExit, match="is of other settings.*: give these, or move it away"):
+            run(other)
     for content in (kept[:1000], b"", b"nonsense"):
         Path("photo_painting.safetensors").write_bytes(content)
         with pytest.raises(SystemExit, match="'photo_painting.safetensors' is damaged, or not a run: move it away"):
@@ -124,6 +130,34 @@ def test_the_picture_is_saved_on_the_way(run, program, monkeypatch):
     monkeypatch.setitem(program["main"].__globals__, "save", lambda *rest: times.append(rest[3:]) or saving(*rest))
     run()
     assert times == [*((12 - k, k) for k in range(1, 5)), *((8 - k, k) for k in range(1, 9))]
+
+
+def test_the_picture_is_saved_when_half_a_minute_has_passed(run, program, monkeypatch):
+    """By a clock that goes on by twelve seconds at each look."""
+    clock, times = types.SimpleNamespace(monotonic=itertools.count(0, 12).__next__), []
+    monkeypatch.setitem(program["main"].__globals__, "time", clock)
+    monkeypatch.setitem(program["main"].__globals__, "save", lambda *rest: times.append(rest[3]))
+    run()
+    assert times == [9, 6, 3, 0]
+
+
+def test_the_bar_goes_by_pixels_and_a_terminated_run_is_an_interrupted_one(run):
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        run()
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert run.done == [round((min(k, 4) + 4 * max(0, k - 4)) / 36, 3) for k in range(1, 13)]
+
+
+def test_a_painting_may_have_another_size(run, monkeypatch):
+    sizes, load = [], nst_utils.load_image
+    monkeypatch.setattr(
+        nst_utils, "load_image", lambda path, size, device: sizes.append(size) or load(path, size, device)
+    )
+    run("--style-size", "64", "--evaluations", "1")
+    assert sizes == [128, 64]
 
 
 def test_more_pixels_than_the_photograph_has_are_said(run, capsys):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import nst_utils
 from nst_engine import coarse_to_fine, preparation, stopping
 from nst_engine.prior import draw_noise
 from nst_engine.stopping import FINE
@@ -569,3 +570,31 @@ def test_a_start_that_is_no_picture_is_named(init, settings, content, refuses):
 def test_a_bad_shape_is_named(shape, settings, style, refuses):
     with refuses(ValueError, f"shape is {shape!r}"):
         synthesize_texture(style, "conv1_1", shape=shape, **settings)
+
+
+def test_the_bar_is_there_unless_it_is_not_wanted(settings, content, monkeypatch):
+    silent = []
+
+    class Bar(nst_utils.tqdm):
+        def __init__(self, *arguments, disable, **options):
+            silent.append(disable)
+            super().__init__(*arguments, disable=True, **options)
+
+    monkeypatch.setattr(nst_utils, "tqdm", Bar)
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    for progress in (True, False):
+        reconstruct_content(content, evaluations=1, **(settings | {"progress": progress}))
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    reconstruct_content(content, evaluations=1, **(settings | {"progress": True}))
+    assert silent == [False, True, True]
+
+
+def test_a_picture_without_layers_is_looked_at_too(settings, style, refuses):
+    with refuses(ValueError, "content is str"):
+        optimise(Task("a.jpg", style, (), {"conv1_1": 1.0}), **settings)
+
+
+def test_layers_may_come_from_a_generator(settings, content):
+    layers = ("conv1_1", "conv2_1")
+    runs = [reconstruct_content(content, given, evaluations=2, **settings) for given in (layers, iter(layers))]
+    assert runs[0].history == runs[1].history

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nst_engine import tiles
+from nst_engine.evaluation import Objective
 from nst_engine.layers import deepest
 from nst_engine.network import cut_network, margin_and_step
 from nst_engine.optimiser import InverseCurvature
@@ -69,6 +70,32 @@ def test_tiles_give_the_loss_and_gradient_of_the_whole(
     assert count > 3
     torch.testing.assert_close(losses_of_tiles, losses, rtol=1e-11, atol=0)
     torch.testing.assert_close(gradient_of_tiles, gradient, rtol=0, atol=1e-11 * gradient.abs().max().item())
+
+
+def test_the_contents_stored_maps_leave_less_room_for_tiles(network_to, picture, monkeypatch):
+    rooms, content = [], picture(20, 30).double()
+
+    def plan(shape, room, *rest):
+        rooms.append(room)
+        return cut(shape, 64, 2, 1), 1
+
+    monkeypatch.setattr("nst_engine.preparation.plan_tiles", plan)
+    objective_of(network_to(["conv1_2"]), content, None, ("conv1_2",), (), (20, 30), 1e9)
+    assert rooms == [1e9 - 64 * 20 * 30 * 8]
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, 4])
+def test_as_many_graphs_are_kept_as_there_is_memory_for(kept, picture):
+    image, tracked = picture(8, 8), []
+
+    def statistics(part, tile):
+        tracked.append(torch.is_grad_enabled())
+        return [part[tile.own("conv1_1")].square().sum()]
+
+    objective = Objective(statistics, lambda sums, weights: torch.stack(sums), cut((8, 8), 4, 0, 4), kept)
+    losses, gradient = loss_and_gradient_of(objective, image, None)
+    assert tracked == [True] * kept + [False] * (4 - kept) + [True] * (4 - kept)
+    torch.testing.assert_close(gradient, 2 * image)
 
 
 def test_gram_matrices_of_a_large_style_are_found_in_tiles(network_to, picture, tiled):

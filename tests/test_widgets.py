@@ -23,6 +23,7 @@ from PIL import Image
 import nst_utils as nst
 import nst_widgets
 from nst_engine import preparation
+from nst_engine.prior import enlarge
 from nst_widgets import Painter, Settings, Studio, style_studio
 
 CASTLE, NIGHT = nst.IMAGES / "content" / "chenonceau.jpg", nst.IMAGES / "style" / "starry_night.jpg"
@@ -144,9 +145,11 @@ def test_another_size_scales_the_present_picture(painter):
 
 def test_noise_goes_from_coarse_to_fine_and_a_new_weight_does_not_send_it_back(painter):
     settings = TRANSFER._replace(size=128)
-    assert painter.step(settings, ("noise", 0)).shape[0] == 64
+    assert painter.step(settings, ("noise", 7)).shape[0] == 64
+    coarse = painter.image
     while painter.step(settings).shape[0] == 64:
-        pass
+        coarse = painter.image
+    assert torch.equal(painter.image, enlarge(coarse, painter.image.shape[-2:], 7))
     assert painter.step(settings._replace(style_weight=1e5)).shape[0] == 128
 
 
@@ -154,7 +157,7 @@ def test_a_restart_forgets_and_a_seed_repeats(painter):
     first = steps(painter, TRANSFER, 4, ("noise", 3))
     again = steps(painter, TRANSFER, 4, ("noise", 3))
     other = steps(painter, TRANSFER, 4, ("noise", 4))
-    assert first == again != other and len(painter.history) == 4
+    assert first == again != other and len(painter.history) == len(painter.curves) == 4
     present = painter.image.clone()
     painter.step(TRANSFER, ("present", 0))
     assert torch.equal(painter.image, present) and len(painter.history) == 1
@@ -262,7 +265,7 @@ def test_start_pause_and_start_again(play):
         assert panel.state == "running" and panel.buttons["Start"].disabled and "Running" in says(panel)
         await release(panel)
         await release(panel)
-        assert panel.shown.evaluations == 2 and "2 evaluations" in says(panel)
+        assert panel.shown.evaluations == 2 and "2 evaluations" in says(panel) and "5 × 4" in says(panel)
         panel.buttons["Pause"].click()
         assert panel.state == "paused" and panel.buttons["Pause"].disabled and "Paused" in says(panel)
         picture = panel.picture.value
@@ -360,7 +363,10 @@ def test_a_moved_slider_reaches_the_next_step_and_reset_takes_it_back(play):
     play(scene)
 
 
-def test_a_panel_that_has_finished_goes_on_when_a_control_moves(play):
+@pytest.mark.parametrize(
+    "control, value", [("content_layer", "conv2_1"), ("size", 128), ("style_weight", 10.0), ("content_weight", 2.0)]
+)
+def test_a_panel_that_has_finished_goes_on_when_a_control_moves(control, value, play):
     async def scene(panel):
         panel.last_chart = math.inf  # none is due before the end
         panel.painter.outcomes.extend([True, True, None])
@@ -372,9 +378,9 @@ def test_a_panel_that_has_finished_goes_on_when_a_control_moves(play):
         await release(panel)
         assert panel.state == "done" and panel.task.done() and panel.chart.value  # with all that was evaluated
         assert "Finished" in says(panel) and not panel.buttons["Start"].disabled
-        panel.content_layer.value = "conv2_1"
+        getattr(panel, control).value = value
         await begun(panel, 4)
-        assert panel.state == "running" and panel.painter.calls[-1][0].content_layer == "conv2_1"
+        assert panel.state == "running" and getattr(panel.painter.calls[-1][0], control) == value
 
     play(scene)
 
@@ -622,6 +628,20 @@ def test_it_runs_to_the_same_end_as_the_task(content, style, weights, vgg):
         assert panel.shown.evaluations == result.evaluations and panel.chart.value
 
     play_real(scene, content, style, vgg=vgg)
+
+
+def test_the_difference_is_to_a_picture_of_another_size_too(vgg):
+    async def scene(panel):
+        panel.compare.value = "the start"
+        panel.step()
+        await until(lambda: panel.state == "paused")
+        assert panel.shown.mean == 0
+        panel.size.value = 128
+        panel.step()
+        await until(lambda: panel.state == "paused" and panel.shown.evaluations == 2)
+        assert panel.shown.image.shape[-2] == 128 and 0 <= panel.shown.mean < 0.1
+
+    play_real(scene, CASTLE, NIGHT, vgg=vgg)
 
 
 def test_bad_settings_are_answered_in_the_panel(vgg):
