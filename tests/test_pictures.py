@@ -161,6 +161,17 @@ def test_colours_with_a_profile_become_srgb(mode, alpha, tmp_path):
     assert pixel(load_image(path, size=4, device="cpu")) == pytest.approx(expected, abs=12)
 
 
+@pytest.mark.parametrize("mode, given", [("CMYK", "CMYK"), ("L", "L"), ("LA", "RGB"), ("P", "RGB")])
+def test_a_profile_is_given_the_colours_that_it_is_of(mode, given, tmp_path, monkeypatch):
+    """Ink and grey as they are; where they go from there is the library's business."""
+    modes = []
+    monkeypatch.setattr(
+        ImageCms, "profileToProfile", lambda image, *_, **__: modes.append(image.mode) or image.convert("RGB")
+    )
+    load_image(saved(tmp_path, Image.new(mode, (6, 4)), ".tif", icc_profile=profile_with_red_and_green_exchanged()))
+    assert modes == [given]
+
+
 def test_a_damaged_profile_is_left_aside_with_a_warning(tmp_path):
     path = saved(tmp_path, Image.new("RGB", (6, 4), (200, 30, 40)), icc_profile=b"no profile")
     with pytest.warns(UserWarning, match="colour profile is damaged"):

@@ -146,6 +146,7 @@ OTHERS = {
     "after the first half minute every evaluation is saved": ("tools/stylise.py", "save(options, image, preparation.curvature, left, done)\n                    saved = time.monotonic()", "save(options, image, preparation.curvature, left, done)"),
     "a terminated run is not saved": ("tools/stylise.py", "signal.signal(signal.SIGTERM, signal.default_int_handler)", "signal.signal(signal.SIGINT, signal.default_int_handler)"),
     "the bar counts a pixel once for each colour": ("tools/stylise.py", "min(image[0, 0].numel() / 1e6, work - bar.n)", "min(image.numel() / 1e6, work - bar.n)"),
+    "the colour profile of a CMYK picture is left aside": ("nst_engine/pictures.py", 'picture.mode in ("L", "CMYK")', 'picture.mode in ("L",)'),
 }  # fmt: skip
 BREAKS = FORMULAS | OTHERS
 
