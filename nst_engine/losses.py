@@ -9,19 +9,36 @@ import torch
 
 class _GramSum(torch.autograd.Function):
     """F F^T by hand: autograd would form both halves of a gradient that is symmetric, at twice the cost, and lay it
-    out by channels where the network works by pixels, which costs more still."""
+    out by channels where the network works by pixels, which costs more still.
+
+    outside: indices of strips of the feature map that do not count: cut off, the rest would have to be copied.
+    """
 
     @staticmethod
-    def forward(ctx, feature_map):
+    def forward(ctx, feature_map, outside):
         ctx.save_for_backward(feature_map)
-        rows = feature_map.flatten(2).squeeze(0)
-        return (rows @ rows.T).to(_precise(rows))
+        ctx.outside = outside
+        return products(feature_map) - sum(products(feature_map[strip]) for strip in outside)
 
     @staticmethod
     def backward(ctx, gradient):
         (feature_map,) = ctx.saved_tensors
         rows = feature_map.flatten(2).squeeze(0)
-        return (rows.T @ (gradient + gradient.T).to(rows.dtype)).T.view_as(feature_map)
+        found = (rows.T @ (gradient + gradient.T).to(rows.dtype)).T.view_as(feature_map)
+        return without(found, ctx.outside), None
+
+
+def products(feature_map):
+    """F F^T of the (C, h w) rows F."""
+    rows = feature_map.flatten(2).squeeze(0)
+    return (rows @ rows.T).to(_precise(rows))
+
+
+def without(x, strips):
+    """`x`, in which the strips have become 0."""
+    for strip in strips:
+        x.detach()[strip] = 0  # unseen by autograd, which needs nothing of what was there
+    return x
 
 
 class _SquareSum(torch.autograd.Function):
@@ -42,15 +59,17 @@ def _precise(x):
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def measure(maps, content_targets, style_layers, sizes):
+def measure(maps, content_targets, style_layers, sizes, outside=lambda name: ()):
     """What the losses know of feature maps, {layer: (1, C, h, w)}, of a picture or a part of it, as a list.
 
     For each content layer the squared differences to the content's feature map, then for each style layer F F^T,
     (C, C), with F the (C, h w) rows of the feature map: sums over positions, divided by the size C h w that the layer's
-    feature map has for the whole picture, {layer: size}. Those of the parts add up to those of the whole.
+    feature map has for the whole picture, {layer: size}. Those of the parts add up to those of the whole. outside:
+    the function layer -> indices of the strips of its feature map that are of other parts.
     """
-    squares = [_SquareSum.apply(maps[name] - target) / sizes[name] for name, target in content_targets.items()]
-    return squares + [_GramSum.apply(maps[name]) / sizes[name] for name in style_layers]
+    gaps = {name: without(maps[name] - target, outside(name)) for name, target in content_targets.items()}
+    squares = [_SquareSum.apply(gap) / sizes[name] for name, gap in gaps.items()]
+    return squares + [_GramSum.apply(maps[name], outside(name)) / sizes[name] for name in style_layers]
 
 
 def weigh(sums, style_targets, weights):

@@ -181,14 +181,14 @@ def objective_of(network, content, style, content_layers, style_layers, shape, r
 
     def content_maps(tile):
         with torch.no_grad():
-            return tile_features(network, content[tile.window], tile, content_layers) if content_layers else {}
+            return features(network, content[tile.window], content_layers) if content_layers else {}
 
     stored = {tile: content_maps(tile) for tile in own_share(tiles)} if store else {}
     style_targets = gram_matrices(network, style, style_layers, room) if style_layers else {}
 
     def statistics(part, tile):
         targets = stored[tile] if store else content_maps(tile)
-        return measure(tile_features(network, part, tile, layers), targets, style_layers, sizes)
+        return measure(features(network, part, layers), targets, style_layers, sizes, tile.outside)
 
     def loss(sums, weights):
         return weigh(sums, style_targets, weights)
@@ -203,17 +203,10 @@ def gram_matrices(network, image, layers, room):
 
     def sums_of(tile):
         with torch.no_grad():
-            return measure(tile_features(network, image[tile.window], tile, layers), {}, layers, sizes)
+            return measure(features(network, image[tile.window], layers), {}, layers, sizes, tile.outside)
 
     return dict(zip(layers, sum_tiles(sums_of, tiles_of(network, shape, room)[0])))
 
 
 def tiles_of(network, shape, room):
     return plan_tiles(shape, room, memory_per_pixel(network), *margin_and_step(network))
-
-
-def tile_features(network, part, tile, layers):
-    """{layer: feature map of the `Tile`} from its window of a picture."""
-    maps = features(network, part, layers)
-    whole = (tile.rows, tile.columns) == (tile.window_rows, tile.window_columns)
-    return maps if whole else {name: feature_map[tile.own(name)].clone() for name, feature_map in maps.items()}

@@ -19,7 +19,6 @@ from .layers import stride
 
 SIDE = 512  # pixels, where there is room; a tile half as wide costs a tenth more
 MARGINS = 4  # but at least so many margins
-COPIES = 1.4  # memory of a tile's graph as a multiple of the whole's: feature maps are cut, and copied for it
 
 
 class Tile(NamedTuple):
@@ -35,12 +34,17 @@ class Tile(NamedTuple):
         """The index of the window in a picture (1, 3, H, W)."""
         return (..., slice(*self.window_rows), slice(*self.window_columns))
 
-    def own(self, layer):
-        """The index of the part in the feature map that a layer has for the window."""
-        step, index = stride(layer), [...]
-        for (first, end), (start, _) in ((self.rows, self.window_rows), (self.columns, self.window_columns)):
-            index.append(slice((first - start) // step, (first - start) // step + end // step - first // step))
-        return tuple(index)
+    def outside(self, layer):
+        """The indices of the strips around the part in the feature map that a layer has for the window."""
+        step = stride(layer)
+
+        def around(part, window):
+            before = (part[0] - window[0]) // step
+            return before, before + part[1] // step - part[0] // step, (window[1] - window[0]) // step
+
+        (top, bottom, height), (left, right, width) = map(around, self[:2], self[2:])
+        strips = [(0, top, 0, width), (bottom, height, 0, width), (top, bottom, 0, left), (top, bottom, right, width)]
+        return [(..., slice(a, b), slice(c, d)) for a, b, c, d in strips if a < b and c < d]
 
 
 def cut(shape, side, margin, step):
@@ -64,7 +68,7 @@ def plan_tiles(shape, room, bytes_per_pixel, margin, step):
     """
     if bytes_per_pixel * math.prod(shape) <= room and processes() == 1:
         return cut(shape, math.ceil(max(shape) / step) * step, margin, step), 1
-    bytes_per_pixel, side = COPIES * bytes_per_pixel, 2 * max(SIDE, MARGINS * margin)
+    side = 2 * max(SIDE, MARGINS * margin)
     tiles, fit = [], 0  # how many have room
     while side > step and (fit < 1 or len(tiles) < processes()):
         side //= 2
