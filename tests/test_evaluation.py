@@ -1,6 +1,7 @@
 import contextlib
 import functools
 import gc
+import math
 import weakref
 
 import pytest
@@ -65,14 +66,14 @@ class FakeCuda:
     """Stands in for torch.cuda: a graph keeps the run of its capture, and writes over the outputs when replayed."""
 
     def __init__(self, monkeypatch):
-        self.said, self.streams, self.error, self.wrong_by = [], [], None, 0.0
+        self.said, self.streams, self.error, self.wrong_by = [], [], None, (0.0, 0.0)
         fake, recorded = self, []
 
         class Graph:
             def replay(self):
                 fake.said.append("replay")
-                for kept, new in zip(self.outputs, self.run()):
-                    kept.copy_(new * (1 + fake.wrong_by))
+                for kept, new, wrong_by in zip(self.outputs, self.run(), fake.wrong_by):
+                    kept.copy_(new * (1 + wrong_by))
 
         class Stream:
             def __init__(self, device=None):
@@ -163,10 +164,13 @@ def test_where_capture_fails_the_run_itself_is_taken_and_a_warning_says_so(cuda)
     assert not nst_engine.evaluation._capturing.locked()
 
 
-@pytest.mark.parametrize("wrong_by, trusted", [(5e-4, True), (2e-3, False), (float("nan"), False)])
+@pytest.mark.parametrize(
+    "wrong_by, trusted",
+    [((5e-4, 5e-4), True), ((2e-3, 2e-3), False), ((0.0, 2e-3), False), ((2e-3, 0.0), False), ((0.0, math.nan), False)],
+)
 def test_a_replay_is_trusted_only_if_it_is_what_it_repeats(wrong_by, trusted, cuda, recwarn):
     cuda.wrong_by = wrong_by
-    replay = cuda.capture(lambda: (torch.tensor([0.0, 3.0]),))
+    replay = cuda.capture(lambda: (torch.tensor([0.0, 3.0]), torch.ones(2)))
     cuda.said.clear()
     replay()
     assert cuda.said == ["replay" if trusted else "run"]

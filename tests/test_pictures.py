@@ -45,6 +45,7 @@ MODES = {
     "I;16": (Image.fromarray(np.full((4, 6), 100 * 257, np.uint16)), ".png", [100, 100, 100], 0),
     "I": (Image.fromarray(np.full((4, 6), 100 * 257, np.int32)), ".tif", [100, 100, 100], 0),
     "F": (Image.fromarray(np.full((4, 6), 100, np.float32)), ".tif", [100, 100, 100], 0),
+    "F, white": (Image.fromarray(np.ones((4, 6), np.float32)), ".tif", [255, 255, 255], 0),
     "F, 0 to 1": (Image.fromarray(np.full((4, 6), 0.4, np.float32)), ".tif", [102, 102, 102], 0),
 }
 
