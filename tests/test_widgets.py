@@ -298,7 +298,9 @@ def test_a_second_press_of_start_makes_no_second_loop(play):
     play(scene)
 
 
-def test_step_is_one_evaluation(play):
+def test_step_is_one_evaluation_however_long_a_frame_lasts(play, monkeypatch):
+    monkeypatch.setattr(nst_widgets, "FRAME", math.inf)
+
     async def scene(panel):
         for count in (1, 2, 3):
             panel.buttons["Step"].click()
