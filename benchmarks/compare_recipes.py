@@ -270,6 +270,15 @@ def cells(runs):
     return [list(group) for _, group in itertools.groupby(runs, key=key)]
 
 
+def best_rival(cell):
+    return min((run for run in cell if run["recipe"] != "ours"), key=lambda run: min(run["losses"]))
+
+
+def our_run(cell):
+    """Ours, with both precisions where there are."""
+    return max((run for run in cell if run["recipe"] == "ours"), key=lambda run: run["precision"] == "mixed")
+
+
 def report(runs, about):
     """Markdown: losses by time for every recipe, and for each cell our time to the best rival's best loss."""
     kinds = sorted({(run["recipe"], run["precision"]) for run in runs}, key=lambda kind: (kind[0] == "ours", kind))
@@ -313,15 +322,6 @@ def report(runs, about):
         "",
     ]
     return "\n".join(lines)
-
-
-def best_rival(cell):
-    return min((run for run in cell if run["recipe"] != "ours"), key=lambda run: min(run["losses"]))
-
-
-def our_run(cell):
-    """Ours, with both precisions where there are."""
-    return max((run for run in cell if run["recipe"] == "ours"), key=lambda run: run["precision"] == "mixed")
 
 
 def strip(cell, pictures):

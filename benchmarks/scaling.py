@@ -8,6 +8,7 @@ transfer from the photograph takes within a budget of memory. Writes results/NAM
 
 import argparse
 import json
+import math
 import platform
 import resource
 import subprocess
@@ -124,12 +125,13 @@ def measure_budget(megapixels, memory, evaluations, device):
         progress=False,
         callback=lambda image, step: moments.append(time.perf_counter()),
     )
-    full = [step.shape == tuple(content.shape[-2:]) for step in run.history]
+    count = sum(step.shape == tuple(content.shape[-2:]) for step in run.history)
+    first, last = moments[-count], moments[-1]
     return {
         "shape": content.shape[-2:],
         "seconds": run.seconds,
-        "evaluations": [run.evaluations, sum(full)],
-        "evaluation": (moments[-1] - moments[-3]) / 2,  # the last two: others may begin a scale
+        "evaluations": [run.evaluations, count],
+        "evaluation": (last - first) / (count - 1) if count > 1 else math.nan,  # the first one began the scale
         "memory": peak_memory(device),
     }
 
