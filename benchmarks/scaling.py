@@ -181,9 +181,9 @@ def plot(rows, memory):
     left.set(ylabel="peak memory, GiB", ylim=(0, 1.15 * memory))
     left.legend(frameon=False, loc="lower right")
     right.plot(pixels, [row["evaluation"] for row in rows], "o-", color="black")
-    right.set(ylabel="one evaluation, s", ylim=(0, None))
+    right.set(ylabel="one evaluation, s", ylim=(0, 1.15 * max(row["evaluation"] for row in rows)))
     for axes in (left, right):
-        axes.set(xlabel="million pixels", xlim=(0, None))
+        axes.set(xlabel="million pixels", xlim=(0, 1.08 * max(pixels)))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     return figure
