@@ -54,7 +54,9 @@ def run(program, monkeypatch):
         program["main"]()
         return seen
 
-    return running
+    before = signal.getsignal(signal.SIGTERM)
+    yield running
+    signal.signal(signal.SIGTERM, before)  # the program's own would keep pytest from being ended
 
 
 def test_a_picture_is_made_and_no_file_is_written_over(run, capsys):
@@ -142,12 +144,8 @@ def test_the_picture_is_saved_when_half_a_minute_has_passed(run, program, monkey
 
 
 def test_the_bar_goes_by_pixels_and_a_terminated_run_is_an_interrupted_one(run):
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        run()
-        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    run()
+    assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
     assert run.done == [round((min(k, 4) + 4 * max(0, k - 4)) / 36, 3) for k in range(1, 13)]
 
 
