@@ -57,6 +57,8 @@ class Recorder:
 
     def __call__(self, picture):
         self.evaluations += 1
+        if picture.is_cuda:
+            torch.cuda.synchronize()
         elapsed = time.perf_counter() - self.start
         if not self.kept or elapsed > 1.06 * self.kept[-1][0]:
             self.kept.append((elapsed, picture.detach().float().clone()))

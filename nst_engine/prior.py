@@ -32,15 +32,16 @@ def relative_frequencies(shape):
     return torch.hypot(rows[:, None], columns).clamp(min=1 / max(shape)) / 0.25
 
 
-def draw_noise(shape, seed, device):
-    """A picture of the prior's noise around grey, of standard deviation 0.1: clouds of soft colours.
+def draw_noise(shape, seed, device, deviation=0.05):
+    """A picture of the prior's noise around grey, of this standard deviation: clouds of soft colours.
 
-    Drawn on the CPU, so that a seed means the same noise on every device.
+    Drawn on the CPU, so that a seed means the same noise on every device. A start is faint, as what a deep layer does
+    not see of it remains in the result.
     """
     white = torch.randn(3, *shape, generator=torch.Generator().manual_seed(seed))
     soft = torch.fft.irfft2(torch.fft.rfft2(white) / relative_frequencies(shape), s=shape)
     noise = torch.einsum("ij,jhw->ihw", torch.linalg.cholesky(K), soft)
-    return (0.5 + 0.1 * noise / noise.std()).clamp(0, 1)[None].to(device)
+    return (0.5 + deviation * noise / noise.std()).clamp(0, 1)[None].to(device)
 
 
 def enlarge(image, shape, seed):
@@ -49,7 +50,7 @@ def enlarge(image, shape, seed):
     For a style: where a picture is smooth, the network sees nothing, and the gradient is small. Content has detail of
     its own, in the feature maps, and noise would have to go again.
     """
-    noise = draw_noise(shape, seed, image.device)
+    noise = draw_noise(shape, seed, image.device, deviation=0.1)
     detail = noise - resize(resize(noise, image.shape[-2:]), shape)
     return (resize(image, shape) + detail).clamp(0, 1)
 
@@ -72,12 +73,12 @@ def spectral_preconditioner(kernels, shape, weight, device):
     margin = 8
     here = "cpu" if torch.device(device).type == "mps" else device  # Apple's GPUs lack some complex arithmetic
     padded = [side + 2 * margin for side in shape]
-    overlaps = F.conv2d(kernels, kernels, padding=4).to(torch.complex64)  # (3, 3, 9, 9): A as a kernel
+    overlaps = F.conv2d(kernels, kernels, padding=4).to(here, torch.complex64)  # (3, 3, 9, 9): A as a kernel
     rows, columns = (
-        torch.exp(-2j * math.pi * frequencies[:, None] * torch.arange(-4, 5))
+        torch.exp(-2j * math.pi * frequencies[:, None] * torch.arange(-4, 5)).to(here)
         for frequencies in (torch.fft.fftfreq(padded[0]), torch.fft.rfftfreq(padded[1]))
     )
-    inverse, squares = torch.linalg.inv(K), relative_frequencies(padded)[..., None, None] ** 2
+    inverse, squares = torch.linalg.inv(K).to(here), relative_frequencies(padded)[..., None, None].to(here) ** 2
     bands = list(zip(rows.split(64), squares.split(64)))  # a few rows at a time: matrices take much memory
 
     def curvature(rows):
@@ -90,7 +91,7 @@ def spectral_preconditioner(kernels, shape, weight, device):
             for rows, squares in bands
         ],
         dim=2,
-    ).to(here)
+    )
 
     def precondition(gradient):
         spectrum = torch.fft.rfft2(F.pad(gradient.to(here).view(3, *shape), (margin,) * 4))

@@ -152,7 +152,7 @@ def test_a_finer_scale_begins_with_the_enlarged_picture_and_detail_of_the_seed(p
     options = {"callback": lambda image, _: seen.append(image), "evaluations": 8, "seed": 3, **settings}
     synthesize_texture(style, "conv1_1", **options)
     coarse, fine = next(pair for pair in itertools.pairwise(seen) if pair[1].shape[-1] == 128)
-    noise = draw_noise((128, 128), 3, "cpu")
+    noise = draw_noise((128, 128), 3, "cpu", deviation=0.1)
     detail = noise - resize(resize(noise, (64, 64)), (128, 128))
     assert 0.01 < detail.std() < 0.1
     torch.testing.assert_close(fine, (resize(coarse, (128, 128)) + detail).clamp(0, 1))

@@ -44,10 +44,10 @@ def test_the_preconditioner_divides_by_curvature_and_prior(shape, weight, vgg):
 
 
 def test_noise_is_the_priors():
-    """Around grey, of standard deviation 0.1; power falls with the square of frequency; brightness varies the most."""
+    """Around grey, of standard deviation 0.05; power falls with the square of frequency; brightness varies the most."""
     noise = torch.cat([draw_noise((96, 128), seed, "cpu") for seed in range(12)]).double()
     assert noise.shape == (12, 3, 96, 128) and 0 <= noise.min() and noise.max() <= 1
-    assert noise.mean().item() == pytest.approx(0.5, abs=0.02) and noise.std().item() == pytest.approx(0.1, rel=0.1)
+    assert noise.mean().item() == pytest.approx(0.5, abs=0.01) and noise.std().item() == pytest.approx(0.05, rel=0.1)
     power = torch.fft.rfft2(noise - 0.5).abs().square().mean(dim=(0, 1))
     frequencies = relative_frequencies((96, 128))
     levels = [power[(frequencies > f) & (frequencies < 1.2 * f)].mean() * f**2 for f in (0.1, 0.3, 1.0)]

@@ -1,0 +1,119 @@
+"""A transfer beside the PyTorch tutorial's recipe on an NVIDIA GPU: seconds at equal loss, with and without the graph.
+
+The same objective, pictures, start and process as in compare_recipes.py, of which it is made. The tutorial's 300
+evaluations in IEEE float32, in TF32 (what torch does by default) and in bfloat16; ours to the tutorial's best displayed
+loss, and as called by default, to where its picture stands still. Each is begun twice and the second run counts, as
+the first loads kernels. Writes results/NAME.md.
+"""
+
+import argparse
+import contextlib
+import time
+from pathlib import Path
+from unittest import mock
+
+import torch
+from compare_recipes import PAIRS, Recorder, TimeIsUp, pytorch_tutorial, time_to, to_the_limit
+
+import nst_utils as nst
+from nst_engine.layers import deepest
+from nst_engine.network import cut_network
+
+HERE = Path(__file__).resolve().parent
+
+
+def without_graphs():
+    return mock.patch("nst_engine.evaluation.capture", lambda run, device: run)
+
+
+def to_the_end():
+    return mock.patch("nst_engine.coarse_to_fine.until_still", to_the_limit)
+
+
+def second_of_two(recipe, judge, shape, convolutions="ieee"):
+    """The second run of `recipe`, which takes a `Recorder`: {"times", "losses", "evaluations"}.
+
+    convolutions: the precision of float32 ones while it runs, "ieee" or "tf32"; judged in "ieee".
+    """
+    torch.backends.cudnn.conv.fp32_precision = convolutions
+    for limit in (1, 30):
+        torch.cuda.synchronize()
+        record = Recorder(limit)
+        with contextlib.suppress(TimeIsUp):
+            recipe(record)
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    with torch.no_grad():
+        losses = [judge(nst.resize(picture.clamp(0, 1), shape))[0].item() for _, picture in record.kept]
+    return {"times": [t for t, _ in record.kept], "losses": losses, "evaluations": record.evaluations}
+
+
+def seconds_to(run, loss):
+    return f"{time_to(run, loss):.2f} s" if min(run["losses"]) <= loss else "-"
+
+
+def measure(vgg, size, start):
+    """Rows of the table for one size and start."""
+    device = vgg.mean.device
+    content = nst.load_image(nst.IMAGES / "content" / f"{PAIRS[0][0]}.jpg", size, device)
+    top, left = (content.shape[2] - size) // 2, (content.shape[3] - size) // 2
+    content = content[..., top : top + size, left : left + size].contiguous()
+    style = nst.load_image(nst.IMAGES / "style" / f"{PAIRS[0][1]}.jpg", size, device)
+    weights = (("conv1_2",), nst.FIRST_FIVE, 1.0, 1e4)
+    judge, shape = nst.make_objective(vgg, content, style, *weights), (size, size)
+    noise = torch.rand(content.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    first = noise if start == "noise" else content
+
+    def tutorial(precision):
+        network = cut_network(vgg, deepest(weights[0] + weights[1]), device, precision)
+        objective = nst.make_objective(network, content, style, *weights)
+        return lambda record: pytorch_tutorial(lambda _: objective, first, record)
+
+    def ours(record):
+        options = {"init": start, "vgg": vgg, "progress": False}
+        nst.transfer_style(content, style, **options, callback=lambda image, step: record(image))
+
+    found = {
+        "tutorial, float32": second_of_two(tutorial("float32"), judge, shape),
+        "tutorial, bfloat16": second_of_two(tutorial("bfloat16"), judge, shape),
+    }
+    found["tutorial, TF32"] = second_of_two(tutorial("float32"), judge, shape, convolutions="tf32")
+    with to_the_end():
+        found["ours, graph, to the limit"] = second_of_two(ours, judge, shape)
+        with without_graphs():
+            found["ours, no graph, to the limit"] = second_of_two(ours, judge, shape)
+    found["ours, as called by default"] = second_of_two(ours, judge, shape)
+
+    target = min(min(run["losses"]) for name, run in found.items() if name.startswith("tutorial"))
+    rows = []
+    for name, run in found.items():
+        end, count = run["times"][-1], run["evaluations"]
+        rows.append(
+            f"| {size} | {start} | {name} | {min(run['losses']):.4g} | {count} | {end:.2f} s "
+            f"| {1e3 * end / count:.2f} ms | {seconds_to(run, target)} |"
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", type=int, nargs="*", default=[256, 512, 1024])
+    parser.add_argument("--name", default="gpu", help="of the result file")
+    options = parser.parse_args()
+    vgg = nst.load_vgg19(device="cuda")
+    begun = time.perf_counter()
+    rows = [row for size in options.sizes for start in ("noise", "content") for row in measure(vgg, size, start)]
+    lines = [
+        f"{' and '.join(PAIRS[0])}, 1 : 1e4, {torch.cuda.get_device_name()}, torch {torch.__version__}. "
+        f"All of it took {time.perf_counter() - begun:.0f} s.",
+        "",
+        "| size | start | recipe | best loss | evaluations | in all | one evaluation | to the tutorial's best |",
+        "|---" * 8 + "|",
+        *rows,
+    ]
+    (HERE / "results").mkdir(exist_ok=True)
+    (HERE / "results" / f"{options.name}.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
