@@ -11,6 +11,7 @@ import torch
 from .tiles import loss_and_gradient_of
 
 ROUNDING = {"float32": 0.0, "bfloat16": 0.01}  # how well a loss is known in this precision, as a share of it
+REPLAY = {"float32": 1e-3, "bfloat16": 0.05}  # how far a replay may be from the run it repeats, as a share of it
 
 
 class Objective(NamedTuple):
@@ -40,15 +41,17 @@ def pick_precisions(device, precision=None):
     return ("bfloat16", "float32") if fast else ("float32",)
 
 
-def loss_and_gradient(objective, image, count):
+def loss_and_gradient(objective, image, count, precision="float32"):
     """Return the function: flat picture (3 H W,), weights -> (list of losses, flat gradient of the first).
 
-    objective: an `Objective`. Only pictures of `image`'s shape and device fit, and tensors of `count` weights. Both are
-    copied to where a captured evaluation reads them, so that another weight is no other evaluation.
+    objective: an `Objective`, computed in `precision`. Only pictures of `image`'s shape and device fit, and tensors of
+    `count` weights. Both are copied to where a captured evaluation reads them, so that another weight is no other
+    evaluation.
     """
     picture = image.detach().clone()
     present = picture.new_ones(count)
-    replay = capture(functools.partial(loss_and_gradient_of, objective, picture, present), image.device)
+    run = functools.partial(loss_and_gradient_of, objective, picture, present)
+    replay = capture(run, image.device, REPLAY[precision])
 
     def evaluate(x, weights):
         picture.copy_(x.view_as(picture))
@@ -68,12 +71,12 @@ def _stream(device):
     return torch.cuda.Stream(device)
 
 
-def capture(run, device):
+def capture(run, device, tolerance):
     """Return a function that repeats `run`, whose inputs stay where they are in memory.
 
     On a CUDA device the kernels of one run are kept as a CUDA graph and replayed: starting some two hundred of them
-    one by one takes the host longer than they take. Where that fails, or the first replay is not what `run` gives, a
-    warning says so; then, and on other devices, `run` itself is returned.
+    one by one takes the host longer than they take. Where that fails, or the first replay is not what `run` gives, to
+    the share `tolerance`, a warning says so; then, and on other devices, `run` itself is returned.
     """
     if device.type != "cuda":
         return run
@@ -87,7 +90,7 @@ def capture(run, device):
     except RuntimeError as error:
         trouble = str(error).splitlines()[0]
     else:
-        same = all(gap <= 1e-3 for gap in gaps)
+        same = all(gap <= tolerance for gap in gaps)
         trouble = "" if same else f"the first replay differs from what it repeats, by shares of {gaps}"
     if trouble:
         warnings.warn(

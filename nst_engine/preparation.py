@@ -156,16 +156,16 @@ class Preparation:
         style = self.style_at(task, shape, full_size) if task.style_layers else None
         network = self.network(task, precision)
         layers, room = (tuple(task.content_layers), tuple(task.style_layers)), self.divide_memory(shape)[1]
-        return self.evaluation_of(network, content, style, *layers, shape, room)
+        return self.evaluation_of(network, precision, content, style, *layers, shape, room)
 
     def network(self, task, precision):
         return self.cut_network(self.vgg, deepest(task.layers), self.device, precision)
 
 
-def evaluation_of(network, content, style, content_layers, style_layers, shape, room):
+def evaluation_of(network, precision, content, style, content_layers, style_layers, shape, room):
     objective = objective_of(network, content, style, content_layers, style_layers, shape, room)
     image = torch.zeros(1, 3, *shape, device=network.mean.device)
-    return loss_and_gradient(objective, image, 2 + len(style_layers))
+    return loss_and_gradient(objective, image, 2 + len(style_layers), precision)
 
 
 def objective_of(network, content, style, content_layers, style_layers, shape, room):

@@ -79,7 +79,9 @@ def spectral_preconditioner(kernels, shape, weight, device):
         for frequencies in (torch.fft.fftfreq(padded[0]), torch.fft.rfftfreq(padded[1]))
     )
     inverse, squares = torch.linalg.inv(K).to(here), relative_frequencies(padded)[..., None, None].to(here) ** 2
-    bands = list(zip(rows.split(64), squares.split(64)))  # a few rows at a time: matrices take much memory
+    # A few rows at a time: the matrices take much memory, and cuSOLVER refuses more than 65,535 of them.
+    few = max(1, 2**15 // len(columns))
+    bands = list(zip(rows.split(few), squares.split(few)))
 
     def curvature(rows):
         return torch.einsum("ijab,ha,wb->hwij", overlaps, rows, columns)

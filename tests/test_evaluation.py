@@ -30,7 +30,7 @@ def test_an_evaluation_leaves_its_argument_alone():
 def test_a_replay_writes_over_its_outputs_and_earlier_results_stay(monkeypatch):
     """As a captured evaluation does: the same tensors each time."""
 
-    def capturing(run, device):
+    def capturing(run, device, tolerance):
         outputs = run()
 
         def replay():
@@ -50,7 +50,7 @@ def test_a_replay_writes_over_its_outputs_and_earlier_results_stay(monkeypatch):
 
 def test_another_weight_is_no_other_evaluation(monkeypatch):
     captured = []
-    monkeypatch.setattr(nst_engine.evaluation, "capture", lambda run, device: captured.append(run) or run)
+    monkeypatch.setattr(nst_engine.evaluation, "capture", lambda run, *rest: captured.append(run) or run)
     image = torch.zeros(1, 3, 2, 2)
     objective = Objective(
         lambda part, tile: [part.sum()], lambda sums, weights: (weights * sums[0]).sum()[None], whole(image)
@@ -116,8 +116,8 @@ class FakeCuda:
         }.items():
             monkeypatch.setattr(torch.cuda, name, stand_in)
 
-    def capture(self, run, device=GPU):
-        return capture(self.noted(run), device)
+    def capture(self, run, device=GPU, tolerance=1e-3):
+        return capture(self.noted(run), device, tolerance)
 
 
 @pytest.fixture
@@ -176,6 +176,17 @@ def test_a_replay_is_trusted_only_if_it_is_what_it_repeats(wrong_by, trusted, cu
     assert cuda.said == ["replay" if trusted else "run"]
     warned = [str(warning.message).count("first replay differs from") for warning in recwarn]
     assert warned == ([] if trusted else [1])
+
+
+def test_a_replay_may_be_off_by_the_rounding_of_its_precision(vgg, content, cuda, monkeypatch):
+    cuda.wrong_by, tolerances = (0.0, 0.03), []
+    assert cuda.capture(lambda: (torch.ones(2), torch.ones(2)), tolerance=0.05).reads
+    monkeypatch.setattr(nst_engine.evaluation, "capture", lambda run, device, tolerance: tolerances.append(tolerance))
+    for precision in ("float32", "bfloat16"):
+        shape = tuple(content.shape[-2:])
+        task = Task(content, None, ("conv1_1",))
+        Preparation(vgg, torch.device("cpu"), precision).evaluation(task, shape, shape, precision)
+    assert tolerances == [1e-3, 0.05]
 
 
 def test_too_little_memory_while_capturing_is_not_hidden(cuda):

@@ -139,7 +139,7 @@ OTHERS = {
     "a curvature pair is counted as one vector": ("nst_engine/preparation.py", "VECTORS, PAIR = 240, 24", "VECTORS, PAIR = 240, 12"),
     "runs from a picture begin at 128 pixels, not 512": ("nst_engine/preparation.py", "BROAD = 512", "BROAD = 128"),
     "the content's stored feature maps take no memory from the tiles": ("nst_engine/preparation.py", "tiles_of(network, shape, room - values * store)", "tiles_of(network, shape, room)"),
-    "each band of 64 rows of frequencies has a curvature scale of its own": ("nst_engine/prior.py", "curvature(rows) / (weight * largest)", "curvature(rows) / (weight * torch.linalg.eigvalsh(curvature(rows)).max())"),
+    "each band of rows of frequencies has a curvature scale of its own": ("nst_engine/prior.py", "curvature(rows) / (weight * largest)", "curvature(rows) / (weight * torch.linalg.eigvalsh(curvature(rows)).max())"),
     "a run ends at progress of 2 %, not of 0.5 %": ("nst_engine/stopping.py", "FINE = 0.005", "FINE = 0.02"),
     "eleven whole large pictures stay in memory": ("nst_engine/stopping.py", "image[..., ::step, ::step].clone() if step > 1", "image[..., ::step, ::step] if step > 1"),
     "one tile's graph more is kept than there is memory for": ("nst_engine/tiles.py", "remember = len(kept) < objective.kept", "remember = len(kept) <= objective.kept"),
