@@ -150,6 +150,9 @@ OTHERS = {
     "a terminated run is not saved": ("tools/stylise.py", "signal.signal(signal.SIGTERM, signal.default_int_handler)", "signal.signal(signal.SIGINT, signal.default_int_handler)"),
     "the bar counts a pixel once for each colour": ("tools/stylise.py", "min(image[0, 0].numel() / 1e6, work - bar.n)", "min(image.numel() / 1e6, work - bar.n)"),
     "the colour profile of a CMYK picture is left aside": ("nst_engine/pictures.py", 'picture.mode in ("L", "CMYK")', 'picture.mode in ("L",)'),
+    "a start is as strong as a style's detail": ("nst_engine/prior.py", "deviation=0.05", "deviation=0.1"),
+    "a style's detail is as faint as a start": ("nst_engine/prior.py", "deviation=0.1)", "deviation=0.05)"),
+    "a replay in bfloat16 is compared as one in float32": ("nst_engine/evaluation.py", "REPLAY[precision]", 'REPLAY["float32"]'),
 }  # fmt: skip
 BREAKS = FORMULAS | OTHERS
 
