@@ -68,7 +68,7 @@ def descend(image, scales, precisions, enlarge, evaluate_at, curvature_at, evalu
 def work(scale, curvature, evaluate_at, image, precision):
     """Yield (picture, `Step`, flat gradient) of the best picture so far after each evaluation."""
     run = projected_lbfgs(evaluate_at(scale, precision), image.flatten(), curvature, ROUNDING[precision])
-    return best_so_far((x.view_as(image), Step(scale, precision, *losses), gradient) for x, losses, gradient in run)
+    return best_so_far((x.view(1, 3, *scale), Step(scale, precision, *losses), gradient) for x, losses, gradient in run)
 
 
 def refine(image, precisions, begin, precondition):

@@ -72,6 +72,13 @@ class InverseCurvature:
         return gamma * start + torch.from_numpy(weights.ravel()).to(vector.dtype).to(vector.device) @ self.pairs
 
 
+def step_from(x, gradient, curvature):
+    """The step, in which pixels at 0 or 1 that the gradient pushes outward stay; None if nothing is downhill."""
+    free = ~(((x <= 0) & (gradient > 0)) | ((x >= 1) & (gradient < 0)))
+    downhill = -gradient * free
+    return curvature.times(downhill) * free if downhill.any() else None
+
+
 def projected_lbfgs(evaluate, x, curvature, rounding=0.0):
     """Minimise over flat pictures with values in [0, 1]; yield (x, losses, gradient) after each evaluation.
 
@@ -86,11 +93,9 @@ def projected_lbfgs(evaluate, x, curvature, rounding=0.0):
         raise ValueError(f"the loss of the first picture is {losses[0]}: use smaller weights")
     yield x, losses, gradient
     while True:
-        free = ~(((x <= 0) & (gradient > 0)) | ((x >= 1) & (gradient < 0)))
-        downhill = -gradient * free
-        if not downhill.any():
+        direction = step_from(x, gradient, curvature)
+        if direction is None:
             return
-        direction = curvature.times(downhill) * free
         for halvings in range(8):
             trial = (x + direction * 0.5**halvings).clamp(0, 1)
             trial_losses, trial_gradient = evaluate(trial)

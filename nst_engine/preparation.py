@@ -53,9 +53,10 @@ class Task(NamedTuple):
 # ones, which see otherwise than these, it counts alone.
 PRIOR_WEIGHTS = {1: 0.01, 2: 0.1}
 
-# Bytes for each pixel of the picture: its own, the content's, gradients, steps and preconditioner; a curvature pair.
-VECTORS, PAIR = 240, 24
-FEWEST, MOST = 3, 20  # curvature pairs
+# Bytes for each pixel of the picture: pictures, gradients, step and preconditioner while the network is evaluated; the
+# same when a step is made, with what comes and goes; a curvature pair.
+STANDING, VECTORS, PAIR = 160, 190, 24
+FEWEST, MOST = 2, 20  # curvature pairs
 
 BROAD = 512  # pixels
 
@@ -110,6 +111,8 @@ class Preparation:
             self.curvature = None  # the last scale's goes before there is another
             if math.prod(shape) > LARGE:
                 self.evaluation_of.cache_clear()
+                if len(self.tiles(task, shape)[0]) > 1:
+                    keep_freed_memory(max(2**25, 12 * math.prod(shape)))  # the tiles' feature maps, and no picture
             precondition = self.preconditioner(self.kernels, shape, weight, self.device)
             place = torch.empty(3 * math.prod(shape), device=self.device)
             self.curvature = InverseCurvature(precondition, place, self.divide_memory(shape)[0])
@@ -125,16 +128,18 @@ class Preparation:
     def divide_memory(self, shape):
         """(how many curvature pairs, how many bytes for an evaluation) at a scale."""
         pixels = math.prod(shape)
-        left = self.memory - VECTORS * pixels
-        pairs = max(FEWEST, min(MOST, int(left / 3 / (PAIR * pixels))))
-        return pairs, left - pairs * PAIR * pixels
+        pairs = max(FEWEST, min(MOST, int((self.memory - VECTORS * pixels) / 3 / (PAIR * pixels))))
+        return pairs, self.memory - (STANDING + pairs * PAIR) * pixels
+
+    def tiles(self, task, shape):
+        """(the `Tile`s of a scale, of how many the graph is kept)."""
+        return tiles_of(self.network(task, self.precisions[-1]), shape, self.divide_memory(shape)[1])
 
     def describe(self, task, shape):
         """What the memory buys at full size, in a line."""
-        pairs, room = self.divide_memory(shape)
-        tiles, kept = tiles_of(self.network(task, self.precisions[-1]), shape, room)
+        tiles, kept = self.tiles(task, shape)
         parts = "whole" if len(tiles) == 1 else f"in {len(tiles)} tiles, the graphs of {min(kept, len(tiles))} kept"
-        return f"{shape[1]} x {shape[0]} pixels {parts}, {pairs} curvature pairs"
+        return f"{shape[1]} x {shape[0]} pixels {parts}, {self.divide_memory(shape)[0]} curvature pairs"
 
     @functools.cached_property
     def kernels(self):

@@ -87,18 +87,14 @@ def spectral_preconditioner(kernels, shape, weight, device):
         return torch.einsum("ijab,ha,wb->hwij", overlaps, rows, columns)
 
     largest = max(torch.linalg.eigvalsh(curvature(rows)).max() for rows, _ in bands)
-    filters = torch.cat(
-        [
-            torch.linalg.inv(curvature(rows) / (weight * largest) + squares * inverse).permute(2, 3, 0, 1)
-            for rows, squares in bands
-        ],
-        dim=2,
-    )
+    filters = torch.empty(3, 3, *squares.shape[:2], dtype=torch.complex64, device=here)
+    for place, (rows, squares) in zip(filters.split(few, dim=2), bands):
+        matrices = curvature(rows) / (weight * largest) + squares * inverse
+        place.copy_(torch.linalg.inv(matrices).permute(2, 3, 0, 1))
 
     def precondition(gradient):
         spectrum = torch.fft.rfft2(F.pad(gradient.to(here).view(3, *shape), (margin,) * 4))
-        step = torch.stack([(row * spectrum).sum(0) for row in filters])
-        step = torch.fft.irfft2(step, s=padded)
-        return step[:, margin:-margin, margin:-margin].flatten().to(device)
+        step = [torch.fft.irfft2((row * spectrum).sum(0), s=padded) for row in filters]
+        return torch.stack([colour[margin:-margin, margin:-margin] for colour in step]).flatten().to(device)
 
     return precondition

@@ -58,7 +58,18 @@ def test_a_budget_is_of_the_whole_process(refuses, settings, content):
         memory_to_use(CPU, 0.01)
     with refuses(ValueError, "memory is 0.01: so many GiB are too few, as"):
         reconstruct_content(content, memory=0.01, **settings)
-    assert memory_to_use(CPU, 1000) / 0.8 + used_memory(CPU) == pytest.approx(1000 * 2**30, rel=1e-3)
+    assert memory_to_use(CPU, 1000) / 0.9 + used_memory(CPU) == pytest.approx(1000 * 2**30, rel=1e-3)
+
+
+@pytest.mark.parametrize("free, expected", [(1e4, [()]), (2e3, [(), (2**25,)])])
+def test_in_tiles_no_block_as_large_as_a_picture_is_kept(free, expected, settings, content, monkeypatch):
+    """Or as 32 MiB, which this picture has not. free: bytes for each pixel, of which `conv1_2` takes 2253."""
+    asked = []
+    monkeypatch.setattr(preparation, "keep_freed_memory", lambda *largest: asked.append(largest))
+    monkeypatch.setattr(preparation, "memory_to_use", lambda device, memory: free * content[0, 0].numel())
+    monkeypatch.setattr(preparation, "LARGE", 0)
+    reconstruct_content(content, evaluations=1, coarse_to_fine=False, **settings)
+    assert asked == expected
 
 
 def test_processes_share_what_is_free(monkeypatch):

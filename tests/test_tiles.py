@@ -11,7 +11,7 @@ from nst_engine.evaluation import Objective
 from nst_engine.layers import deepest
 from nst_engine.network import cut_network, margin_and_step
 from nst_engine.optimiser import InverseCurvature
-from nst_engine.preparation import FEWEST, MOST, PAIR, VECTORS, Preparation, Task, gram_matrices, objective_of
+from nst_engine.preparation import FEWEST, MOST, PAIR, STANDING, VECTORS, Preparation, Task, gram_matrices, objective_of
 from nst_engine.tiles import cut, loss_and_gradient_of, plan_tiles, sum_tiles
 from nst_utils import FIRST_FIVE, IMAGES, load_image, load_vgg19, transfer_style
 
@@ -132,9 +132,9 @@ def test_memory_decides_on_the_tiles():
         return len(planned), kept, max(height, width)
 
     assert plan(6e9) == (1, 1, 3000)
-    assert plan(5.99e9)[1:] == (int(5.99e9 / (1000 * 536**2)) - 1, 500)
-    assert plan(1000 * 537**2)[1:] == (0, 500)
-    assert plan(1000 * 535**2)[1:] == (int(535**2 / 280**2) - 1, 248)
+    assert plan(5.99e9)[1:] == (int(5.99e9 / (1000 * 280**2)) - 1, 248)
+    assert plan(1000 * 281**2)[1:] == (0, 248)
+    assert plan(1000 * 279**2)[1:] == (int(279**2 / 152**2) - 1, 124)
     assert 4 <= plan(0)[2] <= 8
 
 
@@ -226,7 +226,7 @@ def test_little_memory_has_few_curvature_pairs(settings, content, style, monkeyp
     for each, expected in ((100, FEWEST), (VECTORS + 3 * 5 * PAIR, 5), (1e4, MOST)):
         prepared.memory = each * pixels
         pairs, room = prepared.divide_memory((1000, 1000))
-        assert pairs == expected and room + (pairs * PAIR + VECTORS) * pixels == each * pixels
+        assert pairs == expected and room + (pairs * PAIR + STANDING) * pixels == each * pixels
 
     class Noted(InverseCurvature):
         def __init__(self, precondition, x, memory):
