@@ -164,8 +164,8 @@ def optimise(
     512 x 1024 pixels has fewer. Coarse scales come first unless `coarse_to_fine` is False; from a picture, only those
     of 512 pixels and more. vgg: from `load_vgg19`, which is the default. precision: "float32" or "bfloat16"; by default
     bfloat16 where that is fast, and float32 from where rounding would stop it. memory: GiB that the process may take on
-    the device, by default what is free. A picture too large for it is worked on in tiles: the same losses, in up to
-    half as much time again.
+    the device, by default what is free. A picture too large for it is worked on in tiles: the same losses, in up to 1.6
+    times the time.
     progress: show a bar. callback(image, step): called after each evaluation with the best picture so far of its scale
     and precision, and the `Step`. An interrupt (the notebook's stop button) ends the run and returns that picture; no
     further run of the same cell begins. Returns a `Result`. Raises ValueError for bad input, and for a size that the

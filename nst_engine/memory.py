@@ -12,25 +12,26 @@ import torch
 from .tiles import processes
 
 
-def keep_freed_memory(largest=2**30):
+def keep_freed_memory(below=2**30):
     """Have the C library keep what an evaluation frees for the next one, up to 2 GiB (glibc, so Linux alone).
 
     Feature maps are freed and asked for again all the time. Given back to the system, each of their pages is cleared
     when it returns, which took a third of an evaluation at 512 pixels. Other threads than the main one, the panel's
-    among them, have small heaps of their own and gain little. Blocks of `largest` bytes and more do go back: among
+    among them, have small heaps of their own and gain little. Blocks of `below` bytes and more do go back: among
     smaller ones they leave gaps in which the next has no room.
     """
     if sys.platform == "linux":
         mallopt = ctypes.CDLL(None).mallopt
         # M_MMAP_THRESHOLD: from here on a block is the system's and goes back to it. Before version 2.35 refused.
-        if mallopt(-3, largest):
+        if mallopt(-3, below):
             mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: more than this, free at the end of the heap, goes back
 
 
 def memory_to_use(device, gibibytes=None):
     """How many bytes may still be asked for on `device`, so that the process has `gibibytes` in all, or what is free.
 
-    Nine tenths or four fifths of it, as what a run needs is an estimate; where processes share it, this one's part.
+    Nine tenths of what is given, four fifths of what is free, as what a run needs is an estimate; where processes share
+    what is free, this one's part.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)  # what is freed and kept is free

@@ -16,7 +16,7 @@ from .network import cut_network, features, first_kernels, map_size, margin_and_
 from .optimiser import InverseCurvature
 from .pictures import resize
 from .prior import draw_noise, enlarge, enlarge_change, spectral_preconditioner
-from .tiles import least, own_share, plan_tiles, smallest_tile, sum_tiles
+from .tiles import largest_window, least, own_share, plan_tiles, smallest_tile, sum_tiles
 
 
 class Task(NamedTuple):
@@ -55,7 +55,7 @@ PRIOR_WEIGHTS = {1: 0.01, 2: 0.1}
 
 # Bytes for each pixel of the picture: pictures, gradients, step and preconditioner while the network is evaluated; the
 # same when a step is made, with what comes and goes; a curvature pair.
-STANDING, VECTORS, PAIR = 160, 190, 24
+IN_EVALUATION, IN_STEP, PAIR = 160, 190, 24
 FEWEST, MOST = 2, 20  # curvature pairs
 
 BROAD = 512  # pixels
@@ -111,8 +111,9 @@ class Preparation:
             self.curvature = None  # the last scale's goes before there is another
             if math.prod(shape) > LARGE:
                 self.evaluation_of.cache_clear()
-                if len(self.tiles(task, shape)[0]) > 1:
-                    keep_freed_memory(max(2**25, 12 * math.prod(shape)))  # the tiles' feature maps, and no picture
+                tiles = self.tiles(task, shape)[0]
+                if len(tiles) > 1:  # the feature maps of tiles, of up to 64 float32 a pixel, but no picture
+                    keep_freed_memory(below=max(257 * largest_window(tiles), 12 * math.prod(shape)))
             precondition = self.preconditioner(self.kernels, shape, weight, self.device)
             place = torch.empty(3 * math.prod(shape), device=self.device)
             self.curvature = InverseCurvature(precondition, place, self.divide_memory(shape)[0])
@@ -122,14 +123,14 @@ class Preparation:
 
         network = self.network(task, self.precisions[-1])
         constant = memory_per_pixel(network) * smallest_tile(*margin_and_step(network))
-        with fitting(scales[-1], self.memory, VECTORS + FEWEST * PAIR, constant, self.device):
+        with fitting(scales[-1], self.memory, IN_STEP + FEWEST * PAIR, constant, self.device):
             yield from descend(image, scales, self.precisions, enlarge_to, evaluate_at, curvature_at, evaluations, done)
 
     def divide_memory(self, shape):
         """(how many curvature pairs, how many bytes for an evaluation) at a scale."""
         pixels = math.prod(shape)
-        pairs = max(FEWEST, min(MOST, int((self.memory - VECTORS * pixels) / 3 / (PAIR * pixels))))
-        return pairs, self.memory - (STANDING + pairs * PAIR) * pixels
+        pairs = max(FEWEST, min(MOST, int((self.memory - IN_STEP * pixels) / 3 / (PAIR * pixels))))
+        return pairs, self.memory - (IN_EVALUATION + pairs * PAIR) * pixels
 
     def tiles(self, task, shape):
         """(the `Tile`s of a scale, of how many the graph is kept)."""

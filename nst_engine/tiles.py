@@ -17,7 +17,9 @@ import torch.distributed as dist
 
 from .layers import stride
 
-SIDE = 256  # pixels, where there is room; a tile twice as wide costs a tenth less, and takes four times the memory
+SIDE = (
+    256  # pixels, where there is room; a tile twice as wide costs a tenth less and takes nearly four times the memory
+)
 MARGINS = 4  # but at least so many margins
 
 
@@ -76,6 +78,11 @@ def plan_tiles(shape, room, bytes_per_pixel, margin, step):
     if len(tiles) < processes():
         raise ValueError(f"a picture of {shape[0]} x {shape[1]} is too small to share out over {processes()} processes")
     return tiles, max(0, fit - 1)  # one is under way
+
+
+def largest_window(tiles):
+    """How many pixels it has."""
+    return max((bottom - top) * (right - left) for _, _, (top, bottom), (left, right) in tiles)
 
 
 def smallest_tile(margin, step):

@@ -10,7 +10,7 @@ from nst_engine import memory, preparation
 from nst_engine.memory import fitting, free_memory, keep_freed_memory, memory_to_use, used_memory
 from nst_engine.network import cut_network, memory_per_pixel
 from nst_engine.optimiser import InverseCurvature
-from nst_engine.preparation import FEWEST, PAIR, VECTORS
+from nst_engine.preparation import FEWEST, IN_STEP, PAIR
 from nst_utils import reconstruct_content
 
 CPU = torch.device("cpu")
@@ -22,7 +22,7 @@ def test_a_size_that_does_not_fit_is_refused_before_any_work_and_the_one_that_fi
     """48 pixels along the shorter side where there is memory for a tile and a third of that area."""
     network = cut_network(settings["vgg"], "conv1_2", CPU, "float32")
     tile = memory_per_pixel(network) * 5**2  # one pixel, and two to each side
-    free = tile + (VECTORS + FEWEST * PAIR) * content[0, 0].numel() / 3
+    free = tile + (IN_STEP + FEWEST * PAIR) * content[0, 0].numel() / 3
     monkeypatch.setattr(preparation, "memory_to_use", lambda device, memory: free)
     monkeypatch.setattr(preparation, "objective_of", None)  # nothing is computed
     with refuses(ValueError, "cpu has memory for about 27 pixels along the shorter side"):
@@ -58,18 +58,20 @@ def test_a_budget_is_of_the_whole_process(refuses, settings, content):
         memory_to_use(CPU, 0.01)
     with refuses(ValueError, "memory is 0.01: so many GiB are too few, as"):
         reconstruct_content(content, memory=0.01, **settings)
-    assert memory_to_use(CPU, 1000) / 0.9 + used_memory(CPU) == pytest.approx(1000 * 2**30, rel=1e-3)
+    budget = used_memory(CPU) / 2**30 + 1
+    assert memory_to_use(CPU, budget) == pytest.approx(0.9 * 2**30, rel=0.05)
 
 
-@pytest.mark.parametrize("free, expected", [(1e4, [()]), (2e3, [(), (2**25,)])])
-def test_in_tiles_no_block_as_large_as_a_picture_is_kept(free, expected, settings, content, monkeypatch):
-    """Or as 32 MiB, which this picture has not. free: bytes for each pixel, of which `conv1_2` takes 2253."""
-    asked = []
-    monkeypatch.setattr(preparation, "keep_freed_memory", lambda *largest: asked.append(largest))
-    monkeypatch.setattr(preparation, "memory_to_use", lambda device, memory: free * content[0, 0].numel())
+@pytest.mark.parametrize("free, window, expected", [(1e4, 1, []), (2e3, 0.01, [12]), (2e3, 100, [25700])])
+def test_in_tiles_no_block_as_large_as_a_picture_is_kept(free, window, expected, settings, content, monkeypatch):
+    """Nor more than a tile's largest feature map. All in bytes a pixel; `conv1_2` takes 2253, of `free` ones."""
+    pixels, asked = content[0, 0].numel(), []
+    monkeypatch.setattr(preparation, "keep_freed_memory", lambda below=None: asked.append(below))
+    monkeypatch.setattr(preparation, "memory_to_use", lambda device, memory: free * pixels)
+    monkeypatch.setattr(preparation, "largest_window", lambda tiles: window * pixels)
     monkeypatch.setattr(preparation, "LARGE", 0)
     reconstruct_content(content, evaluations=1, coarse_to_fine=False, **settings)
-    assert asked == expected
+    assert asked == [None, *(each * pixels for each in expected)]
 
 
 def test_processes_share_what_is_free(monkeypatch):

@@ -11,8 +11,18 @@ from nst_engine.evaluation import Objective
 from nst_engine.layers import deepest
 from nst_engine.network import cut_network, margin_and_step
 from nst_engine.optimiser import InverseCurvature
-from nst_engine.preparation import FEWEST, MOST, PAIR, STANDING, VECTORS, Preparation, Task, gram_matrices, objective_of
-from nst_engine.tiles import cut, loss_and_gradient_of, plan_tiles, sum_tiles
+from nst_engine.preparation import (
+    FEWEST,
+    IN_EVALUATION,
+    IN_STEP,
+    MOST,
+    PAIR,
+    Preparation,
+    Task,
+    gram_matrices,
+    objective_of,
+)
+from nst_engine.tiles import cut, largest_window, loss_and_gradient_of, plan_tiles, sum_tiles
 from nst_utils import FIRST_FIVE, IMAGES, load_image, load_vgg19, transfer_style
 
 CPU = torch.device("cpu")
@@ -125,6 +135,10 @@ def test_the_margin_is_as_far_as_the_deepest_layer_looks(vgg):
         assert margin_and_step(cut_network(vgg, layer, CPU, "float32")) == expected
 
 
+def test_the_largest_window_has_margins_on_all_sides():
+    assert largest_window(cut((100, 100), 30, 8, 4)) == (24 + 16) ** 2
+
+
 def test_memory_decides_on_the_tiles():
     def plan(room):
         planned, kept = plan_tiles((2000, 3000), room, 1000.0, 12, 4)
@@ -223,10 +237,11 @@ def test_little_memory_has_few_curvature_pairs(settings, content, style, monkeyp
     """In a run each scale has what `divide_memory` gives it, and that is no more than there is."""
     pixels, seen = 1_000_000, []
     prepared = Preparation(settings["vgg"], CPU, "float32")
-    for each, expected in ((100, FEWEST), (VECTORS + 3 * 5 * PAIR, 5), (1e4, MOST)):
+    for each, expected in ((100, FEWEST), (IN_STEP + 3 * 5 * PAIR, 5), (1e4, MOST)):
         prepared.memory = each * pixels
         pairs, room = prepared.divide_memory((1000, 1000))
-        assert pairs == expected and room + (pairs * PAIR + STANDING) * pixels == each * pixels
+        assert pairs == expected and room + (pairs * PAIR + IN_EVALUATION) * pixels == each * pixels
+        assert each < IN_STEP or (IN_STEP + pairs * PAIR) * pixels <= prepared.memory
 
     class Noted(InverseCurvature):
         def __init__(self, precondition, x, memory):

@@ -136,7 +136,7 @@ OTHERS = {
     "a refused step is cut to a tenth, not halved": ("nst_engine/optimiser.py", "direction * 0.5**halvings", "direction * 0.1**halvings"),
     "pictures are scaled down without antialiasing": ("nst_engine/pictures.py", "mode=\"bicubic\", antialias=True)", "mode=\"bicubic\", antialias=False)"),
     "in a run the style is at full size at every coarse scale": ("nst_engine/preparation.py", "self.evaluation(task, shape, scales[-1], precision)", "self.evaluation(task, shape, shape, precision)"),
-    "a curvature pair is counted as one vector": ("nst_engine/preparation.py", "VECTORS, PAIR = 160, 190, 24", "VECTORS, PAIR = 160, 190, 12"),
+    "a curvature pair is counted as one vector": ("nst_engine/preparation.py", "IN_STEP, PAIR = 160, 190, 24", "IN_STEP, PAIR = 160, 190, 12"),
     "runs from a picture begin at 128 pixels, not 512": ("nst_engine/preparation.py", "BROAD = 512", "BROAD = 128"),
     "the content's stored feature maps take no memory from the tiles": ("nst_engine/preparation.py", "tiles_of(network, shape, room - values * store)", "tiles_of(network, shape, room)"),
     "each band of rows of frequencies has a curvature scale of its own": ("nst_engine/prior.py", "curvature(rows) / (weight * largest)", "curvature(rows) / (weight * torch.linalg.eigvalsh(curvature(rows)).max())"),
@@ -152,7 +152,7 @@ OTHERS = {
     "the colour profile of a CMYK picture is left aside": ("nst_engine/pictures.py", 'picture.mode in ("L", "CMYK")', 'picture.mode in ("L",)'),
     "a start is as strong as a style's detail": ("nst_engine/prior.py", "deviation=0.05", "deviation=0.1"),
     "a style's detail is as faint as a start": ("nst_engine/prior.py", "deviation=0.1)", "deviation=0.05)"),
-    "in tiles the C library keeps whole pictures": ("nst_engine/preparation.py", "> 1:\n                    keep_freed", "> 1e9:\n                    keep_freed"),
+    "in tiles the C library keeps whole pictures": ("nst_engine/preparation.py", "if len(tiles) > 1:", "if len(tiles) > 1e9:"),
     "a replay in bfloat16 is compared as one in float32": ("nst_engine/evaluation.py", "REPLAY[precision]", 'REPLAY["float32"]'),
 }  # fmt: skip
 BREAKS = FORMULAS | OTHERS

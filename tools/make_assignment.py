@@ -19,7 +19,7 @@ from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "style-transfer"  # the assignment's, in nbgrader's folders and gradebook
-COPIED = ["nst_engine", "nst_widgets.py", "images", "requirements.txt", "pyproject.toml", "LICENSE"]
+COPIED = ["nst_engine", "nst_widgets.py", "tools/stylise.py", "images", "requirements.txt", "pyproject.toml", "LICENSE"]
 FORMULAS = ["gram_matrix", "content_loss", "style_loss", "make_objective"]
 CODE_BLANK = 'raise NotImplementedError("yours to write, in place of this line")'
 TEXT_BLANK = "*Your answer, in place of this line.*"
@@ -109,11 +109,12 @@ def write_release(course, target):
     page = handout(read_notebooks(ROOT / "notebooks"))
     done(course.generate_assignment(NAME))
     shutil.copytree(Path(course.coursedir.root) / "release" / NAME, target / "notebooks")
-    for path in (ROOT / name for name in COPIED):
-        if path.is_dir():
-            shutil.copytree(path, target / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in COPIED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            shutil.copy(path, target)
+            (target / name).parent.mkdir(exist_ok=True)
+            shutil.copy(ROOT / name, target / name)
     helper = (ROOT / "nst_utils.py").read_text(encoding="utf-8")
     (target / "nst_utils.py").write_text(with_blanks(helper, FORMULAS), encoding="utf-8")
     (target / "HANDOUT.md").write_text(page, encoding="utf-8")
