@@ -138,7 +138,7 @@ def measure_budget(megapixels, memory, evaluations, device):
 
 def table(rows, evaluations):
     lines = [
-        f"From noise: {evaluations} evaluations over all scales. The share is that of the best matrix product's rate.",
+        f"Squares from noise, {evaluations} evaluations over all scales. The share is of the best matrix product's rate.",
         "",
         "| size | precision | from noise | one evaluation | a million pixels | its convolutions alone | GFLOP "
         "| GFLOP/s: evaluation | convolutions alone | matrix product | share | peak memory |",
@@ -178,7 +178,7 @@ def plot(rows, memory):
     left, right = figure.subplots(1, 2)
     left.plot(pixels, [row["memory"] for row in rows], "o-", color="black")
     left.axhline(memory, color="C3", linestyle="--", label="budget")
-    left.set(ylabel="peak memory, GiB", ylim=(0, 1.15 * memory))
+    left.set(ylabel="peak memory, GiB", ylim=(0, 1.15 * max(memory, *(row["memory"] for row in rows))))
     left.legend(frameon=False, loc="lower right")
     right.plot(pixels, [row["evaluation"] for row in rows], "o-", color="black")
     right.set(ylabel="one evaluation, s", ylim=(0, 1.15 * max(row["evaluation"] for row in rows)))
@@ -220,7 +220,7 @@ def main():
 
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     lines = [
-        f"Style transfer of a square picture, {device.type} ({platform.machine()}, {machine}), "
+        f"Style transfer, {device.type} ({platform.machine()}, {machine}), "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}.",
         "",
     ]
