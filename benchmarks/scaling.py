@@ -138,7 +138,7 @@ def measure_budget(megapixels, memory, evaluations, device):
 
 def table(rows, evaluations):
     lines = [
-        f"Squares from noise, {evaluations} evaluations over all scales. The share is of the best matrix product's rate.",
+        f"Squares from noise, {evaluations} evaluations in all. The share is of the best matrix product's rate.",
         "",
         "| size | precision | from noise | one evaluation | a million pixels | its convolutions alone | GFLOP "
         "| GFLOP/s: evaluation | convolutions alone | matrix product | share | peak memory |",
