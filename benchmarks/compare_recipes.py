@@ -172,16 +172,21 @@ def to_the_limit(run, tolerance, end=0.0):
     return run if tolerance == FINE else until_still(run, tolerance, end)
 
 
+def load_pair(pair, size, device):
+    """The middle of the photograph, a square of `size` pixels, and the painting."""
+    content = nst.load_image(nst.IMAGES / "content" / f"{pair[0]}.jpg", size, device)
+    top, left = (content.shape[2] - size) // 2, (content.shape[3] - size) // 2
+    content = content[..., top : top + size, left : left + size].contiguous()
+    return content, nst.load_image(nst.IMAGES / "style" / f"{pair[1]}.jpg", size, device)
+
+
 def run_cell(task, pair, seed, size, limit, precisions, vgg, repeat):
     """Every recipe once on one cell of the grid: [{recipe, precision, times, losses, evaluations}], and [its pictures
     as displayed at `MOMENTS`].
     """
     content_layers, style_layers, content_weight, style_weight, start = TASKS[task]
     device = vgg.mean.device
-    content = nst.load_image(nst.IMAGES / "content" / f"{pair[0]}.jpg", size, device)
-    top, left = (content.shape[2] - size) // 2, (content.shape[3] - size) // 2
-    content = content[..., top : top + size, left : left + size].contiguous()
-    style = nst.load_image(nst.IMAGES / "style" / f"{pair[1]}.jpg", size, device)
+    content, style = load_pair(pair, size, device)
     weights = (content_layers, style_layers, content_weight, style_weight)
     noise = torch.rand(content.shape, generator=torch.Generator().manual_seed(seed)).to(device)
     judge = nst.make_objective(vgg, content, style, *weights)

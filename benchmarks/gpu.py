@@ -16,7 +16,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from compare_recipes import PAIRS, Recorder, TimeIsUp, pytorch_tutorial, time_to, to_the_limit
+from compare_recipes import PAIRS, Recorder, TimeIsUp, load_pair, pytorch_tutorial, time_to, to_the_limit
 
 import nst_utils as nst
 from nst_engine.layers import deepest
@@ -59,10 +59,7 @@ def seconds_to(run, loss):
 def measure(vgg, size, start):
     """Rows of the table for one size and start."""
     device = vgg.mean.device
-    content = nst.load_image(nst.IMAGES / "content" / f"{PAIRS[0][0]}.jpg", size, device)
-    top, left = (content.shape[2] - size) // 2, (content.shape[3] - size) // 2
-    content = content[..., top : top + size, left : left + size].contiguous()
-    style = nst.load_image(nst.IMAGES / "style" / f"{PAIRS[0][1]}.jpg", size, device)
+    content, style = load_pair(PAIRS[0], size, device)
     weights = (("conv1_2",), nst.FIRST_FIVE, 1.0, 1e4)
     judge, shape = nst.make_objective(vgg, content, style, *weights), (size, size)
     noise = torch.rand(content.shape, generator=torch.Generator().manual_seed(0)).to(device)
