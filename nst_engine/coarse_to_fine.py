@@ -54,15 +54,20 @@ def descend(image, scales, precisions, enlarge, evaluate_at, curvature_at, evalu
     for scale, most in zip(scales, most_evaluations(scales, evaluations + done)):
         if scale != scales[0]:
             image, done = enlarge(image, scale), 0
-        curvature = curvature_at(scale)
-        begin = functools.partial(work, scale, curvature, evaluate_at)
-        if scale == scales[-1]:
-            run = refine(image, precisions, begin, curvature.precondition)
-        else:
-            run = until_still(begin(image, precisions[0]), COARSE, COARSE_END)
+        run = work_at(scale, scale == scales[-1], image, precisions, evaluate_at, curvature_at)
         for image, step, _ in itertools.islice(run, max(0, min(most - done, evaluations))):
             evaluations -= 1
             yield image, step
+
+
+def work_at(scale, is_last, image, precisions, evaluate_at, curvature_at):
+    """Yield what `work` does, at one scale, until the picture stands still as far as it has to."""
+    curvature = curvature_at(scale)
+    begin = functools.partial(work, scale, curvature, evaluate_at)
+    if is_last:
+        yield from refine(image, precisions, begin, curvature.precondition)
+    else:
+        yield from until_still(begin(image, precisions[0]), COARSE, COARSE_END)
 
 
 def work(scale, curvature, evaluate_at, image, precision):

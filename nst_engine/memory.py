@@ -9,8 +9,6 @@ import sys
 import psutil
 import torch
 
-from .tiles import processes
-
 
 def keep_freed_memory(below=2**30):
     """Have the C library keep what an evaluation frees for the next one, up to 2 GiB (glibc, so Linux alone).
@@ -18,8 +16,9 @@ def keep_freed_memory(below=2**30):
     Feature maps are freed and asked for again all the time. Given back to the system, each of their pages is cleared
     when it returns, which took a third of an evaluation at 512 pixels. Other threads than the main one, the panel's
     among them, have small heaps of their own and gain little. Blocks of `below` bytes and more do go back: among
-    smaller ones they leave gaps in which the next has no room.
+    smaller ones they leave gaps in which the next has no room. What has been kept so far goes back first.
     """
+    give_back_freed_memory()
     if sys.platform == "linux":
         mallopt = ctypes.CDLL(None).mallopt
         # M_MMAP_THRESHOLD: from here on a block is the system's and goes back to it. Before version 2.35 refused.
@@ -27,14 +26,18 @@ def keep_freed_memory(below=2**30):
             mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: more than this, free at the end of the heap, goes back
 
 
-def memory_to_use(device, gibibytes=None):
+def give_back_freed_memory():
+    """Have the C library give the system what it keeps."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def memory_to_use(device, gibibytes=None, processes=1):
     """How many bytes may still be asked for on `device`, so that the process has `gibibytes` in all, or what is free.
 
-    Nine tenths of what is given, four fifths of what is free, as what a run needs is an estimate; where processes share
-    what is free, this one's part.
+    Nine tenths of what is given, four fifths of what is free, as what a run needs is an estimate; where `processes`
+    share what is free, this one's part.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # what is freed and kept is free
     if gibibytes is not None:
         used = used_memory(device)
         if gibibytes * 2**30 <= used:
@@ -42,7 +45,7 @@ def memory_to_use(device, gibibytes=None):
                 f"memory is {gibibytes}: so many GiB are too few, as {used / 2**30:.2f} are in use already"
             )
         return int(0.9 * (gibibytes * 2**30 - used))
-    return int(0.8 * free_memory(device) / (1 if device.type == "cuda" else processes()))
+    return int(0.8 * free_memory(device) / (1 if device.type == "cuda" else processes))
 
 
 def used_memory(device):

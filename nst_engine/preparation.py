@@ -16,7 +16,7 @@ from .network import cut_network, features, first_kernels, map_size, margin_and_
 from .optimiser import InverseCurvature
 from .pictures import resize
 from .prior import draw_noise, enlarge, enlarge_change, spectral_preconditioner
-from .tiles import largest_window, least, own_share, plan_tiles, smallest_tile, sum_tiles
+from .tiles import largest_window, least, own_share, plan_tiles, processes, smallest_tile, sum_tiles
 
 
 class Task(NamedTuple):
@@ -69,7 +69,7 @@ class Preparation:
 
     def __init__(self, vgg, device, precision=None, memory=None):
         keep_freed_memory()
-        self.memory, self.curvature = least(memory_to_use(device, memory), device), None
+        self.memory, self.curvature = least(memory_to_use(device, memory, processes()), device), None
         self.vgg, self.device, self.precisions = vgg, device, pick_precisions(device, precision)
         keep, keep_more = functools.lru_cache(maxsize=2), functools.lru_cache(maxsize=8)
         self.cut_network, self.evaluation_of = keep(cut_network), keep(evaluation_of)
@@ -111,9 +111,10 @@ class Preparation:
             self.curvature = None  # the last scale's goes before there is another
             if math.prod(shape) > LARGE:
                 self.evaluation_of.cache_clear()
+                self.preconditioner.cache_clear()
                 tiles = self.tiles(task, shape)[0]
-                if len(tiles) > 1:  # the feature maps of tiles, of up to 64 float32 a pixel, but no picture
-                    keep_freed_memory(below=max(257 * largest_window(tiles), 12 * math.prod(shape)))
+                if len(tiles) > 1:  # the feature maps of tiles, of up to 64 float32 a pixel
+                    keep_freed_memory(below=257 * largest_window(tiles))
             precondition = self.preconditioner(self.kernels, shape, weight, self.device)
             place = torch.empty(3 * math.prod(shape), device=self.device)
             self.curvature = InverseCurvature(precondition, place, self.divide_memory(shape)[0])

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from .layers import stride
+from .memory import give_back_freed_memory
 
 SIDE = (
     256  # pixels, where there is room; a tile twice as wide costs a tenth less and takes nearly four times the memory
@@ -50,11 +51,18 @@ class Tile(NamedTuple):
 
 
 def cut(shape, side, margin, step):
-    """The `Tile`s of a picture of `shape`: about equal, at most `side` pixels wide or high, a multiple of `step`."""
+    """The `Tile`s of a picture of `shape`, at most `side` pixels wide or high, at its borders a margin more.
+
+    `side` and `margin` are multiples of `step`. Beyond the picture there is no margin: tiles at its borders have so
+    much more of it, that all windows but the last are of one size. Then the feature maps of one fit where those of
+    another were freed.
+    """
+    more = min(margin, side // MARGINS // step * step)
 
     def spans(length):
-        count = math.ceil(length / side)
-        edges = sorted({0, length, *(length * k // count // step * step for k in range(1, count))})
+        count = max(1, math.ceil((length - 2 * more) / side))
+        part = math.ceil((length - 2 * more) / count / step) * step
+        edges = [0, *(more + k * part for k in range(1, count)), length]
         return [((a, b), (max(0, a - margin), min(length, b + margin))) for a, b in itertools.pairwise(edges)]
 
     return [
@@ -102,6 +110,9 @@ def sum_tiles(sums_of, tiles):
 def loss_and_gradient_of(objective, picture, weights):
     """(losses, gradient of the first) of an `Objective` at a picture (1, 3, H, W): the two passes."""
     kept = {}
+    # The passes and the step want blocks of other sizes: what one frees is in the others' way. Where many graphs are
+    # kept there is room, and to clear their pages anew would take longer.
+    scarce = 4 * objective.kept < len(objective.tiles)
 
     def look(tile, remember):
         part = picture[tile.window].clone().requires_grad_(remember)
@@ -116,6 +127,8 @@ def loss_and_gradient_of(objective, picture, weights):
         return sums
 
     sums = [x.requires_grad_() for x in sum_tiles(first_pass, objective.tiles)]
+    if scarce:
+        give_back_freed_memory()
     with torch.enable_grad():
         losses = objective.loss(sums, weights)
     slopes = torch.autograd.grad(losses[0], sums)
@@ -123,6 +136,8 @@ def loss_and_gradient_of(objective, picture, weights):
     for tile in own_share(objective.tiles):
         part, sums = kept.pop(tile) if tile in kept else look(tile, True)
         gradient[tile.window] += torch.autograd.grad(sums, part, slopes)[0]
+    if scarce:
+        give_back_freed_memory()
     return losses.detach(), add_up([gradient])[0]
 
 

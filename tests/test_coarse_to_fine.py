@@ -1,4 +1,6 @@
 import itertools
+import math
+import weakref
 
 import pytest
 import torch
@@ -216,6 +218,24 @@ def test_a_large_picture_to_start_from_goes_through_scales_and_keeps_its_detail(
     assert prepared.start(task, (63, 63), init)[1] == [(63, 63)]
     result = optimise(task, init=init, evaluations=24, vgg=vgg, precision="float32", progress=False)
     assert torch.equal(result.image, shown)
+
+
+def test_what_a_scale_needed_is_gone_when_the_next_begins(picture):
+    """Among it curvature pairs, which are most of a run's memory."""
+    alive, counts = weakref.WeakSet(), []
+
+    def curvature_at(shape):
+        counts.append(len(alive))
+        alive.add(curvature := InverseCurvature(lambda vector: vector, torch.zeros(3 * math.prod(shape))))
+        return curvature
+
+    def evaluate(x):
+        return [(x @ x).item()] * 3, 2 * x
+
+    scales, settings = [(4, 4), (8, 8), (16, 16)], (resize, lambda shape, precision: evaluate, curvature_at)
+    for _ in descend(picture(4, 4), scales, ("float32",), *settings, 12):
+        pass
+    assert counts == [0, 0, 0]
 
 
 def test_from_a_picture_a_scale_has_512_pixels_to_a_side_at_least(vgg, picture):

@@ -23,7 +23,7 @@ def test_a_size_that_does_not_fit_is_refused_before_any_work_and_the_one_that_fi
     network = cut_network(settings["vgg"], "conv1_2", CPU, "float32")
     tile = memory_per_pixel(network) * 5**2  # one pixel, and two to each side
     free = tile + (IN_STEP + FEWEST * PAIR) * content[0, 0].numel() / 3
-    monkeypatch.setattr(preparation, "memory_to_use", lambda device, memory: free)
+    monkeypatch.setattr(preparation, "memory_to_use", lambda device, memory, processes: free)
     monkeypatch.setattr(preparation, "objective_of", None)  # nothing is computed
     with refuses(ValueError, "cpu has memory for about 27 pixels along the shorter side"):
         reconstruct_content(content, **settings)
@@ -62,12 +62,12 @@ def test_a_budget_is_of_the_whole_process(refuses, settings, content):
     assert memory_to_use(CPU, budget) == pytest.approx(0.9 * 2**30, rel=0.05)
 
 
-@pytest.mark.parametrize("free, window, expected", [(1e4, 1, []), (2e3, 0.01, [12]), (2e3, 100, [25700])])
+@pytest.mark.parametrize("free, window, expected", [(1e4, 1, []), (2e3, 1, [257])])
 def test_in_tiles_no_block_as_large_as_a_picture_is_kept(free, window, expected, settings, content, monkeypatch):
     """Nor more than a tile's largest feature map. All in bytes a pixel; `conv1_2` takes 2253, of `free` ones."""
     pixels, asked = content[0, 0].numel(), []
     monkeypatch.setattr(preparation, "keep_freed_memory", lambda below=None: asked.append(below))
-    monkeypatch.setattr(preparation, "memory_to_use", lambda device, memory: free * pixels)
+    monkeypatch.setattr(preparation, "memory_to_use", lambda device, memory, processes: free * pixels)
     monkeypatch.setattr(preparation, "largest_window", lambda tiles: window * pixels)
     monkeypatch.setattr(preparation, "LARGE", 0)
     reconstruct_content(content, evaluations=1, coarse_to_fine=False, **settings)
@@ -76,8 +76,7 @@ def test_in_tiles_no_block_as_large_as_a_picture_is_kept(free, window, expected,
 
 def test_processes_share_what_is_free(monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda device: 1e9)
-    monkeypatch.setattr(memory, "processes", lambda: 4)
-    assert memory_to_use(CPU) == 2e8
+    assert memory_to_use(CPU, processes=4) == 2e8
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is in bytes elsewhere")

@@ -95,6 +95,15 @@ def test_nothing_outlives_a_preparation(vgg, content, monkeypatch):
         gc.enable()
 
 
+@pytest.mark.parametrize("large, kept", [(32 * 32, 1), (math.inf, 2)])
+def test_before_a_large_scale_what_coarser_ones_needed_goes(large, kept, vgg, picture, monkeypatch):
+    monkeypatch.setattr(preparation, "LARGE", large)
+    prepared, image = Preparation(vgg, CPU, "float32"), picture(64, 64)
+    list(prepared.run(Task(image, None, ("conv1_1",)), image[..., ::2, ::2], [(32, 32), (64, 64)], 4))
+    for each in (prepared.evaluation_of, prepared.preconditioner):
+        assert each.cache_info().currsize == kept
+
+
 def test_a_coarse_scale_has_content_and_style_as_much_smaller(vgg, picture, monkeypatch):
     """The content of the scale's shape; the style by the same factor, but large enough for its deepest layer."""
     sizes, objective = [], preparation.objective_of

@@ -117,16 +117,34 @@ def test_gram_matrices_of_a_large_style_are_found_in_tiles(network_to, picture, 
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("side, expected", [(2, [32, 62]), (4, [])])
+def test_what_a_pass_over_tiles_freed_goes_back_before_the_next(side, expected, picture, monkeypatch):
+    """After the first, of 32 tiles, and the second; where of a fourth of them the graphs are kept, it stays."""
+    seen, log = [], []
+
+    def statistics(part, tile):
+        seen.append(tile)
+        return [part.square().sum()]
+
+    monkeypatch.setattr(tiles, "give_back_freed_memory", lambda: log.append(len(seen)))
+    objective = Objective(statistics, lambda sums, weights: sums[0][None], cut((8, 16), side, 0, 1), 2)
+    loss_and_gradient_of(objective, picture(8, 16), torch.ones(1))
+    assert log == expected
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (16, 16), (17, 100), (255, 33), (300, 301)])
 @pytest.mark.parametrize("side, margin, step", [(16, 8, 4), (64, 12, 4), (512, 128, 16), (1, 2, 1)])
 def test_tiles_cover_each_pixel_once_and_windows_reach_a_margin_further(shape, side, margin, step):
-    covered = torch.zeros(shape)
-    for tile in cut(shape, side, margin, step):
+    covered, planned = torch.zeros(shape), cut(shape, side, margin, step)
+    for tile in planned:
         covered[slice(*tile.rows), slice(*tile.columns)] += 1
         for (first, end), (start, stop), length in zip(tile[:2], tile[2:], shape):
-            assert 0 < end - first < side + step and first % step == start % step == 0
+            assert 0 < end - first <= side + 2 * margin and first % step == start % step == 0
             assert start == max(0, first - margin) and stop == min(length, end + margin)
     assert (covered == 1).all()
+    for windows, length in zip(zip(*(tile[2:] for tile in planned)), shape):
+        lengths = {stop - start for start, stop in windows if stop < length or start == 0}
+        assert max(lengths) <= side + 2 * margin and (len(lengths) == 1 or side < 4 * margin)
 
 
 def test_the_margin_is_as_far_as_the_deepest_layer_looks(vgg):
@@ -136,7 +154,7 @@ def test_the_margin_is_as_far_as_the_deepest_layer_looks(vgg):
 
 
 def test_the_largest_window_has_margins_on_all_sides():
-    assert largest_window(cut((100, 100), 30, 8, 4)) == (24 + 16) ** 2
+    assert largest_window(cut((100, 100), 32, 8, 4)) == (28 + 16) ** 2
 
 
 def test_memory_decides_on_the_tiles():
@@ -146,9 +164,9 @@ def test_memory_decides_on_the_tiles():
         return len(planned), kept, max(height, width)
 
     assert plan(6e9) == (1, 1, 3000)
-    assert plan(5.99e9)[1:] == (int(5.99e9 / (1000 * 280**2)) - 1, 248)
-    assert plan(1000 * 281**2)[1:] == (0, 248)
-    assert plan(1000 * 279**2)[1:] == (int(279**2 / 152**2) - 1, 124)
+    assert plan(5.99e9)[1:] == (int(5.99e9 / (1000 * 280**2)) - 1, 260)
+    assert plan(1000 * 281**2)[1:] == (0, 260)
+    assert plan(1000 * 279**2)[1:] == (int(279**2 / 152**2) - 1, 136)
     assert 4 <= plan(0)[2] <= 8
 
 
@@ -168,7 +186,7 @@ class Ranks:
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_processes_share_the_tiles_and_add_up(count, monkeypatch):
-    ranks, parts = Ranks(monkeypatch, count), cut((64, 64), 16, 4, 4)
+    ranks, parts = Ranks(monkeypatch, count), cut((64, 64), 16, 0, 4)
     sums = []
     for ranks.rank in range(count):
         found = sum_tiles(lambda tile: [torch.tensor([float(tile.rows[0] * 64 + tile.columns[0])])], parts)
@@ -188,7 +206,7 @@ def test_processes_go_by_the_least_memory_that_one_of_them_has(settings, monkeyp
 
     Ranks(monkeypatch, 2)
     monkeypatch.setattr(tiles.dist, "all_reduce", all_reduce)
-    monkeypatch.setattr("nst_engine.preparation.memory_to_use", lambda device, memory: 5000)
+    monkeypatch.setattr("nst_engine.preparation.memory_to_use", lambda device, memory, processes: 5000)
     assert Preparation(settings["vgg"], CPU).memory == 3000
 
 
