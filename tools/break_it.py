@@ -89,7 +89,7 @@ OTHERS = {
     "a tile's margin counts for the content loss": ("nst_engine/losses.py", "without(maps[name] - target, outside(name))", "maps[name] - target"),
     "a tile's margin counts for the Gram matrix": ("nst_engine/losses.py", "return products(feature_map) - sum(products(feature_map[strip]) for strip in outside)", "return products(feature_map)"),
     "a tile's margin is led back from the Gram matrix": ("nst_engine/losses.py", "return without(found, ctx.outside), None", "return found, None"),
-    "tiles are seen through windows of many sizes": ("nst_engine/tiles.py", "margin + k * part for k", "length * k // count // step * step for k"),
+    "tiles are seen through windows of many sizes": ("nst_engine/tiles.py", "more + k * part for k", "length * k // count // step * step for k"),
     "the gradient of a margin is dropped": ("nst_engine/tiles.py", "gradient[tile.window] +=", "gradient[tile.window] ="),
     "a tile is divided by its own size": ("nst_engine/preparation.py", "targets, style_layers, sizes, tile.outside)", "targets, style_layers, {name: map_size(network, name, tuple(part.shape[-2:])) for name in layers}, tile.outside)"),
     "processes do not add up gradients": ("nst_engine/tiles.py", "return losses.detach(), add_up([gradient])[0]", "return losses.detach(), gradient"),
