@@ -18,9 +18,8 @@ import torch.distributed as dist
 from .layers import stride
 from .memory import give_back_freed_memory
 
-SIDE = (
-    256  # pixels, where there is room; a tile twice as wide costs a tenth less and takes nearly four times the memory
-)
+# Pixels, where there is room: a tile twice as wide costs a tenth less and takes nearly four times the memory.
+SIDE = 256
 MARGINS = 4  # but at least so many margins
 
 
