@@ -4,7 +4,7 @@ Every recipe minimises the same loss over the same network, in the same process,
 compute it as their code does, by the plain formulas of nst_utils; ours by the engine. After each evaluation the picture
 may be kept, with the time; afterwards each kept picture is clamped to [0, 1] as a viewer would see it, brought to full
 size, and its loss computed in float32. The clock includes the targets for all; for ours also the network's copy and the
-preconditioner. Writes results/NAME.json, .md and .png, and NAME_strip.png: the first transfer from noise, as displayed
+preconditioner. Writes results/NAME.json, .md and .png, and NAME_strip.jpg: the first transfer from noise, as displayed
 after some seconds, of the best rival and ours.
 """
 
@@ -419,7 +419,7 @@ def main():
             cell, pictures = run_cell(task, pair, seed, options.size, options.seconds, precisions, vgg, repeat)
             runs += cell
             if task == "transfer from noise" and pair == PAIRS[0] and repeat == seed == 0:
-                strip(cell, pictures).savefig(out / f"{options.name}_strip.png", dpi=110)
+                strip(cell, pictures).savefig(out / f"{options.name}_strip.jpg", dpi=110, pil_kwargs={"quality": 90})
             stored.write_text(json.dumps({"about": about, "runs": runs}))
             (out / f"{options.name}.md").write_text(report(runs, about))
             plot(runs).savefig(out / f"{options.name}.png", dpi=110)
