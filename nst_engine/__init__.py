@@ -1,20 +1,22 @@
-"""What `nst_utils` and `nst_widgets` stand on; it imports neither of them. A line's home follows from the file's name:
+"""What `nst_utils` and `nst_widgets` stand on; it imports neither of them. A new reader begins with run.py.
 
-layers.py          the names of VGG-19's layers
-weights.py         how weights are read: packaged, torchvision's, a file
-network.py         VGG-19 with these weights; the feature maps of a picture
-pictures.py        load, save, resize and compare pictures; the device they are on
-checks.py          what comes in: brought to one form, or refused in one sentence
-losses.py          Gram sums, squared differences, and the losses made of them: the fast forms
-prior.py           what natural pictures have in common: preconditioner, noise to start from
-tiles.py           loss and gradient of a picture in parts, which processes may share out
-evaluation.py      loss and gradient of an objective: precision, CUDA graph
-memory.py          what an evaluation needs and what the device has
-optimiser.py       projected L-BFGS
-stopping.py        when a run ends, and which of its pictures is shown
-coarse_to_fine.py  scales, and the precision that is needed: the whole way down
-preparation.py     what a run needs, by scale and precision
-figures.py         pictures, difference maps and loss curves, drawn
+run.py          the run: the one owner of task, scales, image, precision, curvature and counters
+objective.py    what a run minimises: a task, and its objective made of network, targets and losses
+losses.py       the losses in two parts: statistics of feature maps, losses from statistics
+optimiser.py    projected L-BFGS
+convergence.py  the stopping rule
+scales.py       coarse to fine: the scales, and how many evaluations each has
+prior.py        what natural images have in common: preconditioner, noise to start from
+tiles.py        loss and gradient of an image tile by tile; ranks may share the tiles
+evaluation.py   in which precision, and as a CUDA graph
+memory.py       what a run needs and what the device has
+network.py      VGG-19 with its weights; the feature maps of an image
+weights.py      how weights are read: packaged, torchvision's, a file
+layers.py       the names of VGG-19's layers
+images.py       load, save, resize and compare images; the device they are on
+checks.py       arguments: brought to one form, or refused in one sentence
+modes.py        torch's global modes, put aside while the engine computes
+figures.py      images, difference maps and loss curves, drawn
 
 Papers in brackets are named in `nst_utils` or at the top of the file that has them.
 """

@@ -1,18 +1,20 @@
-"""The doors: what comes in is brought to one form, or refused in one sentence with the value and what is allowed."""
+"""Arguments: brought to one form, or refused in one sentence that names the value and what is allowed."""
 
 import math
 import numbers
 import operator
+from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 from .layers import as_names, layer_name
 
 LARGEST_WEIGHT = 1e12  # squares of the gradient must stay within float32
 
 
-def as_picture(image, name):
-    """`image` in float32. Raise ValueError unless it is a picture: (1, 3, H, W), floating point, values in [0, 1]."""
+def as_image(image, name: str) -> Tensor:
+    """`image` in float32, without a graph. Raises ValueError unless it is (1, 3, H, W), floating, in [0, 1]."""
     if not (
         torch.is_tensor(image)
         and image.dim() == 4
@@ -21,20 +23,22 @@ def as_picture(image, name):
         and image.numel()
     ):
         found = f"{tuple(image.shape)} {image.dtype}" if torch.is_tensor(image) else type(image).__name__
-        raise ValueError(f"{name} is {found}: a picture is a float tensor (1, 3, H, W), as load_image gives it")
+        raise ValueError(f"{name} is {found}: an image is a float tensor (1, 3, H, W), as load_image gives it")
     if not ((image >= 0) & (image <= 1)).all():
-        raise ValueError(f"{name} has values outside [0, 1] or not finite: a picture holds RGB in [0, 1]")
+        raise ValueError(f"{name} has values outside [0, 1] or not finite: an image holds RGB in [0, 1]")
+    if image.requires_grad or image.is_inference():
+        image = image.detach().clone()
     return image.float()
 
 
-def check_feature_map(feature_map):
-    """Raise ValueError unless it is a feature map of one picture: (1, C, h, w)."""
+def check_feature_map(feature_map: Tensor) -> None:
+    """Raise ValueError unless it is a feature map of one image: (1, C, h, w)."""
     if feature_map.dim() != 4 or len(feature_map) != 1:
-        raise ValueError(f"the feature map is {tuple(feature_map.shape)}: one picture's is (1, C, h, w)")
+        raise ValueError(f"the feature map is {tuple(feature_map.shape)}: one image's is (1, C, h, w)")
 
 
-def as_whole(value, name, unit=""):
-    """A whole number, 1 or more, of whatever library -> int."""
+def as_whole(value, name: str, unit: str = "") -> int:
+    """A whole number, 1 or more, of any library, as an int."""
     try:
         number = 0 if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -44,7 +48,8 @@ def as_whole(value, name, unit=""):
     return number
 
 
-def as_shape(shape):
+def as_shape(shape) -> tuple[int, int]:
+    """A pair of whole numbers, 1 or more, as (height, width)."""
     try:
         height, width = shape
         return as_whole(height, "height"), as_whole(width, "width")
@@ -54,30 +59,30 @@ def as_shape(shape):
         ) from error
 
 
-def as_number(value):
-    """A number of whatever library -> float; nan for what is none."""
+def as_number(value) -> float:
+    """A number of any library as a float; nan for anything else."""
     scalar = isinstance(value, numbers.Real) or (torch.is_tensor(value) and value.dim() == 0 and value.isreal())
     return float(value) if scalar else math.nan
 
 
-def as_positive(value, name, unit=""):
-    """A number of whatever library, above 0 -> float."""
+def as_positive(value, name: str, unit: str = "") -> float:
+    """A number of any library, above 0, as a float."""
     number = as_number(value)
     if not 0 < number < math.inf:
         raise ValueError(f"{name} is {value!r}: it must be a finite number{unit} above 0")
     return number
 
 
-def as_weight(value, name):
-    """A number of whatever library, 0 to 1e12 -> float."""
+def as_weight(value, name: str) -> float:
+    """A number of any library, 0 to 1e12, as a float."""
     number = as_number(value)
     if not 0 <= number <= LARGEST_WEIGHT:
         raise ValueError(f"{name} is {value!r}: it must be a finite number, 0 or more and at most {LARGEST_WEIGHT:.0e}")
     return number
 
 
-def as_layers(layers):
-    """A layer's name or several -> several. Raises ValueError for unknown names and for a layer that is named twice."""
+def as_layers(layers: str | Iterable[str]) -> tuple[str, ...]:
+    """One layer's name, or several, as a tuple. Raises ValueError for unknown names and for a layer named twice."""
     layers = as_names(layers)
     papers_names = [layer_name(name) for name in layers]
     for name in papers_names:
@@ -87,14 +92,12 @@ def as_layers(layers):
 
 
 def as_task(task):
-    """The `Task` with float32 pictures, and numbers as weights. Raises ValueError if it has nothing to match."""
+    """The `Task` with float32 images, and floats as weights. Raises ValueError if it has nothing to match."""
     layers = {"content": task.content_layers, "style": task.style_layers}
-    pictures = {
-        name: as_picture(getattr(task, name), name)
-        for name in layers
-        if layers[name] or getattr(task, name) is not None
+    images = {
+        name: as_image(getattr(task, name), name) for name in layers if layers[name] or getattr(task, name) is not None
     }
-    devices = {str(image.device) for image in pictures.values()}
+    devices = {str(image.device) for image in images.values()}
     if len(devices) > 1:
         raise ValueError(
             f"content is on {task.content.device} and style on {task.style.device}: bring both to one device"
@@ -103,7 +106,7 @@ def as_task(task):
         name: as_weight(task.style_layers[name], f"weight of {name}") for name in as_layers(task.style_layers)
     }
     checked = task._replace(
-        **pictures,
+        **images,
         content_layers=as_layers(task.content_layers),
         style_layers=style_layers,
         content_weight=as_weight(task.content_weight, "content_weight"),
@@ -119,14 +122,14 @@ def as_task(task):
     return checked
 
 
-def as_start(init, seed, task):
-    """(picture to start from, or None for noise; the noise's seed) of the options `init` and `seed`."""
+def as_start(init, seed, task) -> tuple[Tensor | None, int]:
+    """(the image to start from, or None for noise; the seed) from the options `init` and `seed`."""
     starts = {"noise": None} if task.content is None else {"noise": None, "content": task.content}
     if isinstance(init, str) and init not in starts:
-        raise ValueError(f"unknown init {init!r}: use {' or '.join(map(repr, starts))} or a picture to start from")
+        raise ValueError(f"unknown init {init!r}: use {' or '.join(map(repr, starts))} or an image to start from")
     try:
         seed = operator.index(seed)
         torch.Generator().manual_seed(seed)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"seed is {seed!r}: it must be a whole number of at most 64 bits") from error
-    return (starts[init] if isinstance(init, str) else as_picture(init, "init")), seed
+    return (starts[init] if isinstance(init, str) else as_image(init, "init")), seed

@@ -1,4 +1,4 @@
-"""Pictures, single maps and loss curves, drawn."""
+"""Images, single maps and loss curves, drawn."""
 
 import base64
 import io
@@ -6,7 +6,7 @@ import io
 from IPython.display import publish_display_data
 from matplotlib.figure import Figure
 
-from .pictures import to_pil
+from .images import to_pil
 
 
 def show_images(images, titles=None, columns=None, width=2.6):

@@ -1,4 +1,4 @@
-"""The names of VGG-19's layers [VGG]: conv1_1, relu1_1, conv1_2, ..., relu5_4, as the papers have them."""
+"""The names of VGG-19's layers [VGG], as the papers write them: conv1_1, relu1_1, conv1_2, ..., conv5_4, relu5_4."""
 
 from collections.abc import Iterable
 
@@ -8,10 +8,10 @@ LAYERS = tuple(name for pair in zip(CONVOLUTIONS, RELUS) for name in pair)  # in
 FIRST_FIVE = CONVOLUTIONS[:5]  # conv1_1, conv1_2, conv2_1, conv2_2, conv3_1
 
 
-def layer_name(name):
-    """The papers' name of a layer: `conv3_1` stays, the assignment's `conv_5` becomes `conv3_1`.
+def layer_name(name: str) -> str:
+    """The papers' name of a layer: `conv3_1` is returned as it is, the assignment's `conv_5` as `conv3_1`.
 
-    Raises ValueError for a name that VGG-19 does not have.
+    Raises ValueError for a layer that VGG-19 does not have.
     """
     counted = {f"conv_{k}": conv for k, conv in enumerate(CONVOLUTIONS, 1)}
     if name not in (*LAYERS, *counted):
@@ -19,21 +19,21 @@ def layer_name(name):
     return counted.get(name, name)
 
 
-def as_names(layers):
-    """A layer's name or several -> several."""
+def as_names(layers: str | Iterable[str]) -> tuple[str, ...]:
+    """One layer's name, or several, as a tuple."""
     return tuple(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else (layers,)
 
 
-def block(name):
+def block(name: str) -> int:
     """The block of a layer, 1 to 5."""
     return int(layer_name(name)[4])
 
 
-def stride(name):
-    """How many pixels of the picture, along a side, there are to one position of a layer: 1, 2, 4, 8 or 16."""
+def stride(name: str) -> int:
+    """The distance in image pixels between neighbouring positions of a layer's feature map: 1, 2, 4, 8 or 16."""
     return 2 ** (block(name) - 1)
 
 
-def deepest(layers):
-    """The papers' name of the last one of `layers` in the network."""
+def deepest(layers: Iterable[str]) -> str:
+    """The papers' name of whichever of `layers` comes last in the network."""
     return max(map(layer_name, layers), key=LAYERS.index)

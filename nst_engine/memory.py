@@ -1,54 +1,65 @@
-"""Memory: what an evaluation needs, what the device has, and that freed memory is kept for the next one."""
+"""Memory: what a run needs, what the device has, and that freed memory is kept for the next evaluation."""
 
 import contextlib
 import ctypes
 import math
 import re
 import sys
+from collections.abc import Iterator
 
 import psutil
 import torch
 
+# Bytes per pixel of the image: images, gradients, direction and preconditioner during an evaluation; the same during
+# an update of the optimiser, with its temporaries; one correction pair.
+IN_EVALUATION, IN_UPDATE, PAIR = 160, 190, 24
+FEWEST, MOST = 2, 20  # correction pairs
 
-def keep_freed_memory(below=2**30):
+
+def divide_budget(budget_bytes: float, shape: tuple[int, int]) -> tuple[int, float]:
+    """(history size, bytes for an evaluation) for images of `shape`."""
+    pixels = math.prod(shape)
+    pairs = max(FEWEST, min(MOST, int((budget_bytes - IN_UPDATE * pixels) / 3 / (PAIR * pixels))))
+    return pairs, budget_bytes - (IN_EVALUATION + pairs * PAIR) * pixels
+
+
+def keep_freed_memory(below: int = 2**30) -> None:
     """Have the C library keep what an evaluation frees for the next one, up to 2 GiB (glibc, so Linux alone).
 
-    Feature maps are freed and asked for again all the time. Given back to the system, each of their pages is cleared
-    when it returns, which took a third of an evaluation at 512 pixels. Other threads than the main one, the panel's
-    among them, have small heaps of their own and gain little. Blocks of `below` bytes and more do go back: among
-    smaller ones they leave gaps in which the next has no room. What has been kept so far goes back first.
+    Feature maps are freed and allocated all the time. Returned to the system, each of their pages is cleared before it
+    comes back, which took a third of an evaluation at 512 pixels. Threads other than the main one, the panel's among
+    them, have small heaps of their own and gain little. Blocks of `below` bytes and more are returned: among smaller
+    ones they leave gaps in which the next does not fit. What has been kept so far is returned first.
     """
-    give_back_freed_memory()
+    release_freed_memory()
     if sys.platform == "linux":
         mallopt = ctypes.CDLL(None).mallopt
-        # M_MMAP_THRESHOLD: from here on a block is the system's and goes back to it. Before version 2.35 refused.
+        # M_MMAP_THRESHOLD: a block of this size or more is returned when freed. Refused before version 2.35.
         if mallopt(-3, below):
-            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: more than this, free at the end of the heap, goes back
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: more than this, free at the end of the heap, is returned
 
 
-def give_back_freed_memory():
-    """Have the C library give the system what it keeps."""
+def release_freed_memory() -> None:
+    """Have the C library return to the system what it keeps."""
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def memory_to_use(device, gibibytes=None, processes=1):
-    """How many bytes may still be asked for on `device`, so that the process has `gibibytes` in all, or what is free.
+def budget_of(device: torch.device, memory: float | None = None, processes: int = 1) -> int:
+    """How many bytes a run may allocate on `device`, so that the process has `memory` GiB in all, or what is free.
 
-    Nine tenths of what is given, four fifths of what is free, as what a run needs is an estimate; where `processes`
-    share what is free, this one's part.
+    Nine tenths of what is given, four fifths of what is free, since what a run needs is an estimate; where `processes`
+    share what is free, this one's part. Raises ValueError if that much is in use already.
     """
-    if gibibytes is not None:
+    if memory is not None:
         used = used_memory(device)
-        if gibibytes * 2**30 <= used:
-            raise ValueError(
-                f"memory is {gibibytes}: so many GiB are too few, as {used / 2**30:.2f} are in use already"
-            )
-        return int(0.9 * (gibibytes * 2**30 - used))
+        if memory * 2**30 <= used:
+            raise ValueError(f"memory is {memory}: that is too few GiB, since {used / 2**30:.2f} are in use already")
+        return int(0.9 * (memory * 2**30 - used))
     return int(0.8 * free_memory(device) / (1 if device.type == "cuda" else processes))
 
 
-def used_memory(device):
+def used_memory(device: torch.device) -> int:
     """How many bytes this process has on `device`."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
@@ -57,38 +68,42 @@ def used_memory(device):
     return psutil.Process().memory_info().rss
 
 
-def free_memory(device):
-    """How many bytes may still be asked for on `device`."""
+def free_memory(device: torch.device) -> int:
+    """How many bytes may still be allocated on `device`."""
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     return psutil.virtual_memory().available
 
 
 @contextlib.contextmanager
-def fitting(shape, free, bytes_per_pixel, constant, device):
+def fitting(shape: tuple[int, int], budget_bytes: float, constant: float, device: torch.device) -> Iterator[None]:
     """Turn too little memory into a ValueError that names the size that fits: before work begins where it is foreseen,
     and where it is not, when the device refuses.
 
-    free: bytes; so many are needed for each pixel of a picture of `shape`, and `constant` ones besides.
+    An image of `shape` needs at least so many bytes per pixel as an update with the fewest pairs, and `constant` bytes
+    for the smallest tile.
     """
     height, width = shape
-    share = (free - constant) / (bytes_per_pixel * height * width)
+    per_pixel = IN_UPDATE + FEWEST * PAIR
+    share = (budget_bytes - constant) / (per_pixel * height * width)
 
     def advice(share):
-        """share: of what was asked for that may be asked for."""
+        """share: of what is needed that is there."""
         return f"{device} has memory for about {int(min(shape) * math.sqrt(share))} pixels along the shorter side"
 
     if share <= 0:
-        raise ValueError(f"{free / 2**20:.1f} MiB of memory are too few: {constant / 2**20:.1f} are the least")
+        raise ValueError(
+            f"{budget_bytes / 2**20:.1f} MiB of memory is too little: the least is {constant / 2**20:.1f} MiB"
+        )
     if share < 1:
-        needed = bytes_per_pixel * height * width + constant
-        raise ValueError(f"a picture of {height} x {width} needs about {needed / 2**30:.1f} GiB: {advice(share)}")
+        needed = per_pixel * height * width + constant
+        raise ValueError(f"an image of {height} x {width} needs about {needed / 2**30:.1f} GiB: {advice(share)}")
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError on CUDA, which is one too, and no class of its own elsewhere
         if not re.search("out of memory|allocate memory", str(error)):
             raise
-        raise ValueError(f"out of memory for a picture of {height} x {width}: {advice(min(share, 0.5))}") from error
+        raise ValueError(f"out of memory for an image of {height} x {width}: {advice(min(share, 0.5))}") from error

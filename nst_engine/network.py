@@ -1,59 +1,60 @@
-"""VGG-19 [VGG], frozen: built under the papers' names, cut, and asked for the feature maps of a picture."""
+"""VGG-19 [VGG], frozen: built under the papers' names, cut, and asked for the feature maps of an image."""
 
 import copy
 import functools
 import math
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 
+from .images import pick_device
 from .layers import as_names, layer_name, stride
-from .pictures import pick_device
+from .modes import default_modes
 from .weights import convolutions_of, read_weights
 
 
-def load_vgg19(weights="oxford", device=None):
-    """The convolutional part of VGG-19 [VGG], frozen, for pictures in [0, 1].
+@default_modes()
+def load_vgg19(weights: str | Path = "oxford", device: str | torch.device | None = None) -> nn.Sequential:
+    """The convolutional part of VGG-19 [VGG], frozen, for images in [0, 1].
 
-    weights: "oxford" (the authors' own, from a package, no download), "torchvision" (downloaded once)
-    or the path of a weight file in either format. The network is an nn.Sequential of conv1_1, relu1_1,
-    ..., pool5 with a buffer `mean`, the colour to subtract from a picture; `features` does that.
-    Raises FileNotFoundError if the weights cannot be had, ValueError if they are not VGG-19's.
-    On NVIDIA's GPUs float32 is what it says from then on, and not TF32, which has the precision of float16.
+    weights: "oxford" (the authors' own, from a package, no download), "torchvision" (downloaded once) or the path of a
+    weight file in either format. The network is an nn.Sequential of conv1_1, relu1_1, ..., pool5 with a buffer `mean`,
+    the colour to subtract from an image; `features` does that. Each call gives a network of its own. Raises
+    FileNotFoundError if the weights cannot be had, ValueError if they are not VGG-19's.
     """
-    device = pick_device(device)
-    if device.type == "cuda":
-        torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "ieee"
     path = Path(weights)
     written = path.stat().st_mtime_ns if path.is_file() else None  # a file that has changed is read again
-    return _load_vgg19(str(weights), device, written)
+    return build_vgg19(*_read(str(weights), written)).to(pick_device(device))
 
 
 @functools.lru_cache(maxsize=4)
-def _load_vgg19(weights, device, written=None):
-    state = read_weights(weights)
+def _read(weights, written=None):
+    """({convolution: (weight, bias)}, mean) of the weights, which are read and checked once."""
     try:
-        vgg = build_vgg19(*convolutions_of(state))
+        convolutions, mean = convolutions_of(read_weights(weights))
+        vgg = build_vgg19(convolutions, mean)
     except (KeyError, RuntimeError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(
             f"the weights {weights!r} are not those of VGG-19 in Oxford's or torchvision's format"
         ) from error
     if not all(parameter.isfinite().all() and parameter.any() for parameter in vgg.parameters()):
-        raise ValueError(f"the weights {weights!r} are damaged: some are not finite, or a layer has zeros alone")
-    return vgg.to(device)
+        raise ValueError(f"the weights {weights!r} are damaged: some are not finite, or a layer is all zeros")
+    return convolutions, mean
 
 
-def build_vgg19(convolutions, mean):
-    """torchvision's VGG-19 layers under the papers' names, with these weights.
+def build_vgg19(convolutions: dict, mean: Tensor) -> nn.Sequential:
+    """torchvision's VGG-19 layers under the papers' names, with copies of these weights.
 
     convolutions: {name: (weight (O, I, 3, 3), bias (O,))}; mean: RGB in [0, 1], three numbers.
     """
     names, block, i = [], 1, 1
-    modules = make_layers(cfgs["E"], batch_norm=False)
+    with torch.device("meta"):  # without memory or initial values, which the weights replace
+        modules = make_layers(cfgs["E"], batch_norm=False)
     for module in modules:
         if isinstance(module, nn.Conv2d):
             names.append(f"conv{block}_{i}")
@@ -66,19 +67,22 @@ def build_vgg19(convolutions, mean):
             block, i = block + 1, 1
     vgg = nn.Sequential(OrderedDict(zip(names, modules)))
     weights = {
-        f"{name}.{kind}": value for name, pair in convolutions.items() for kind, value in zip(("weight", "bias"), pair)
+        f"{name}.{kind}": value.to(torch.float32, copy=True)
+        for name, pair in convolutions.items()
+        for kind, value in zip(("weight", "bias"), pair)
     }
-    vgg.load_state_dict(weights)
-    vgg.conv1_1.padding_mode = "replicate"  # zeros, as it was trained with, draw a frame around every result
-    # Subtracted from the picture, not folded into conv1_1's bias: in bfloat16 small numbers are the finer ones.
+    vgg.load_state_dict(weights, assign=True)
+    # Unlike Gatys et al.: zeros, as it was trained with, draw a frame around every result.
+    vgg.conv1_1.padding_mode = "replicate"
+    # Subtracted from the image, not folded into conv1_1's bias: in bfloat16 small numbers are the finer ones.
     vgg.register_buffer("mean", mean.view(1, 3, 1, 1).clone())
     return vgg.eval().requires_grad_(False)
 
 
-def cut_network(vgg, last, device, precision):
+def cut_network(vgg: nn.Sequential, last: str, device: torch.device, precision: str) -> nn.Sequential:
     """A copy of `vgg` that ends with the layer `last`, on `device`, in "float32" or "bfloat16".
 
-    In memory by pixels ("channels last"), which is the faster way but on Apple's GPUs.
+    In memory by pixels ("channels last"), which is faster except on Apple's GPUs.
     """
     layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
     names = [name for name, _ in vgg.named_children()]
@@ -89,21 +93,24 @@ def cut_network(vgg, last, device, precision):
     return network
 
 
-def features(vgg, image, layers):
-    """Feature maps of a picture at `layers`, a name or several: {name as given: (1, C, h, w)}.
+def features(vgg: nn.Sequential, image: Tensor, layers: str | Iterable[str]) -> dict[str, Tensor]:
+    """Feature maps of an image at `layers`, a name or several: {name as given: (1, C, h, w)}.
 
-    conv* are before, relu* after ReLU. Block b sees the picture halved b - 1 times, so a side shorter than 2^(b-1)
-    pixels is a ValueError, as is a picture on another device than the network.
+    conv* are before, relu* after ReLU. Block b sees the image halved b - 1 times, so a side shorter than 2^(b-1) pixels
+    is a ValueError, as is an image on another device than the network. On NVIDIA's GPUs float32 is from then on what
+    it says, and not TF32, which has the precision of float16.
     """
     layers = as_names(layers)
     if image.device != vgg.mean.device:
-        raise ValueError(f"the picture is on {image.device} and the network on {vgg.mean.device}: bring both to one")
+        raise ValueError(f"the image is on {image.device} and the network on {vgg.mean.device}: bring both to one")
+    if image.device.type == "cuda":
+        torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "ieee"
     papers_names = [layer_name(name) for name in layers]
     height, width = image.shape[-2:]
     for name in papers_names:
         if min(height, width) < stride(name):
             raise ValueError(
-                f"a {height}x{width} picture is too small for {name}: each side needs {stride(name)} pixels or more"
+                f"a {height}x{width} image is too small for {name}: each side needs {stride(name)} pixels or more"
             )
     first = vgg.conv1_1.weight
     x = (image - vgg.mean).to(first.dtype)
@@ -119,30 +126,27 @@ def features(vgg, image, layers):
     return {name: maps[layer_name(name)] for name in layers}
 
 
-def map_size(vgg, name, shape):
-    """C h w, how many values the feature map of a layer has for a picture of `shape` (H, W)."""
+def map_size(vgg: nn.Sequential, name: str, shape: tuple[int, int]) -> int:
+    """C h w, how many values the feature map of a layer has for an image of `shape` (H, W)."""
     convolution = vgg.get_submodule(layer_name(name).replace("relu", "conv"))
     return convolution.out_channels * (shape[0] // stride(name)) * (shape[1] // stride(name))
 
 
-def margin_and_step(network):
-    """(how many pixels beyond a part of a picture its feature maps depend on, rounded up to steps; the step).
-
-    The step is how many pixels there are to a position of the deepest layer.
-    """
-    margin, step = 0, 1
+def halo_and_stride(network: nn.Sequential) -> tuple[int, int]:
+    """(how many pixels beyond a tile its feature maps depend on, rounded up to strides; the deepest layer's stride)."""
+    halo, stride = 0, 1
     for module in network:
         if isinstance(module, nn.Conv2d):
-            margin += step
+            halo += stride
         elif isinstance(module, nn.MaxPool2d):
-            step *= 2
-    return math.ceil(margin / step) * step, step
+            stride *= 2
+    return math.ceil(halo / stride) * stride, stride
 
 
-def memory_per_pixel(network):
-    """About how many bytes of memory an evaluation takes for each pixel of the picture, forward and back.
+def memory_per_pixel(network: nn.Sequential) -> float:
+    """About how many bytes an evaluation takes per pixel of the image, forward and backward.
 
-    The outputs of convolutions and ReLUs, and as much again and a fifth for gradients, targets and curvature: measured
+    The outputs of convolutions and ReLUs, and as much again and a fifth for gradients, targets and optimiser: measured
     for the first five convolutions between 256 and 1024 pixels.
     """
     values = sum(
@@ -153,7 +157,7 @@ def memory_per_pixel(network):
     return 2.2 * values * network.conv1_1.weight.element_size()
 
 
-def first_kernels(vgg):
+def first_kernels(vgg: nn.Sequential) -> Tensor:
     """conv1_1 and conv1_2 without their ReLUs as one convolution: its kernels, (3, 64, 5, 5), on the CPU."""
     first, second = vgg.conv1_1.weight.float().cpu(), vgg.conv1_2.weight.float().cpu()
     return F.conv2d(first.transpose(0, 1), second.flip(2, 3), padding=2)

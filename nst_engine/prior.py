@@ -1,42 +1,50 @@
-"""What natural pictures have in common, as a Gaussian prior: a preconditioner, and noise to start from.
+"""What natural images have in common, as a Gaussian prior: a preconditioner, and noise to start from.
 
-The values of neighbouring pixels, and the three colours of a pixel, go together. To second order that is said by the
-covariance at each frequency f, in cycles a pixel,
+Neighbouring pixels are correlated, and so are the three colours of a pixel. To second order the covariance at each
+frequency f, in cycles per pixel, says it all:
 
     P(f) = K (0.25 / |f|)^2
 
 with K the covariance of the colours: power falls with the square of frequency, and brightness varies more than colour.
-|f| is taken as one cycle per longer side at least. What the network sees of a picture is fitted; what it leaves open is
-filled in by this prior, and not by what the layer knows.
+|f| is at least one cycle per longer side. What the network sees of an image is fitted; what it leaves open is filled in
+by this prior.
 
 [priors] Mahendran & Vedaldi 2015, Understanding Deep Image Representations by Inverting Them
 [colours] Olah, Mordvintsev & Schubert 2017, Feature Visualization
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from .pictures import resize
+from .images import resize
+from .modes import default_modes
 
-# A square root of the covariance of the colours in ImageNet, as published with [colours]; K is scaled to a largest
-# eigenvalue of 1, and has a thousandth added, for colours that hardly ever vary.
-_ROOT = torch.tensor([[0.26, 0.09, 0.02], [0.27, 0.00, -0.05], [0.27, -0.09, 0.03]])
-K = _ROOT @ _ROOT.T / torch.linalg.matrix_norm(_ROOT, 2) ** 2 + 1e-3 * torch.eye(3)
+with default_modes():
+    # A square root of the covariance of the colours in ImageNet, as published with [colours]. K is scaled to a largest
+    # eigenvalue of 1, and a thousandth is added for colours that hardly ever vary.
+    _ROOT = torch.tensor([[0.26, 0.09, 0.02], [0.27, 0.00, -0.05], [0.27, -0.09, 0.03]])
+    K = _ROOT @ _ROOT.T / torch.linalg.matrix_norm(_ROOT, 2) ** 2 + 1e-3 * torch.eye(3)
+
+# How much the prior counts against the network's curvature, by the first block in use. Deeper blocks see otherwise than
+# the first two convolutions, of which the curvature is: for them the prior counts alone.
+PRIOR_WEIGHTS = {1: 0.01, 2: 0.1}
 
 
-def relative_frequencies(shape):
+def relative_frequencies(shape: tuple[int, int]) -> Tensor:
     """|f| / 0.25 for each frequency of a real Fourier transform of `shape`: (H, W // 2 + 1)."""
     rows, columns = torch.fft.fftfreq(shape[0]), torch.fft.rfftfreq(shape[1])
     return torch.hypot(rows[:, None], columns).clamp(min=1 / max(shape)) / 0.25
 
 
-def draw_noise(shape, seed, device, deviation=0.05):
-    """A picture of the prior's noise around grey, of this standard deviation: clouds of soft colours.
+def draw_noise(shape: tuple[int, int], seed: int, device: torch.device, deviation: float = 0.05) -> Tensor:
+    """Noise of the prior around grey, of this standard deviation: clouds of soft colours, (1, 3, H, W).
 
-    Drawn on the CPU, so that a seed means the same noise on every device. A start is faint, as what a deep layer does
-    not see of it remains in the result.
+    Drawn on the CPU, so that a seed means the same noise on every device. It is faint where a run starts from it, since
+    what a deep layer does not see of it remains in the result.
     """
     white = torch.randn(3, *shape, generator=torch.Generator().manual_seed(seed))
     soft = torch.fft.irfft2(torch.fft.rfft2(white) / relative_frequencies(shape), s=shape)
@@ -44,35 +52,37 @@ def draw_noise(shape, seed, device, deviation=0.05):
     return (0.5 + deviation * noise / noise.std()).clamp(0, 1)[None].to(device)
 
 
-def enlarge(image, shape, seed):
-    """A picture scaled to a larger `shape`, with the prior's noise as the detail that it lacks.
+def enlarge(image: Tensor, shape: tuple[int, int], seed: int) -> Tensor:
+    """An image scaled to a larger `shape`, with noise of the prior as the detail that it lacks.
 
-    For a style: where a picture is smooth, the network sees nothing, and the gradient is small. Content has detail of
-    its own, in the feature maps, and noise would have to go again.
+    For a style: where an image is smooth the network sees nothing and the gradient is small. A content has detail of
+    its own in its feature maps, and the noise would have to go again.
     """
     noise = draw_noise(shape, seed, image.device, deviation=0.1)
     detail = noise - resize(resize(noise, image.shape[-2:]), shape)
     return (resize(image, shape) + detail).clamp(0, 1)
 
 
-def enlarge_change(image, init, shape):
-    """A picture scaled to a larger `shape`, with the detail of the picture `init` that it began as."""
+def enlarge_change(image: Tensor, init: Tensor, shape: tuple[int, int]) -> Tensor:
+    """An image scaled to a larger `shape`, with the detail of the image `init` that the run started from."""
     change = image - resize(init, image.shape[-2:])
     return (resize(init, shape) + F.interpolate(change, tuple(shape), mode="bicubic")).clamp(0, 1)
 
 
-def spectral_preconditioner(kernels, shape, weight, device):
-    """Return the linear function of flat gradients (3 H W,) that divides, at each frequency, by A + `weight` / P.
+def spectral_preconditioner(
+    kernels: Tensor, shape: tuple[int, int], weight: float, device: torch.device
+) -> Callable[[Tensor], Tensor]:
+    """The linear function of flat gradients (3 H W,) that divides, at each frequency, by A + `weight` / P.
 
     kernels: (3, C, 5, 5), the network's first convolutions as one, which responds to fine chroma and coarse brightness
     a thousand times less than to edges; descent is that much slower there. A, its curvature, is a Hermitian 3x3 matrix
     at each frequency, scaled to a largest eigenvalue of 1. Where the network sees, A decides, and elsewhere the prior:
-    Wiener's filter. An infinite weight leaves P alone. A margin of zeros keeps opposite borders, which are neighbours
-    to a Fourier transform, apart.
+    Wiener's filter. An infinite weight leaves P alone. Padding with zeros keeps opposite borders apart, which are
+    neighbours to a Fourier transform.
     """
-    margin = 8
+    padding = 8
     here = "cpu" if torch.device(device).type == "mps" else device  # Apple's GPUs lack some complex arithmetic
-    padded = [side + 2 * margin for side in shape]
+    padded = [side + 2 * padding for side in shape]
     overlaps = F.conv2d(kernels, kernels, padding=4).to(here, torch.complex64)  # (3, 3, 9, 9): A as a kernel
     rows, columns = (
         torch.exp(-2j * math.pi * frequencies[:, None] * torch.arange(-4, 5)).to(here)
@@ -93,8 +103,8 @@ def spectral_preconditioner(kernels, shape, weight, device):
         place.copy_(torch.linalg.inv(matrices).permute(2, 3, 0, 1))
 
     def precondition(gradient):
-        spectrum = torch.fft.rfft2(F.pad(gradient.to(here).view(3, *shape), (margin,) * 4))
-        step = [torch.fft.irfft2((row * spectrum).sum(0), s=padded) for row in filters]
-        return torch.stack([colour[margin:-margin, margin:-margin] for colour in step]).flatten().to(device)
+        spectrum = torch.fft.rfft2(F.pad(gradient.to(here).view(3, *shape), (padding,) * 4))
+        scaled = [torch.fft.irfft2((row * spectrum).sum(0), s=padded) for row in filters]
+        return torch.stack([colour[padding:-padding, padding:-padding] for colour in scaled]).flatten().to(device)
 
     return precondition

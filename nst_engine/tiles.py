@@ -1,30 +1,33 @@
-"""Loss and gradient of a picture tile by tile, where the whole does not fit in memory. It knows no network.
+"""Loss and gradient of an image tile by tile, where the whole does not fit in memory. It knows no network.
 
-The losses are made of sums over positions, and the sums of a picture's parts add up to those of the whole. A first pass
-over the tiles adds up the sums; the derivative of the loss by each sum follows; a second pass leads every tile back
-with it. That is exact but for rounding: a tile is seen through a window that reaches as far beyond it as the deepest
-layer looks, and that begins where pooling does. A picture that fits is a single tile, which is seen once.
+The losses are made of statistics, which are sums over positions, and those of the tiles add up to those of the whole
+image. A first pass over the tiles sums the statistics; the derivative of the loss by each of them follows; a second
+pass backpropagates it through every tile. That is exact but for rounding: a tile is seen through a window that adds a
+halo, as wide as the receptive field of the deepest layer reaches, and that begins where pooling does. An image that
+fits is a single tile, which is evaluated once.
 
-Tiles may be shared out over the processes of `torch.distributed`; sums and gradients are then added up over them.
+The ranks of `torch.distributed` may share the tiles; statistics and gradients are then all-reduced.
 """
 
 import itertools
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from .layers import stride
-from .memory import give_back_freed_memory
+from .memory import release_freed_memory
 
-# Pixels, where there is room: a tile twice as wide costs a tenth less and takes nearly four times the memory.
+# Pixels, where there is memory: a tile twice as wide costs a tenth less time and takes nearly four times the memory.
 SIDE = 256
-MARGINS = 4  # but at least so many margins
+HALOS = 4  # but at least so many halos
 
 
 class Tile(NamedTuple):
-    """A part of a picture, and the window through which it is seen: (first, end) of rows and of columns."""
+    """A part of an image, and its window: (first, end) of rows and of columns."""
 
     rows: tuple
     columns: tuple
@@ -33,36 +36,45 @@ class Tile(NamedTuple):
 
     @property
     def window(self):
-        """The index of the window in a picture (1, 3, H, W)."""
+        """The index of the window in an image (1, 3, H, W)."""
         return (..., slice(*self.window_rows), slice(*self.window_columns))
 
-    def outside(self, layer):
-        """The indices of the strips around the part in the feature map that a layer has for the window."""
-        step = stride(layer)
+    def halo(self, layer: str) -> list[tuple]:
+        """The indices of the strips around the tile in the feature map that a layer has for the window."""
+        spacing = stride(layer)
 
         def around(part, window):
-            before = (part[0] - window[0]) // step
-            return before, before + part[1] // step - part[0] // step, (window[1] - window[0]) // step
+            before = (part[0] - window[0]) // spacing
+            return before, before + part[1] // spacing - part[0] // spacing, (window[1] - window[0]) // spacing
 
         (top, bottom, height), (left, right, width) = map(around, self[:2], self[2:])
         strips = [(0, top, 0, width), (bottom, height, 0, width), (top, bottom, 0, left), (top, bottom, right, width)]
         return [(..., slice(a, b), slice(c, d)) for a, b, c, d in strips if a < b and c < d]
 
 
-def cut(shape, side, margin, step):
-    """The `Tile`s of a picture of `shape`, at most `side` pixels wide or high, at its borders a margin more.
+class Objective(NamedTuple):
+    """What to minimise, as two functions and the tiles that the first is called for."""
 
-    `side` and `margin` are multiples of `step`. Beyond the picture there is no margin: tiles at its borders have so
-    much more of it, that all windows but the last are of one size. Then the feature maps of one fit where those of
+    statistics: Callable  # of a `Tile`'s window of the image, (1, 3, h, w), and the tile: a list of sums over the tile
+    losses: Callable  # of the whole's statistics and a tensor of weights: a 1-D tensor; the first is minimised
+    tiles: Sequence  # of the image
+    kept: int = 1  # for how many tiles there is memory to keep the graph until the second pass
+
+
+def cut_tiles(shape: tuple[int, int], side: int, halo: int, stride: int) -> list[Tile]:
+    """The `Tile`s of an image of `shape`, at most `side` pixels wide or high, at its borders a halo more.
+
+    `side` and `halo` are multiples of `stride`. Beyond the image there is no halo: tiles at its borders have as much
+    more of the image, so that all windows but the last are of one size. Then the feature maps of one fit where those of
     another were freed.
     """
-    more = min(margin, side // MARGINS // step * step)
+    more = min(halo, side // HALOS // stride * stride)
 
     def spans(length):
         count = max(1, math.ceil((length - 2 * more) / side))
-        part = math.ceil((length - 2 * more) / count / step) * step
+        part = math.ceil((length - 2 * more) / count / stride) * stride
         edges = [0, *(more + k * part for k in range(1, count)), length]
-        return [((a, b), (max(0, a - margin), min(length, b + margin))) for a, b in itertools.pairwise(edges)]
+        return [((a, b), (max(0, a - halo), min(length, b + halo))) for a, b in itertools.pairwise(edges)]
 
     return [
         Tile(rows, columns, window_rows, window_columns)
@@ -70,100 +82,103 @@ def cut(shape, side, margin, step):
     ]
 
 
-def plan_tiles(shape, room, bytes_per_pixel, margin, step):
-    """(the `Tile`s of a picture, of how many the graph is kept for the second pass) for `room` bytes of memory.
+def plan_tiles(
+    shape: tuple[int, int], budget_bytes: float, bytes_per_pixel: float, halo: int, stride: int
+) -> tuple[list[Tile], int]:
+    """(the `Tile`s of an image, of how many the graph is kept for the second pass) within a budget of memory.
 
-    Raises ValueError if there are fewer tiles than processes.
+    Raises ValueError if there are fewer tiles than ranks.
     """
-    if bytes_per_pixel * math.prod(shape) <= room and processes() == 1:
-        return cut(shape, math.ceil(max(shape) / step) * step, margin, step), 1
-    side = 2 * max(SIDE, MARGINS * margin)
-    tiles, fit = [], 0  # how many have room
-    while side > step and (fit < 1 or len(tiles) < processes()):
+    if bytes_per_pixel * math.prod(shape) <= budget_bytes and world_size() == 1:
+        return cut_tiles(shape, math.ceil(max(shape) / stride) * stride, halo, stride), 1
+    side = 2 * max(SIDE, HALOS * halo)
+    tiles, fit = [], 0  # for how many there is memory
+    while side > stride and (fit < 1 or len(tiles) < world_size()):
         side //= 2
-        tiles, fit = cut(shape, side, margin, step), int(room / (bytes_per_pixel * (side + 2 * margin) ** 2))
-    if len(tiles) < processes():
-        raise ValueError(f"a picture of {shape[0]} x {shape[1]} is too small to share out over {processes()} processes")
+        tiles = cut_tiles(shape, side, halo, stride)
+        fit = int(budget_bytes / (bytes_per_pixel * (side + 2 * halo) ** 2))
+    if len(tiles) < world_size():
+        raise ValueError(f"an image of {shape[0]} x {shape[1]} is too small to share among {world_size()} processes")
     return tiles, max(0, fit - 1)  # one is under way
 
 
-def largest_window(tiles):
+def largest_window(tiles: Sequence[Tile]) -> int:
     """How many pixels it has."""
     return max((bottom - top) * (right - left) for _, _, (top, bottom), (left, right) in tiles)
 
 
-def smallest_tile(margin, step):
+def smallest_tile(halo: int, stride: int) -> int:
     """How many pixels the window of the smallest tile has."""
-    return (step + 2 * margin) ** 2
+    return (stride + 2 * halo) ** 2
 
 
-def sum_tiles(sums_of, tiles):
-    """The lists of sums that `sums_of` gives for each tile, added up over all tiles and processes."""
+def sum_statistics(statistics: Callable[[Tile], list[Tensor]], tiles: Sequence[Tile]) -> list[Tensor]:
+    """The statistics of each tile, summed over all tiles and ranks."""
     total = None
-    for tile in own_share(tiles):
-        sums = [x.detach().clone() for x in sums_of(tile)]
-        total = [a + b for a, b in zip(total, sums)] if total else sums
-    return add_up(total)
+    for tile in tiles_of_rank(tiles):
+        found = [x.detach().clone() for x in statistics(tile)]
+        total = [a + b for a, b in zip(total, found)] if total else found
+    return all_reduce_sum(total)
 
 
-def loss_and_gradient_of(objective, picture, weights):
-    """(losses, gradient of the first) of an `Objective` at a picture (1, 3, H, W): the two passes."""
+def losses_and_gradient(objective: Objective, image: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """(losses, gradient of the first) of an `Objective` at an image (1, 3, H, W), in the two passes."""
     kept = {}
-    # The passes and the step want blocks of other sizes: what one frees is in the others' way. Where many graphs are
-    # kept there is room, and to clear their pages anew would take longer.
+    # The passes and the optimiser want blocks of other sizes, for which what is freed leaves gaps. Where many graphs
+    # are kept there is memory to spare, and to have its pages cleared by the system again would take longer.
     scarce = 4 * objective.kept < len(objective.tiles)
 
-    def look(tile, remember):
-        part = picture[tile.window].clone().requires_grad_(remember)
-        with torch.set_grad_enabled(remember):
+    def look(tile, with_graph):
+        part = image[tile.window].clone().requires_grad_(with_graph)
+        with torch.set_grad_enabled(with_graph):
             return part, objective.statistics(part, tile)
 
     def first_pass(tile):
-        remember = len(kept) < objective.kept
-        part, sums = look(tile, remember)
-        if remember:
-            kept[tile] = part, sums
-        return sums
+        with_graph = len(kept) < objective.kept
+        part, statistics = look(tile, with_graph)
+        if with_graph:
+            kept[tile] = part, statistics
+        return statistics
 
-    sums = [x.requires_grad_() for x in sum_tiles(first_pass, objective.tiles)]
+    statistics = [x.requires_grad_() for x in sum_statistics(first_pass, objective.tiles)]
     if scarce:
-        give_back_freed_memory()
+        release_freed_memory()
     with torch.enable_grad():
-        losses = objective.loss(sums, weights)
-    slopes = torch.autograd.grad(losses[0], sums)
-    gradient = torch.zeros_like(picture)
-    for tile in own_share(objective.tiles):
-        part, sums = kept.pop(tile) if tile in kept else look(tile, True)
-        gradient[tile.window] += torch.autograd.grad(sums, part, slopes)[0]
+        losses = objective.losses(statistics, weights)
+    derivatives = torch.autograd.grad(losses[0], statistics)
+    gradient = torch.zeros_like(image)
+    for tile in tiles_of_rank(objective.tiles):
+        part, found = kept.pop(tile) if tile in kept else look(tile, True)
+        gradient[tile.window] += torch.autograd.grad(found, part, derivatives)[0]
     if scarce:
-        give_back_freed_memory()
-    return losses.detach(), add_up([gradient])[0]
+        release_freed_memory()
+    return losses.detach(), all_reduce_sum([gradient])[0]
 
 
 # --- Several processes ---------------------------------------------------------------------------
 
 
-def processes():
+def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def least(number, device):
-    """The smallest of the processes' whole numbers, which all then go by."""
-    if not dist.is_initialized():
-        return number
-    agreed = torch.tensor(number, device=device)
-    dist.all_reduce(agreed, dist.ReduceOp.MIN)
-    return agreed.item()
-
-
-def own_share(tiles):
-    """Those of the tiles that this process sees."""
+def tiles_of_rank(tiles: Sequence[Tile]) -> Sequence[Tile]:
+    """The tiles that are this rank's."""
     return tiles[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else tiles
 
 
-def add_up(tensors):
-    """The tensors, each added up over all processes, in place."""
+def all_reduce_sum(tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors, each summed over all ranks, in place."""
     if dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)
     return tensors
+
+
+def all_reduce_min(number: int, device: torch.device) -> int:
+    """The smallest of the ranks' integers."""
+    if not dist.is_initialized():
+        return number
+    reduced = torch.tensor(number, device=device)
+    dist.all_reduce(reduced, dist.ReduceOp.MIN)
+    return reduced.item()

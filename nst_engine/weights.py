@@ -19,7 +19,7 @@ OXFORD_FILE = "vgg19_weights_tf_dim_ordering_tf_kernels_notop_q.bin"
 OXFORD_SHA256 = "c34748d2a8b1ad0a651c18a3addff1b0189af7f070cdaaa0dced0db6150b6af6"
 
 
-def read_weights(weights):
+def read_weights(weights: str) -> dict:
     """The state dict behind "oxford", "torchvision" or the path of a file in either format.
 
     Raises FileNotFoundError if there is none, ValueError if it is damaged.
@@ -27,7 +27,7 @@ def read_weights(weights):
     return {"oxford": _packaged_oxford, "torchvision": _cached_torchvision}.get(weights, lambda: _read(weights))()
 
 
-def convolutions_of(state):
+def convolutions_of(state: dict) -> tuple[dict, torch.Tensor]:
     """A state dict in either format -> ({conv: (weight (O, I, 3, 3), bias (O,))}, mean (3,)) for RGB in [0, 1]."""
     return (_from_oxford if "block1_conv1_b" in state else _from_torchvision)(state)
 

@@ -1,4 +1,4 @@
-"""Pictures: float32 tensors of shape (1, 3, H, W), RGB, with values in [0, 1]."""
+"""Images: float32 tensors of shape (1, 3, H, W), RGB, with values in [0, 1]. Read, written, resized, compared."""
 
 import io
 import math
@@ -10,14 +10,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageCms, ImageOps
+from torch import Tensor
 
 from .checks import as_whole
 
 IMAGES = Path(__file__).resolve().parent.parent / "images"
 
 
-def pick_device(device=None):
-    """Return `device` as a torch.device; by default the best here: CUDA, then Apple's MPS, then CPU.
+def pick_device(device: str | torch.device | None = None) -> torch.device:
+    """`device` as a torch.device; by default the best here: CUDA, then Apple's MPS, then CPU.
 
     "cuda" becomes "cuda:0", so that a device has one name. A GPU that the installed torch cannot run is passed over
     with a warning. Raises ValueError for a device that this machine lacks.
@@ -34,7 +35,7 @@ def pick_device(device=None):
     return torch.device("cuda", torch.cuda.current_device()) if str(chosen) == "cuda" else chosen
 
 
-def can_compute(device):
+def can_compute(device: str | torch.device) -> bool:
     """Whether the installed torch computes on `device`: a GPU may be there and torch have no code for it."""
     try:
         torch.zeros(1, device=torch.device(device)).add(1).item()
@@ -47,11 +48,11 @@ def can_compute(device):
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "PPM", "JPEG2000")
 
 
-def load_image(path, size=256, device=None):
-    """Read a picture file as float32 (1, 3, H, W), RGB in [0, 1], its shorter side `size` pixels.
+def load_image(path: str | Path, size: int = 256, device: str | torch.device | None = None) -> Tensor:
+    """Read an image file as float32 (1, 3, H, W), RGB in [0, 1], its shorter side `size` pixels.
 
     Camera rotation (EXIF) is applied, every colour mode becomes RGB, colours with a profile become sRGB, transparency
-    is laid over white. Raises FileNotFoundError if there is no such file, ValueError if it is no picture or too large.
+    is laid over white. Raises FileNotFoundError if there is no such file, ValueError if it is no image or too large.
     """
     path, device, size = Path(path), pick_device(device), as_whole(size, "size", " of pixels")
     if not path.is_file():
@@ -70,8 +71,8 @@ def load_image(path, size=256, device=None):
     return (torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255).to(device)
 
 
-def to_8_bits(picture):
-    """A picture whose values Pillow would clip, scaled: of 16 bits, or of floating point in [0, 1]."""
+def to_8_bits(picture: Image.Image) -> Image.Image:
+    """An image of 16 bits, or of floating point in [0, 1], scaled to 8 bits; Pillow would clip its values."""
     if picture.mode[0] not in "IF":
         return picture
     values = np.asarray(picture).astype(np.float64)
@@ -84,8 +85,8 @@ def to_8_bits(picture):
     return Image.fromarray(values.astype(np.uint8))
 
 
-def to_srgb(picture):
-    """Any colour mode -> RGBA in sRGB, by the picture's own colour profile if it has one."""
+def to_srgb(picture: Image.Image) -> Image.Image:
+    """Any colour mode -> RGBA in sRGB, by the image's own colour profile if it has one."""
     rgba = picture.convert("RGBA")
     profile = picture.info.get("icc_profile")
     if profile:
@@ -101,43 +102,43 @@ def to_srgb(picture):
     return rgba
 
 
-def to_pil(image):
-    """Turn a picture (1, 3, H, W) into an 8-bit RGB PIL image; values are clamped to [0, 1] first."""
+def to_pil(image: Tensor) -> Image.Image:
+    """An image (1, 3, H, W) as an 8-bit RGB image of Pillow's; values are clamped to [0, 1] first."""
     pixels = image.detach()[0].float().clamp(0, 1).mul(255).round().byte()
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
-def resize(image, shape):
-    """Scale a picture to `shape` = (height, width): bicubic, antialiased, values kept in [0, 1]."""
+def resize(image: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Scale an image to `shape` = (height, width): bicubic, antialiased, values clamped to [0, 1]."""
     if tuple(image.shape[-2:]) == tuple(shape):
         return image
     return F.interpolate(image, tuple(shape), mode="bicubic", antialias=True).clamp(0, 1)
 
 
-def difference_map(a, b):
-    """Absolute difference of two pictures per pixel and channel, (1, 3, H, W) in [0, 1]."""
+def difference_map(a: Tensor, b: Tensor) -> Tensor:
+    """Absolute difference of two images per pixel and channel, (1, 3, H, W) in [0, 1]."""
     if a.shape != b.shape:
-        raise ValueError(f"pictures of shapes {tuple(a.shape)} and {tuple(b.shape)}: a difference needs equal shapes")
+        raise ValueError(f"images of shapes {tuple(a.shape)} and {tuple(b.shape)}: a difference needs equal shapes")
     return (a.clamp(0, 1) - b.clamp(0, 1)).abs()
 
 
-def share_changed(a, b):
-    """The share of the pixels, in [0, 1], of which two pictures differ by at least 1/255 in some channel."""
+def share_changed(a: Tensor, b: Tensor) -> float:
+    """The share of pixels, in [0, 1], in which two images differ by at least 1/255 in some channel."""
     # Two 8-bit values one step apart can differ by a hair less than 1/255 once they are float32.
     changed = difference_map(a, b).amax(dim=1) >= 0.9995 / 255
     return changed.count_nonzero().item() / changed.numel()
 
 
 class Difference(NamedTuple):
-    """How far two pictures are apart, in three numbers."""
+    """How far apart two images are, in three numbers."""
 
-    share: float  # of the pixels that differ: `share_changed`
+    share: float  # of pixels that differ: `share_changed`
     mean: float  # absolute difference, averaged over pixels and channels, in [0, 1]
-    psnr: float  # peak signal-to-noise ratio in dB; infinite for equal pictures
+    psnr: float  # peak signal-to-noise ratio in dB; infinite for equal images
 
 
-def difference_numbers(a, b):
-    """The `Difference` of two pictures (1, 3, H, W) of equal shape."""
+def difference_numbers(a: Tensor, b: Tensor) -> Difference:
+    """The `Difference` of two images (1, 3, H, W) of equal shape."""
     gap = difference_map(a, b).cpu().double()  # in this order: Apple's GPUs have no float64
     mse = gap.square().mean().item()
     return Difference(share_changed(a, b), gap.mean().item(), 10 * math.log10(1 / mse) if mse else math.inf)
