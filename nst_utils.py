@@ -23,29 +23,21 @@ from tqdm.auto import tqdm
 
 from nst_engine.checks import as_layers, as_task, as_whole, check_feature_map
 from nst_engine.figures import display_figure, plot_losses, show_images
-from nst_engine.images import (
-    IMAGES,
-    Difference,
-    difference_map,
-    difference_numbers,
-    load_image,
-    pick_device,
-    resize,
-    to_pil,
-)
+from nst_engine.images import IMAGES, Difference, difference_map, difference_numbers, load_image, resize, to_pil
 from nst_engine.layers import CONVOLUTIONS, FIRST_FIVE, RELUS, layer_name
 from nst_engine.network import features, load_vgg19
 from nst_engine.objective import Task
 from nst_engine.run import Run, Step
 
+# fmt: off
 __all__ = [
-    *("IMAGES", "load_image", "to_pil", "resize", "pick_device"),
-    *("difference_map", "difference_numbers", "Difference", "show_images", "plot_losses", "display_figure"),
-    *("CONVOLUTIONS", "RELUS", "FIRST_FIVE", "layer_name", "load_vgg19", "features"),
-    *("gram_matrix", "gram_matrices", "content_loss", "style_loss", "make_objective"),
-    *("Task", "Run", "Step", "Result", "optimise", "reconstruct_content", "synthesize_texture", "transfer_style"),
-    *("as_task", "as_whole", "as_layers"),
+    "IMAGES", "load_image", "to_pil", "resize", "difference_map", "difference_numbers", "Difference",
+    "CONVOLUTIONS", "RELUS", "FIRST_FIVE", "layer_name", "load_vgg19", "features",
+    "gram_matrix", "gram_matrices", "content_loss", "style_loss", "make_objective",
+    "Task", "Run", "Step", "Result", "optimise", "reconstruct_content", "synthesize_texture", "transfer_style",
+    "show_images", "plot_losses", "display_figure", "as_task", "as_whole", "as_layers",
 ]
+# fmt: on
 
 # --- Losses --------------------------------------------------------------------------------------
 

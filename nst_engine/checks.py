@@ -8,21 +8,17 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .layers import as_names, layer_name
+from .layers import Shape, as_names, layer_name
 
 LARGEST_WEIGHT = 1e12  # squares of the gradient must stay within float32
 
 
 def as_image(image, name: str) -> Tensor:
     """`image` in float32, without a graph. Raises ValueError unless it is (1, 3, H, W), floating, in [0, 1]."""
-    if not (
-        torch.is_tensor(image)
-        and image.dim() == 4
-        and image.shape[:2] == (1, 3)
-        and image.is_floating_point()
-        and image.numel()
-    ):
-        found = f"{tuple(image.shape)} {image.dtype}" if torch.is_tensor(image) else type(image).__name__
+    found = f"{tuple(image.shape)} {image.dtype}" if torch.is_tensor(image) else type(image).__name__
+    if not (torch.is_tensor(image) and image.shape[:2] == (1, 3) and image.dim() == 4 and image.numel()):
+        raise ValueError(f"{name} is {found}: an image is a float tensor (1, 3, H, W), as load_image gives it")
+    if not image.is_floating_point():
         raise ValueError(f"{name} is {found}: an image is a float tensor (1, 3, H, W), as load_image gives it")
     if not ((image >= 0) & (image <= 1)).all():
         raise ValueError(f"{name} has values outside [0, 1] or not finite: an image holds RGB in [0, 1]")
@@ -48,15 +44,13 @@ def as_whole(value, name: str, unit: str = "") -> int:
     return number
 
 
-def as_shape(shape) -> tuple[int, int]:
+def as_shape(shape) -> Shape:
     """A pair of whole numbers, 1 or more, as (height, width)."""
     try:
         height, width = shape
         return as_whole(height, "height"), as_whole(width, "width")
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"shape is {shape!r}: it must be (height, width), whole numbers of pixels, 1 or more"
-        ) from error
+        raise ValueError(f"shape is {shape!r}: it must be (height, width), two whole numbers, 1 or more") from error
 
 
 def as_number(value) -> float:
@@ -84,42 +78,32 @@ def as_weight(value, name: str) -> float:
 def as_layers(layers: str | Iterable[str]) -> tuple[str, ...]:
     """One layer's name, or several, as a tuple. Raises ValueError for unknown names and for a layer named twice."""
     layers = as_names(layers)
-    papers_names = [layer_name(name) for name in layers]
-    for name in papers_names:
-        if papers_names.count(name) > 1:
+    names = [layer_name(name) for name in layers]
+    for name in names:
+        if names.count(name) > 1:
             raise ValueError(f"layers are {layers!r}: {name} is among them twice, and each may be named once")
     return layers
 
 
 def as_task(task):
     """The `Task` with float32 images, and floats as weights. Raises ValueError if it has nothing to match."""
-    layers = {"content": task.content_layers, "style": task.style_layers}
-    images = {
-        name: as_image(getattr(task, name), name) for name in layers if layers[name] or getattr(task, name) is not None
-    }
-    devices = {str(image.device) for image in images.values()}
-    if len(devices) > 1:
-        raise ValueError(
-            f"content is on {task.content.device} and style on {task.style.device}: bring both to one device"
-        )
-    style_layers = {
-        name: as_weight(task.style_layers[name], f"weight of {name}") for name in as_layers(task.style_layers)
-    }
-    checked = task._replace(
-        **images,
-        content_layers=as_layers(task.content_layers),
-        style_layers=style_layers,
-        content_weight=as_weight(task.content_weight, "content_weight"),
-        style_weight=as_weight(task.style_weight, "style_weight"),
-    )
-    if not checked.layers:
+    checked = task
+    for name, layers in (("content", task.content_layers), ("style", task.style_layers)):
+        if layers or getattr(task, name) is not None:
+            checked = checked._replace(**{name: as_image(getattr(task, name), name)})
+        weight = as_weight(getattr(task, f"{name}_weight"), f"{name}_weight")
+        checked = checked._replace(**{f"{name}_weight": weight})
+    content, style, content_layers, style_layers, *weights = checked
+    if None not in (content, style) and str(content.device) != str(style.device):
+        raise ValueError(f"content is on {content.device} and style on {style.device}: bring both to one device")
+    content_layers = as_layers(content_layers)
+    style_layers = {name: as_weight(style_layers[name], f"weight of {name}") for name in as_layers(style_layers)}
+    if not (content_layers or style_layers):
         raise ValueError("no layers given: name at least one, such as 'conv1_2'")
-    if not (checked.content_layers and checked.content_weight or any(style_layers.values()) and checked.style_weight):
-        raise ValueError(
-            f"content_weight is {task.content_weight} and style_weight {task.style_weight}, and every layer named has "
-            "weight 0: give one that has layers a weight above 0"
-        )
-    return checked
+    if not (content_layers and weights[0] or any(style_layers.values()) and weights[1]):
+        given = f"content_weight is {task.content_weight} and style_weight {task.style_weight}"
+        raise ValueError(f"{given}, and every layer named has weight 0: give one that has layers a weight above 0")
+    return checked._replace(content_layers=content_layers, style_layers=style_layers)
 
 
 def as_start(init, seed, task) -> tuple[Tensor | None, int]:

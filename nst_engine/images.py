@@ -13,6 +13,7 @@ from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
 from .checks import as_whole
+from .layers import Shape
 
 IMAGES = Path(__file__).resolve().parent.parent / "images"
 
@@ -108,7 +109,7 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
-def resize(image: Tensor, shape: tuple[int, int]) -> Tensor:
+def resize(image: Tensor, shape: Shape) -> Tensor:
     """Scale an image to `shape` = (height, width): bicubic, antialiased, values clamped to [0, 1]."""
     if tuple(image.shape[-2:]) == tuple(shape):
         return image

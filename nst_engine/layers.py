@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable
 
+Shape = tuple[int, int]  # (height, width)
+
 CONVOLUTIONS = tuple(f"conv{block}_{i}" for block, n in enumerate((2, 2, 4, 4, 4), 1) for i in range(1, n + 1))
 RELUS = tuple(name.replace("conv", "relu") for name in CONVOLUTIONS)
 LAYERS = tuple(name for pair in zip(CONVOLUTIONS, RELUS) for name in pair)  # in the network's order

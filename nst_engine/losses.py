@@ -4,7 +4,7 @@ The statistics of an image's tiles add up to those of the whole. The formulas ar
 tests hold them equal; here they are fast.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -63,11 +63,7 @@ def _at_least_float32(x):
 
 
 def statistics_of(
-    maps: Mapping[str, Tensor],
-    content_targets: Mapping[str, Tensor],
-    style_layers: Iterable[str],
-    sizes: Mapping[str, int],
-    halo: Callable = lambda layer: (),
+    maps: dict, content_targets: dict, style_layers: Iterable[str], sizes: dict, halo: Callable = lambda layer: ()
 ) -> list[Tensor]:
     """What the losses need of feature maps, {layer: (1, C, h, w)}, of an image or of one tile.
 
@@ -81,7 +77,7 @@ def statistics_of(
     return squares + [_GramSum.apply(maps[name], halo(name)) / sizes[name] for name in style_layers]
 
 
-def losses_from(statistics: list[Tensor], style_targets: Mapping[str, Tensor], weights: Tensor) -> Tensor:
+def losses_from(statistics: list[Tensor], style_targets: dict, weights: Tensor) -> Tensor:
     """The losses (total, content, style), a tensor of three numbers, from `statistics_of` the whole image.
 
     style_targets: {layer: Gram matrix (C, C) to match}. weights: a tensor of the content weight, the style weight and

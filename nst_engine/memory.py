@@ -10,13 +10,15 @@ from collections.abc import Iterator
 import psutil
 import torch
 
+from .layers import Shape
+
 # Bytes per pixel of the image: images, gradients, direction and preconditioner during an evaluation; the same during
 # an update of the optimiser, with its temporaries; one correction pair.
 IN_EVALUATION, IN_UPDATE, PAIR = 160, 190, 24
 FEWEST, MOST = 2, 20  # correction pairs
 
 
-def divide_budget(budget_bytes: float, shape: tuple[int, int]) -> tuple[int, float]:
+def divide_budget(budget_bytes: float, shape: Shape) -> tuple[int, float]:
     """(history size, bytes for an evaluation) for images of `shape`."""
     pixels = math.prod(shape)
     pairs = max(FEWEST, min(MOST, int((budget_bytes - IN_UPDATE * pixels) / 3 / (PAIR * pixels))))
@@ -79,7 +81,7 @@ def free_memory(device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def fitting(shape: tuple[int, int], budget_bytes: float, constant: float, device: torch.device) -> Iterator[None]:
+def fitting(shape: Shape, budget_bytes: float, constant: float, device: torch.device) -> Iterator[None]:
     """Turn too little memory into a ValueError that names the size that fits: before work begins where it is foreseen,
     and where it is not, when the device refuses.
 

@@ -3,7 +3,6 @@
 import copy
 import functools
 import math
-from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 
 from .images import pick_device
-from .layers import as_names, layer_name, stride
+from .layers import LAYERS, Shape, as_names, deepest, layer_name, stride
 from .modes import default_modes
 from .weights import convolutions_of, read_weights
 
@@ -39,9 +38,7 @@ def _read(weights, written=None):
         convolutions, mean = convolutions_of(read_weights(weights))
         vgg = build_vgg19(convolutions, mean)
     except (KeyError, RuntimeError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(
-            f"the weights {weights!r} are not those of VGG-19 in Oxford's or torchvision's format"
-        ) from error
+        raise ValueError(f"the weights {weights!r} are not VGG-19's in Oxford's or torchvision's format") from error
     if not all(parameter.isfinite().all() and parameter.any() for parameter in vgg.parameters()):
         raise ValueError(f"the weights {weights!r} are damaged: some are not finite, or a layer is all zeros")
     return convolutions, mean
@@ -52,25 +49,16 @@ def build_vgg19(convolutions: dict, mean: Tensor) -> nn.Sequential:
 
     convolutions: {name: (weight (O, I, 3, 3), bias (O,))}; mean: RGB in [0, 1], three numbers.
     """
-    names, block, i = [], 1, 1
     with torch.device("meta"):  # without memory or initial values, which the weights replace
         modules = make_layers(cfgs["E"], batch_norm=False)
+    names, pools = iter(LAYERS), iter(f"pool{block}" for block in range(1, 6))
+    vgg = nn.Sequential()
     for module in modules:
-        if isinstance(module, nn.Conv2d):
-            names.append(f"conv{block}_{i}")
-        elif isinstance(module, nn.ReLU):
-            names.append(f"relu{block}_{i}")
+        vgg.add_module(next(pools if isinstance(module, nn.MaxPool2d) else names), module)
+        if isinstance(module, nn.ReLU):
             module.inplace = False  # in place it would overwrite the convolution's output, which we collect
-            i += 1
-        else:
-            names.append(f"pool{block}")
-            block, i = block + 1, 1
-    vgg = nn.Sequential(OrderedDict(zip(names, modules)))
-    weights = {
-        f"{name}.{kind}": value.to(torch.float32, copy=True)
-        for name, pair in convolutions.items()
-        for kind, value in zip(("weight", "bias"), pair)
-    }
+    copies = {name: [value.to(torch.float32, copy=True) for value in pair] for name, pair in convolutions.items()}
+    weights = {f"{name}.{kind}": value for name in copies for kind, value in zip(("weight", "bias"), copies[name])}
     vgg.load_state_dict(weights, assign=True)
     # Unlike Gatys et al.: zeros, as it was trained with, draw a frame around every result.
     vgg.conv1_1.padding_mode = "replicate"
@@ -85,10 +73,9 @@ def cut_network(vgg: nn.Sequential, last: str, device: torch.device, precision: 
     In memory by pixels ("channels last"), which is faster except on Apple's GPUs.
     """
     layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
-    names = [name for name, _ in vgg.named_children()]
-    names = names[: 1 + names.index(layer_name(last))]
-    network = nn.Sequential(OrderedDict((name, vgg.get_submodule(name)) for name in names))
-    network = copy.deepcopy(network).to(device, getattr(torch, precision), memory_format=layout)
+    names = list(dict(vgg.named_children()))
+    network = copy.deepcopy(vgg[: 1 + names.index(layer_name(last))])
+    network = network.to(device, getattr(torch, precision), memory_format=layout)
     network.register_buffer("mean", vgg.mean.to(device))
     return network
 
@@ -105,28 +92,24 @@ def features(vgg: nn.Sequential, image: Tensor, layers: str | Iterable[str]) -> 
         raise ValueError(f"the image is on {image.device} and the network on {vgg.mean.device}: bring both to one")
     if image.device.type == "cuda":
         torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "ieee"
-    papers_names = [layer_name(name) for name in layers]
-    height, width = image.shape[-2:]
-    for name in papers_names:
-        if min(height, width) < stride(name):
-            raise ValueError(
-                f"a {height}x{width} image is too small for {name}: each side needs {stride(name)} pixels or more"
-            )
-    first = vgg.conv1_1.weight
+    names = [layer_name(name) for name in layers]
+    (height, width), needed = image.shape[-2:], max(map(stride, names), default=1)
+    if min(height, width) < needed:
+        raise ValueError(f"a {height}x{width} image is too small for {deepest(names)}: a side needs {needed} pixels")
+    first, maps = vgg.conv1_1.weight, {}
     x = (image - vgg.mean).to(first.dtype)
     if first.is_contiguous(memory_format=torch.channels_last):
         x = x.contiguous(memory_format=torch.channels_last)
-    maps = {}
     for name, module in vgg.named_children():
-        if maps.keys() >= set(papers_names):
+        if maps.keys() >= set(names):
             break
         x = module(x)
-        if name in papers_names:
+        if name in names:
             maps[name] = x
-    return {name: maps[layer_name(name)] for name in layers}
+    return {given: maps[name] for given, name in zip(layers, names)}
 
 
-def map_size(vgg: nn.Sequential, name: str, shape: tuple[int, int]) -> int:
+def map_size(vgg: nn.Sequential, name: str, shape: Shape) -> int:
     """C h w, how many values the feature map of a layer has for an image of `shape` (H, W)."""
     convolution = vgg.get_submodule(layer_name(name).replace("relu", "conv"))
     return convolution.out_channels * (shape[0] // stride(name)) * (shape[1] // stride(name))
@@ -149,11 +132,8 @@ def memory_per_pixel(network: nn.Sequential) -> float:
     The outputs of convolutions and ReLUs, and as much again and a fifth for gradients, targets and optimiser: measured
     for the first five convolutions between 256 and 1024 pixels.
     """
-    values = sum(
-        2 * module.out_channels / stride(name) ** 2
-        for name, module in network.named_children()
-        if isinstance(module, nn.Conv2d)
-    )
+    convolutions = ((name, module) for name, module in network.named_children() if isinstance(module, nn.Conv2d))
+    values = sum(2 * convolution.out_channels / stride(name) ** 2 for name, convolution in convolutions)
     return 2.2 * values * network.conv1_1.weight.element_size()
 
 

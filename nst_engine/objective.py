@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .images import resize
-from .layers import stride
+from .layers import Shape, stride
 from .losses import losses_from, statistics_of
 from .network import features, halo_and_stride, map_size, memory_per_pixel
 from .tiles import Objective, plan_tiles, sum_statistics, tiles_of_rank
@@ -48,7 +48,7 @@ class Task(NamedTuple):
         content, style = (max(map(stride, layers), default=0) for layers in (self.content_layers, self.style_layers))
         return max(24, 8 * content, 64 if style else 0, 16 * style)
 
-    def at_scale(self, shape: tuple[int, int], full_size: tuple[int, int]) -> "Task":
+    def at_scale(self, shape: Shape, full_size: Shape) -> "Task":
         """The task with its images scaled for a run at `shape`, a scale of `full_size`.
 
         The content has that shape. The style is as much smaller as the scale is, yet large enough for its deepest
@@ -64,7 +64,7 @@ class Task(NamedTuple):
         return self._replace(content=content, style=style)
 
 
-def objective_of(network: nn.Sequential, task: Task, shape: tuple[int, int], budget_bytes: float) -> Objective:
+def objective_of(network: nn.Sequential, task: Task, shape: Shape, budget_bytes: float) -> Objective:
     """The `Objective` of a task for images of `shape`, which its content has too, within a budget of memory."""
     content_layers, style_layers = tuple(task.content_layers), tuple(task.style_layers)
     layers = dict.fromkeys((*content_layers, *style_layers))
@@ -102,6 +102,6 @@ def gram_matrices(network: nn.Sequential, image: Tensor, layers: Iterable[str], 
     return dict(zip(layers, sum_statistics(statistics, tiles_of(network, shape, budget_bytes)[0])))
 
 
-def tiles_of(network: nn.Sequential, shape: tuple[int, int], budget_bytes: float) -> tuple:
+def tiles_of(network: nn.Sequential, shape: Shape, budget_bytes: float) -> tuple:
     """(the `Tile`s of an image, of how many the graph is kept) within a budget of memory."""
     return plan_tiles(shape, budget_bytes, memory_per_pixel(network), *halo_and_stride(network))

@@ -15,24 +15,18 @@ from torch import Tensor
 MAX_HALVINGS = 8  # of one step, before the correction pairs are discarded
 
 
-class Pairs(NamedTuple):
-    """The correction pairs in use and their inner products; the vectors are rows of `ProjectedLBFGS.history`."""
-
-    slots: tuple = ()  # of the pairs in use, oldest first
-    sy: np.ndarray = np.zeros((0, 0))  # (history size, history size), float64: s_i . y_j for i not after j
-    yy: np.ndarray = np.zeros((0, 0))  # likewise: y_i . P y_j, with P the preconditioner
-
-
 class Iterate(NamedTuple):
     """The optimiser's state between two evaluations. It is replaced, never changed in place."""
 
-    x: Tensor  # flat, values in [0, 1]
+    x: Tensor  # flat, (n,), values in [0, 1]
     losses: list | None = None  # at x, the first of which is minimised; None before the first evaluation
     gradient: Tensor | None = None  # of the first loss at x
     direction: Tensor | None = None  # of the trial step, once it has been refused
     halvings: int = 0  # how often the trial step has been halved
-    pending: tuple = ()  # the newest correction pair (s, y), not yet among `pairs`
-    pairs: Pairs = Pairs()
+    pending: tuple = ()  # the newest correction pair (s, y), not yet in the history
+    slots: tuple = ()  # of the correction pairs in use, oldest first; the vectors are rows of the optimiser's history
+    sy: np.ndarray | None = None  # (history size, history size), float64: s_i . y_j for i not after j
+    yy: np.ndarray | None = None  # likewise: y_i . P y_j, with P the preconditioner
 
 
 class ProjectedLBFGS:
@@ -59,7 +53,7 @@ class ProjectedLBFGS:
         `relative_tolerance` for a loss that is not known any better. Raises ValueError if the first loss is not finite.
         """
         if iterate.losses is None:
-            return begin(iterate.x, *evaluate(iterate.x), iterate.pairs)
+            return begin(iterate, *evaluate(iterate.x))
         iterate = self.find_direction(self.update(iterate))
         if iterate is None:
             return None
@@ -69,55 +63,51 @@ class ProjectedLBFGS:
     def update(self, iterate: Iterate) -> Iterate:
         """Take the pending correction pair into the history, in place of the oldest where that is full.
 
-        A pair of negative curvature is dropped. Doing this twice is doing it once.
+        A pair of negative curvature is dropped. To do this twice is the same as once.
         """
         if not iterate.pending:
             return iterate
-        (s, y), (slots, sy, yy) = iterate.pending, iterate.pairs
+        (s, y), slots, size = iterate.pending, iterate.slots, self.history_size
         if not s @ y > 1e-4 * s.norm() * y.norm():
             return iterate._replace(pending=())
-        size = self.history_size
         free = [slot for slot in range(size) if slot not in slots]
-        slot = free[0] if free else slots[0]
-        kept = slots if free else slots[1:]
+        slot, kept = (free[0], slots) if free else (slots[0], slots[1:])
         self.history[slot], self.history[size + slot] = s, self.precondition(y)
         products = (self.history @ y).cpu().double().numpy()
-        sy, yy = (matrix.copy() if matrix.size else np.zeros((size, size)) for matrix in (sy, yy))
+        sy, yy = (np.zeros((size, size)) if m is None else m.copy() for m in (iterate.sy, iterate.yy))
         sy[:, slot] = products[:size]
         yy[:, slot] = yy[slot] = products[size:]
-        return iterate._replace(pending=(), pairs=Pairs((*kept, slot), sy, yy))
+        return iterate._replace(pending=(), slots=(*kept, slot), sy=sy, yy=yy)
 
     def find_direction(self, iterate: Iterate) -> Iterate | None:
         """The iterate with a direction to try; None if nothing is downhill, or all halvings were in vain.
 
-        With correction pairs in use, those are discarded first.
+        If correction pairs are in use, those are discarded first.
         """
         if iterate.halvings == MAX_HALVINGS:
-            if not iterate.pairs.slots:
+            if not iterate.slots:
                 return None
-            iterate = iterate._replace(direction=None, halvings=0, pairs=Pairs())
+            iterate = iterate._replace(direction=None, halvings=0, slots=())
         if iterate.direction is not None:
             return iterate
         x, gradient = iterate.x, iterate.gradient
         free = ~(((x <= 0) & (gradient > 0)) | ((x >= 1) & (gradient < 0)))
         downhill = -gradient * free
-        if not downhill.any():
-            return None
-        return iterate._replace(direction=self.matvec(downhill, iterate.pairs) * free)
+        return iterate._replace(direction=self.matvec(downhill, iterate) * free) if downhill.any() else None
 
-    def matvec(self, vector: Tensor, pairs: Pairs) -> Tensor:
+    def matvec(self, vector: Tensor, iterate: Iterate) -> Tensor:
         """The product of the inverse Hessian with a flat vector.
 
         Without correction pairs, the preconditioned vector scaled to a mean absolute value of 0.02, in pixel values.
         """
-        start, slots = self.precondition(vector), list(pairs.slots)
+        start, slots = self.precondition(vector), list(iterate.slots)
         if not slots:
             return start * (0.02 / start.abs().mean())
         p, q = (self.history @ vector).view(2, -1)[:, slots].cpu().double().numpy()
-        r, yy = np.triu(pairs.sy[np.ix_(slots, slots)]), pairs.yy[np.ix_(slots, slots)]
+        r, yy = np.triu(iterate.sy[np.ix_(slots, slots)]), iterate.yy[np.ix_(slots, slots)]
         # Unlike [L-BFGS], which scales by the newest pair: by the one that supports the longest step. The newest is as
         # a rule along a steep direction, of which there are few, and would make steps along all the others too short.
-        gamma = max(pairs.sy[k, k] / pairs.yy[k, k] for k in slots)
+        gamma = max(iterate.sy[k, k] / iterate.yy[k, k] for k in slots)
         u = np.linalg.solve(r, p)
         v = np.linalg.solve(r.T, np.diag(r) * u + gamma * (yy @ u - q))
         weights = np.zeros((2, self.history_size))
@@ -127,44 +117,45 @@ class ProjectedLBFGS:
     def state_dict(self, iterate: Iterate) -> dict:
         """{name: tensor, number or list} of an iterate, without what is None.
 
-        x, gradient, direction, pending_s and pending_y: (n,). losses: list. halvings: int. slots: list of int, oldest
-        first. s, y: (pairs, n), the pairs in these slots. sy, yy: (pairs, pairs), float64, their inner products.
+        x, gradient, direction: (n,). losses, halvings, slots: as in `Iterate`. pending: (2, n) or (0,). s, y:
+        (pairs, n), the correction pairs in these slots. sy, yy: (pairs, pairs), float64, their inner products.
         """
-        slots, size = list(iterate.pairs.slots), self.history_size
-        s, y = iterate.pending or (None, None)
-        state = iterate._asdict() | {"pending_s": s, "pending_y": y, "slots": slots}
+        slots, size = list(iterate.slots), self.history_size
+        state = iterate._asdict() | {"pending": torch.stack(iterate.pending) if iterate.pending else None}
         state |= {"s": self.history[slots], "y": self.history[[size + slot for slot in slots]]}
         for name in ("sy", "yy"):
-            state[name] = torch.from_numpy(getattr(iterate.pairs, name)[np.ix_(slots, slots)])
-        return {name: value for name, value in state.items() if value is not None and name not in ("pending", "pairs")}
+            state[name] = torch.from_numpy(state[name][np.ix_(slots, slots)]) if slots else None
+        return {name: value for name, value in state.items() if value is not None}
 
     def load_state_dict(self, state: dict) -> Iterate:
         """The iterate of a `state_dict`, whose correction pairs, or the newest of them, are put into the history."""
-        size, kept = self.history_size, slice(-self.history_size, None)
-        slots = state["slots"][kept]
+        size, newest, to = self.history_size, slice(-self.history_size, None), self.history
+        slots = list(state["slots"])[newest]
         if slots and max(slots) >= size:  # from a longer history
             slots = list(range(len(slots)))
-        self.history[slots] = state["s"][kept].to(self.history)
-        self.history[[size + slot for slot in slots]] = state["y"][kept].to(self.history)
-        products = np.zeros((2, size, size))
-        for matrix, name in zip(products, ("sy", "yy")):
-            matrix[np.ix_(slots, slots)] = state[name][kept, kept].numpy()
-        tensors = {name: state[name].to(self.history) for name in ("x", "gradient", "direction") if name in state}
-        pending = tuple(state[name].to(self.history) for name in ("pending_s", "pending_y") if name in state)
-        pairs = Pairs(tuple(slots), *products)
-        return Iterate(**tensors, losses=state.get("losses"), halvings=state["halvings"], pending=pending, pairs=pairs)
+        to[slots], to[[size + slot for slot in slots]] = state["s"][newest].to(to), state["y"][newest].to(to)
+        sy, yy = np.zeros((2, size, size))
+        if slots:
+            sy[np.ix_(slots, slots)], yy[np.ix_(slots, slots)] = (
+                state[k][newest, newest].numpy() for k in ("sy", "yy")
+            )
+        found = {name: state[name].to(to) for name in ("x", "gradient", "direction", "pending") if name in state}
+        found["pending"] = tuple(found.get("pending", ()))
+        return Iterate(
+            **found, losses=state.get("losses"), halvings=state["halvings"], slots=tuple(slots), sy=sy, yy=yy
+        )
 
 
-def begin(x: Tensor, losses: list, gradient: Tensor, pairs: Pairs = Pairs()) -> Iterate:
-    """The iterate after the first evaluation, at `x`. Raises ValueError if the loss is not finite."""
+def begin(iterate: Iterate, losses: list, gradient: Tensor) -> Iterate:
+    """The iterate after its first evaluation. Raises ValueError if the loss is not finite."""
     if not math.isfinite(losses[0]):
         raise ValueError(f"the loss of the first image is {losses[0]}: use smaller weights")
-    return Iterate(x, losses, gradient, pairs=pairs)
+    return iterate._replace(losses=losses, gradient=gradient, direction=None, halvings=0)
 
 
 def accept(iterate: Iterate, trial: Tensor, losses: list, gradient: Tensor, relative_tolerance: float) -> Iterate:
-    """The iterate after an evaluation at `trial`: there if it lowers the loss, else where it was, to step half as far."""
+    """The iterate after an evaluation at `trial`: there if that lowers the loss, else to try half as far."""
     if not losses[0] < (1 + relative_tolerance) * iterate.losses[0]:
         return iterate._replace(halvings=iterate.halvings + 1)
-    pending = (trial - iterate.x, gradient - iterate.gradient)
-    return Iterate(trial, losses, gradient, pending=pending, pairs=iterate.pairs)
+    moved = iterate._replace(pending=(trial - iterate.x, gradient - iterate.gradient), direction=None, halvings=0)
+    return moved._replace(x=trial, losses=losses, gradient=gradient)

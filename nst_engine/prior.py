@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .images import resize
+from .layers import Shape
 from .modes import default_modes
 
 with default_modes():
@@ -34,13 +35,13 @@ with default_modes():
 PRIOR_WEIGHTS = {1: 0.01, 2: 0.1}
 
 
-def relative_frequencies(shape: tuple[int, int]) -> Tensor:
+def relative_frequencies(shape: Shape) -> Tensor:
     """|f| / 0.25 for each frequency of a real Fourier transform of `shape`: (H, W // 2 + 1)."""
     rows, columns = torch.fft.fftfreq(shape[0]), torch.fft.rfftfreq(shape[1])
     return torch.hypot(rows[:, None], columns).clamp(min=1 / max(shape)) / 0.25
 
 
-def draw_noise(shape: tuple[int, int], seed: int, device: torch.device, deviation: float = 0.05) -> Tensor:
+def draw_noise(shape: Shape, seed: int, device: torch.device, deviation: float = 0.05) -> Tensor:
     """Noise of the prior around grey, of this standard deviation: clouds of soft colours, (1, 3, H, W).
 
     Drawn on the CPU, so that a seed means the same noise on every device. It is faint where a run starts from it, since
@@ -52,7 +53,7 @@ def draw_noise(shape: tuple[int, int], seed: int, device: torch.device, deviatio
     return (0.5 + deviation * noise / noise.std()).clamp(0, 1)[None].to(device)
 
 
-def enlarge(image: Tensor, shape: tuple[int, int], seed: int) -> Tensor:
+def enlarge(image: Tensor, shape: Shape, seed: int) -> Tensor:
     """An image scaled to a larger `shape`, with noise of the prior as the detail that it lacks.
 
     For a style: where an image is smooth the network sees nothing and the gradient is small. A content has detail of
@@ -63,15 +64,13 @@ def enlarge(image: Tensor, shape: tuple[int, int], seed: int) -> Tensor:
     return (resize(image, shape) + detail).clamp(0, 1)
 
 
-def enlarge_change(image: Tensor, init: Tensor, shape: tuple[int, int]) -> Tensor:
+def enlarge_change(image: Tensor, init: Tensor, shape: Shape) -> Tensor:
     """An image scaled to a larger `shape`, with the detail of the image `init` that the run started from."""
     change = image - resize(init, image.shape[-2:])
     return (resize(init, shape) + F.interpolate(change, tuple(shape), mode="bicubic")).clamp(0, 1)
 
 
-def spectral_preconditioner(
-    kernels: Tensor, shape: tuple[int, int], weight: float, device: torch.device
-) -> Callable[[Tensor], Tensor]:
+def spectral_preconditioner(kernels: Tensor, shape: Shape, weight: float, device: torch.device) -> Callable:
     """The linear function of flat gradients (3 H W,) that divides, at each frequency, by A + `weight` / P.
 
     kernels: (3, C, 5, 5), the network's first convolutions as one, which responds to fine chroma and coarse brightness

