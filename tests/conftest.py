@@ -12,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, no
 
 import nst_utils  # noqa: E402
 
+torch.set_num_threads(1)  # the pictures are small: where others share the cores, two threads wait for each other
+
 
 @pytest.fixture(scope="session")
 def vgg():

@@ -189,8 +189,8 @@ class Notebook:
         self.wait_for(lambda: (now := self.status).startswith("Paused.") and now != before)
 
     @property
-    def picture(self):
-        """The address of the living picture in the browser, another one for every frame."""
+    def source(self):
+        """The address of the image in the browser, another one for every frame."""
         return self.page.locator("img.living-picture").get_attribute("src")
 
     def pixels(self):
@@ -209,22 +209,22 @@ class Notebook:
         """The handle of a slider, to be dragged or moved with the arrow keys."""
         return self.page.locator(".widget-hslider", has_text=name).locator(".noUi-handle")
 
-    def count_pictures(self):
-        """Begin to count the pictures that the browser is given."""
+    def count_frames(self):
+        """Begin to count the frames that the browser is given."""
         self.page.locator("img.living-picture").evaluate(
             """image => { window.counted = 0; window.counter?.disconnect();
                 window.counter = new MutationObserver(() => window.counted++);
                 window.counter.observe(image, {attributes: true, attributeFilter: ['src']}); }"""
         )
 
-    def pictures(self):
+    def frames(self):
         return self.page.evaluate("window.counted")
 
     def finish(self, seconds=3600):
         """Wait until the panel has finished with the settings that its controls show."""
         end = time.monotonic() + seconds
         ask = "import asyncio, nst_widgets; panel = nst_widgets._open[0]; await asyncio.sleep(0)\n"
-        ask += "print(panel.state == 'done' and panel.shown.settings == panel.settings(), panel.state)"
+        ask += "print(panel.state == 'done' and panel.shown.settings == panel.controls.settings(), panel.state)"
         # The kernel answers only after it has heard of the last control, and has done what that asked the loop for.
         while not (answer := self.ask(ask)).startswith("True"):
             assert answer.split()[1] in ("running", "done"), answer

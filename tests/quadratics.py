@@ -1,17 +1,17 @@
-"""Small quadratics over flat pictures, whose minimum within [0, 1] is known otherwise."""
+"""Small quadratics over flat images, whose minimum within [0, 1] is known otherwise."""
 
 import functools
 
 import torch
 
-from nst_engine.evaluation import Objective, loss_and_gradient
-from nst_engine.tiles import cut
+from nst_engine.evaluation import evaluator
+from nst_engine.tiles import Objective, cut_tiles
 
 
 def quadratic(matrix, target, seen=None):
     def objective(image):
         if seen is not None:
-            seen.append(image.detach().clone())
+            seen.append(image.detach().flatten())
         gap = image.flatten() - target
         return torch.stack([gap @ matrix @ gap, gap.abs().sum()])
 
@@ -35,13 +35,11 @@ def coupled(n=27, seed=0):
 
 
 def whole(image):
-    """The picture as its single tile."""
-    return cut(image.shape[-2:], max(image.shape), 0, 1)
+    """The image as its single tile."""
+    return cut_tiles(image.shape[-2:], max(image.shape), 0, 1)
 
 
 def evaluation(objective, start):
-    """flat picture -> (losses, gradient) of an objective without weights."""
-    evaluate = loss_and_gradient(
-        Objective(lambda part, tile: [part.clone()], lambda sums, weights: objective(sums[0]), whole(start)), start, 1
-    )
-    return functools.partial(evaluate, weights=torch.ones(1))
+    """flat image -> (losses, gradient) of an objective without weights; `start` (1, 3, H, W) has its shape."""
+    made = Objective(lambda part, tile: [part.clone()], lambda sums, weights: objective(sums[0]), whole(start))
+    return functools.partial(evaluator(made, start, 1), weights=torch.ones(1))

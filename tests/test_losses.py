@@ -1,11 +1,11 @@
-import copy
 import math
 
 import pytest
 import torch
 
-from nst_engine.losses import measure, weigh
-from nst_engine.preparation import Task, objective_of
+from nst_engine.losses import losses_from, statistics_of
+from nst_engine.network import cut_network
+from nst_engine.objective import Task, objective_of
 from nst_utils import content_loss, features, gram_matrices, gram_matrix, make_objective, style_loss
 
 SHAPES = {"a": (1, 5, 3, 4), "b": (1, 7, 2, 6)}  # C != h * w, h != w
@@ -120,7 +120,8 @@ def finite_differences(function, maps, step=1e-4):
 def fast_losses(maps, content_targets, style_targets, weights=(1.0, 1.0), layer_weights=None):
     """(total, content, style) by the engine."""
     weights = torch.tensor([*weights, *(layer_weights or dict.fromkeys(style_targets, 1.0)).values()])
-    return weigh(measure(maps, content_targets, style_targets, sizes_of(maps)), style_targets, weights)
+    statistics = statistics_of(maps, content_targets, style_targets, sizes_of(maps))
+    return losses_from(statistics, style_targets, weights)
 
 
 def sizes_of(maps):
@@ -128,7 +129,7 @@ def sizes_of(maps):
 
 
 def fast_gram_matrices(maps):
-    return dict(zip(maps, measure(maps, {}, maps, sizes_of(maps))))
+    return dict(zip(maps, statistics_of(maps, {}, maps, sizes_of(maps))))
 
 
 def as_leaves(maps, layout=torch.contiguous_format):
@@ -181,24 +182,40 @@ def test_gram_gradient_for_a_gradient_that_is_not_symmetric():
 
 def test_bfloat16_maps_are_summed_in_float32():
     # 0.01^2 * 2^18 = 26.2: a bfloat16 sum would stop growing after 256 equal terms.
-    maps = {"x": torch.full((1, 1, 512, 512), 0.1, dtype=torch.bfloat16)}
-    found = fast_losses(maps, {"x": torch.zeros_like(maps["x"])}, {})
+    maps, zeros = ({"x": torch.full((1, 1, 512, 512), value, dtype=torch.bfloat16)} for value in (0.1, 0.0))
+    found = fast_losses(maps, zeros, {})
     assert found.dtype == torch.float32 and found[1].item() == pytest.approx(0.01, rel=0.01)
-    assert measure(maps, {"x": torch.zeros_like(maps["x"])}, {}, sizes_of(maps))[0].dtype == torch.float32
+    assert all(x.dtype == torch.float32 for x in statistics_of(maps, zeros, maps, sizes_of(maps)))  # tiles' are summed
     assert fast_gram_matrices(maps)["x"].item() == pytest.approx(0.01, rel=0.01)
-    assert fast_gram_matrices(maps)["x"].dtype == torch.float32  # parts are added up in it
 
 
-def test_statistics_of_parts_add_up_to_those_of_the_whole():
-    maps, targets = random_maps(0), random_maps(1)
-    sizes = sizes_of(maps)
-    parts = [
-        measure({name: x[..., columns] for name, x in maps.items()}, {"a": targets["a"][..., columns]}, maps, sizes)
-        for columns in (slice(0, 1), slice(1, None))
-    ]
-    whole = measure(maps, {"a": targets["a"]}, maps, sizes)
-    assert len(whole) == 1 + len(maps)
-    torch.testing.assert_close([a + b for a, b in zip(*parts)], whole)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_gradients_have_the_precision_of_the_feature_map(dtype):
+    maps, others = ({name: x.to(dtype) for name, x in random_maps(seed).items()} for seed in (0, 1))
+    leaves = as_leaves(maps)
+    fast_losses(leaves, others, gram_matrices(random_maps(2)))[0].backward()
+    assert all(leaf.grad.dtype == dtype for leaf in leaves.values())
+
+
+def test_statistics_of_tiles_add_up_to_those_of_the_whole_and_their_halo_has_no_gradient():
+    """Tiles of three columns and of one; the window of the first has a halo of one column, that of the other of two."""
+    maps, targets = (
+        {name: x.double() for name, x in random_maps(seed, {"a": (1, 5, 3, 4)}).items()} for seed in (0, 1)
+    )
+    whole = as_leaves(maps)
+    gradient_of = torch.tensor([[float(i * j + i) for j in range(5)] for i in range(5)]).double()
+    expected = statistics_of(whole, targets, ["a"], {"a": 60})
+    (7 * expected[0] + (gradient_of * expected[1]).sum()).backward()
+    parts, gradient = [], torch.zeros_like(maps["a"])
+    for window, halo in ((slice(0, 4), slice(3, 4)), (slice(1, 4), slice(0, 2))):
+        leaf, target = maps["a"][..., window].clone().requires_grad_(), targets["a"][..., window]
+        part = statistics_of({"a": leaf}, {"a": target}, ["a"], {"a": 60}, {"a": [(..., halo)]}.get)
+        (7 * part[0] + (gradient_of * part[1]).sum()).backward()
+        assert not leaf.grad[..., halo].any()
+        gradient[..., window] += leaf.grad
+        parts.append(part)
+    torch.testing.assert_close([a + b for a, b in zip(*parts)], expected)
+    torch.testing.assert_close(gradient, whole["a"].grad)
 
 
 # --- The objective -------------------------------------------------------------------------------
@@ -207,10 +224,7 @@ CONTENT_LAYERS, STYLE_LAYERS = ("conv1_2",), ("relu1_1", "conv2_1")
 
 
 def test_content_loss_is_zero_at_the_content_and_style_loss_at_the_style(vgg, picture):
-    content, style = (
-        picture(24, 30, seed=1),
-        picture(24, 30, seed=2) * 0.5,
-    )  # of one size, so that they could be mixed up
+    content, style = picture(24, 30, seed=1), picture(24, 30, seed=2) * 0.5  # of one size: they could be mixed up
     objective = make_objective(vgg, content, style, CONTENT_LAYERS, STYLE_LAYERS, 1.0, 1e4)
     _, content_part, style_part = objective(content).tolist()
     assert content_part == pytest.approx(0, abs=1e-9) and style_part > 1e-3
@@ -219,32 +233,16 @@ def test_content_loss_is_zero_at_the_content_and_style_loss_at_the_style(vgg, pi
 
 
 def test_total_is_the_weighted_sum_of_both_losses(vgg, content, style, picture):
-    image = picture(48, 50)
-    content = content[..., :50]
-    total, content_part, style_part = make_objective(vgg, content, style, CONTENT_LAYERS, STYLE_LAYERS, 3.0, 500.0)(
-        image
-    ).tolist()
+    objective = make_objective(vgg, content[..., :50], style, CONTENT_LAYERS, STYLE_LAYERS, 3.0, 500.0)
+    total, content_part, style_part = objective(picture(48, 50)).tolist()
     assert total == pytest.approx(3 * content_part + 500 * style_part, rel=1e-5)
     assert 3 * content_part != pytest.approx(500 * style_part, rel=0.1)
     assert total != pytest.approx(500 * content_part + 3 * style_part, rel=0.1)
 
 
-def test_a_picture_left_out_costs_nothing(vgg, content, style):
+def test_an_image_left_out_costs_nothing(vgg, content, style):
     assert make_objective(vgg, content, None, CONTENT_LAYERS, (), 1.0, 1e4)(content * 0.9)[2] == 0
     assert make_objective(vgg, None, style, (), STYLE_LAYERS, 1.0, 1e4)(content)[1] == 0
-
-
-def exact(vgg):
-    """The network in float64."""
-    return copy.deepcopy(vgg).double()
-
-
-def fast_objective(network, task, shape):
-    """The engine's objective on a given network, picture -> losses."""
-    layers = task.content_layers, tuple(task.style_layers)
-    objective = objective_of(network, task.content, task.style, *layers, shape, math.inf)
-    weights = torch.tensor([task.content_weight, task.style_weight, *task.style_layers.values()])
-    return lambda image: objective.loss(objective.statistics(image, *objective.tiles), weights)
 
 
 @pytest.mark.parametrize(
@@ -258,12 +256,13 @@ def fast_objective(network, task, shape):
 )
 def test_the_engines_objective_is_the_helpers_values_and_gradients(content_layers, style_layers, vgg, picture):
     """In float64, through the whole network; sizes that pooling does not divide."""
-    network, image = exact(vgg), picture(21, 27).double()
+    network, image = cut_network(vgg, "relu3_1", torch.device("cpu"), "float64"), picture(21, 27).double()
     content, style = picture(21, 27, 1).double(), picture(18, 33, 2).double()
     weights = {"content_weight": 3.0, "style_weight": 700.0}
     task = Task(content, style, content_layers, style_layers, **weights)
     leaves = [image.clone().requires_grad_() for _ in range(2)]
-    fast = fast_objective(network, task, (21, 27))(leaves[0])
+    objective = objective_of(network, task, (21, 27), math.inf)
+    fast = objective.losses(objective.statistics(leaves[0], *objective.tiles), task.weights)
     plain = make_objective(network, content, style, content_layers, style_layers, *weights.values())(leaves[1])
     if set(style_layers.values()) <= {1.0}:  # the helper's has no weights of single layers
         torch.testing.assert_close(fast, plain, rtol=1e-10, atol=0)
@@ -275,7 +274,7 @@ def test_the_engines_objective_is_the_helpers_values_and_gradients(content_layer
 
 
 def test_the_objectives_gradient_by_finite_differences(vgg, picture):
-    """Along one direction in the picture: normalisation, network and both losses together."""
+    """Along one direction in the image: normalisation, network and both losses together."""
     image, direction = picture(8, 10), picture(8, 10, seed=3) - 0.5
     objective = make_objective(vgg, picture(8, 10, 1), picture(9, 7, 2), CONTENT_LAYERS, STYLE_LAYERS, 1.0, 10.0)
     leaf = image.clone().requires_grad_()

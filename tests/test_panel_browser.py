@@ -41,7 +41,7 @@ panel.painter.step = lambda *arguments: gate.acquire() and ungated(*arguments)
 # In the kernel: the panel's layers and weights, and notebook 3's parameters.
 PANEL = """
 import nst_widgets
-now = nst_widgets._open[0].settings()
+now = nst_widgets._open[0].controls.settings()
 layers, weights = zip(*now.layer_weights)
 print(f"{now.content_layer} {now.content_weight:.9g} {layers} {set(weights)} {now.style_weight:.9g}")
 """
@@ -53,10 +53,10 @@ def test_style_transfer_from_start_to_a_closed_panel(browser, server):
     panel = book.open_panel()
     assert book.state == "ready"
 
-    book.count_pictures()
+    book.count_frames()
     book.button("Start").click()
     book.finish()
-    assert book.pictures() >= 3
+    assert book.frames() >= 3
     assert "341 × 256" in book.status and book.losses()["loss"] < 12
     book.screenshot("finished")
     book.still("panel_content_and_style")
@@ -74,7 +74,7 @@ def test_style_transfer_from_start_to_a_closed_panel(browser, server):
     kept = book.pixels()
     book.button("Pause").click()
     book.wait_for(lambda: book.state == "paused")
-    assert book.ask("gate.release(); await panel.task; print(panel.state)") == "paused"
+    assert book.ask("gate.release(); await panel.turns; print(panel.state)") == "paused"
     book.show_panel()
     assert book.pixels() == kept
 
@@ -105,7 +105,7 @@ def test_style_transfer_from_start_to_a_closed_panel(browser, server):
     assert book.ask(PANEL) == book.ask(NOTEBOOK)
     book.show_panel()
 
-    # Another picture: one of those that are there, and an uploaded one, which Save writes down.
+    # Another image: one of those that are there, and an uploaded one, which Save writes down.
     book.step()
     style = book.losses()["style"]
     styles = book.page.get_by_label("style", exact=True)
@@ -170,7 +170,7 @@ def test_style_transfer_from_start_to_a_closed_panel(browser, server):
     left = """
 import asyncio, threading
 gate.release(10)
-await panel.task
+await panel.turns
 workers = [thread for thread in threading.enumerate() if thread.name.startswith("style-studio")]
 for worker in workers:
     worker.join(60)
@@ -184,10 +184,10 @@ print([task for task in asyncio.all_tasks() if "Studio" in repr(task)])
 def test_what_a_deep_layer_loses_comes_back(browser, server):
     book = Notebook(browser, server, "1_content_reconstruction.ipynb")
     book.open_panel()
-    book.count_pictures()
+    book.count_frames()
     book.button("Start").click()
     book.finish()
-    assert book.losses()["loss"] < 0.02 and book.pictures() >= 3
+    assert book.losses()["loss"] < 0.02 and book.frames() >= 3
     book.button("Snapshot").click()
     book.page.get_by_label("content layer").select_option("conv4_4")
     book.button("Restart").click()
@@ -214,17 +214,17 @@ def test_another_seed_is_another_piece_and_block_1_is_grain(browser, server):
     book.open_panel()
 
     def style_loss(layers):
-        """Of the picture on display, by the helper's formulas."""
+        """Of the image on display, by the helper's formulas."""
         maps = f"nst.features(vgg, panel.shown.image, {layers}), nst.gram_matrices(nst.features(vgg, style, {layers}))"
         loss = float(book.ask(f"print(nst.style_loss({maps}).item())"))
         book.show_panel()
         return loss
 
-    book.count_pictures()
+    book.count_frames()
     book.button("Start").click()
     book.finish()
     strokes = style_loss(FIRST_FIVE)
-    assert book.losses()["loss"] < 0.05 and book.pictures() >= 3
+    assert book.losses()["loss"] < 0.05 and book.frames() >= 3
     book.still("panel_style")
 
     book.button("Snapshot").click()

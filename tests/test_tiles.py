@@ -7,25 +7,18 @@ import pytest
 import torch
 
 from nst_engine import tiles
-from nst_engine.evaluation import Objective
+from nst_engine.evaluation import evaluator
 from nst_engine.layers import deepest
-from nst_engine.network import cut_network, margin_and_step
-from nst_engine.optimiser import InverseCurvature
-from nst_engine.preparation import (
-    FEWEST,
-    IN_EVALUATION,
-    IN_STEP,
-    MOST,
-    PAIR,
-    Preparation,
-    Task,
-    gram_matrices,
-    objective_of,
-)
-from nst_engine.tiles import cut, largest_window, loss_and_gradient_of, plan_tiles, sum_tiles
-from nst_utils import FIRST_FIVE, IMAGES, load_image, load_vgg19, transfer_style
+from nst_engine.network import cut_network, first_kernels, halo_and_stride, load_vgg19, map_size, memory_per_pixel
+from nst_engine.objective import Task, gram_matrices, objective_of
+from nst_engine.optimiser import Iterate, ProjectedLBFGS
+from nst_engine.prior import spectral_preconditioner
+from nst_engine.run import Run
+from nst_engine.tiles import Objective, cut_tiles, largest_window, losses_and_gradient, plan_tiles, sum_statistics
+from nst_utils import FIRST_FIVE, IMAGES, load_image, transfer_style
 
 CPU = torch.device("cpu")
+FIVE = dict.fromkeys(FIRST_FIVE, 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -34,64 +27,52 @@ def network_to(vgg):
     return lambda layers: cut_network(vgg, deepest(layers), CPU, "float64")
 
 
-@pytest.fixture
-def tiled(monkeypatch):
-    """A function: from now on tiles have at most this many pixels to a side, and the graphs of so many are kept."""
-
-    def set_tiles(side, kept=0):
-        def plan(shape, room, bytes_per_pixel, margin, step):
-            return cut(shape, side, margin, step), kept
-
-        monkeypatch.setattr("nst_engine.preparation.plan_tiles", plan)
-
-    return set_tiles
+def content_bytes(network, task, shape):
+    """What the content's feature maps take in float64."""
+    return sum(8 * map_size(network, name, shape) for name in task.content_layers)
 
 
 @pytest.mark.parametrize(
-    "content_layers, style_layers, shape, side",
+    "content_layers, style_layers, shape, share, count, stored",
     [
-        (("conv1_2",), FIRST_FIVE, (100, 140), 32),
-        (("conv1_2",), FIRST_FIVE, (77, 131), 16),
-        (("conv1_1",), (), (9, 33), 8),
-        (("relu2_2", "conv_7"), (), (61, 90), 32),
-        ((), ("relu3_1", "conv4_1"), (90, 100), 48),
-        (("conv5_2",), ("conv1_1",), (65, 97), 48),
+        (("conv1_2",), FIRST_FIVE, (70, 90), 0.26, 30, False),
+        (("conv1_2",), FIRST_FIVE, (51, 89), 0.36, 24, True),
+        (("conv1_1",), (), (9, 33), 0.4, 4, False),
+        (("relu2_2", "conv_7"), (), (61, 90), 0.7, 20, True),
+        ((), ("relu3_1", "conv4_1"), (84, 90), 0.9, 30, True),
+        (("conv5_2",), ("conv1_1",), (33, 40), 0.9, 9, True),
     ],
 )
-@pytest.mark.parametrize("kept, room", [(0, 0), (2, 0), (2, math.inf)])
+@pytest.mark.parametrize("kept", [0, 2])
 def test_tiles_give_the_loss_and_gradient_of_the_whole(
-    content_layers, style_layers, shape, side, kept, room, network_to, picture, tiled
+    content_layers, style_layers, shape, share, count, stored, kept, network_to, picture
 ):
-    """To rounding in float64; with the content's feature maps stored or found anew, graphs kept or made again."""
+    """To rounding in float64; with graphs kept or made again, and the content's feature maps stored or made again.
+
+    share: of the memory for the whole image that there is.
+    """
     network = network_to((*content_layers, *style_layers))
-    content, image = picture(*shape, seed=1).double(), picture(*shape, seed=2).double()
-    style = picture(64, 90).double()
-    pictures = content if content_layers else None, style if style_layers else None
-    weights = torch.tensor([2.0, 1e4, *[1.0] * len(style_layers)], dtype=torch.float64)
+    content, image, style = (picture(*sides, seed).double() for seed, sides in enumerate((shape, shape, (29, 46))))
+    task = Task(content, style, content_layers, {name: 0.5 + k for k, name in enumerate(style_layers)}, 2.0)
+    place, needed = content_bytes(network, task, shape), memory_per_pixel(network) * math.prod(shape)
 
-    def found(room):
-        objective = objective_of(network, *pictures, content_layers, style_layers, shape, room)
-        return len(objective.tiles), *loss_and_gradient_of(objective, image, weights)
+    def found(objective):
+        return losses_and_gradient(objective, image, task.weights.double())
 
-    count, losses, gradient = found(math.inf)
-    assert count == 1
-    tiled(side, kept)
-    count, losses_of_tiles, gradient_of_tiles = found(room)
-    assert count > 3
+    losses, gradient = found(objective_of(network, task, shape, math.inf))
+    objective = objective_of(network, task, shape, share * needed + stored * place)
+    assert len(objective.tiles) == count and (place <= share * needed / 3) == stored
+    losses_of_tiles, gradient_of_tiles = found(objective._replace(kept=kept))
     torch.testing.assert_close(losses_of_tiles, losses, rtol=1e-11, atol=0)
     torch.testing.assert_close(gradient_of_tiles, gradient, rtol=0, atol=1e-11 * gradient.abs().max().item())
 
 
-def test_the_contents_stored_maps_leave_less_room_for_tiles(network_to, picture, monkeypatch):
-    rooms, content = [], picture(20, 30).double()
-
-    def plan(shape, room, *rest):
-        rooms.append(room)
-        return cut(shape, 64, 2, 1), 1
-
-    monkeypatch.setattr("nst_engine.preparation.plan_tiles", plan)
-    objective_of(network_to(["conv1_2"]), content, None, ("conv1_2",), (), (20, 30), 1e9)
-    assert rooms == [1e9 - 64 * 20 * 30 * 8]
+def test_the_contents_stored_maps_leave_less_memory_for_tiles(network_to, picture):
+    """They are stored from a budget of four times their size on: one tile's graph less can then be kept."""
+    shape, network = (20, 35), network_to(["conv1_2"])
+    task = Task(picture(*shape), None, ("conv1_2",))
+    budget = 4 * content_bytes(network, task, shape)
+    assert [objective_of(network, task, shape, budget - less).kept for less in (0, 1)] == [0, 1]
 
 
 @pytest.mark.parametrize("kept", [0, 1, 2, 4])
@@ -102,23 +83,23 @@ def test_as_many_graphs_are_kept_as_there_is_memory_for(kept, picture):
         tracked.append(torch.is_grad_enabled())
         return [part.square().sum()]
 
-    objective = Objective(statistics, lambda sums, weights: torch.stack(sums), cut((8, 8), 4, 0, 4), kept)
-    losses, gradient = loss_and_gradient_of(objective, image, None)
+    objective = Objective(statistics, lambda found, weights: torch.stack(found), cut_tiles((8, 8), 4, 0, 4), kept)
+    losses, gradient = losses_and_gradient(objective, image, None)
     assert tracked == [True] * kept + [False] * (4 - kept) + [True] * (4 - kept)
     torch.testing.assert_close(gradient, 2 * image)
 
 
-def test_gram_matrices_of_a_large_style_are_found_in_tiles(network_to, picture, tiled):
-    network, style = network_to(FIRST_FIVE), picture(70, 91).double()
-    whole = gram_matrices(network, style, FIRST_FIVE, math.inf)
-    tiled(16)
-    parts = gram_matrices(network, style, FIRST_FIVE, 0)
+def test_gram_matrices_of_a_large_style_are_found_in_tiles(network_to, picture):
+    network, style = network_to(FIRST_FIVE), picture(46, 61).double()
+    whole, parts = (gram_matrices(network, style, FIRST_FIVE, pixels * 7322) for pixels in (46 * 61, 40**2))
+    assert memory_per_pixel(network) == pytest.approx(7322, abs=1)
     for name in FIRST_FIVE:
+        assert not torch.equal(parts[name], whole[name])
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("side, expected", [(2, [32, 62]), (4, [])])
-def test_what_a_pass_over_tiles_freed_goes_back_before_the_next(side, expected, picture, monkeypatch):
+def test_what_a_pass_over_tiles_freed_is_released_before_the_next(side, expected, picture, monkeypatch):
     """After the first, of 32 tiles, and the second; where of a fourth of them the graphs are kept, it stays."""
     seen, log = [], []
 
@@ -126,40 +107,40 @@ def test_what_a_pass_over_tiles_freed_goes_back_before_the_next(side, expected, 
         seen.append(tile)
         return [part.square().sum()]
 
-    monkeypatch.setattr(tiles, "give_back_freed_memory", lambda: log.append(len(seen)))
-    objective = Objective(statistics, lambda sums, weights: sums[0][None], cut((8, 16), side, 0, 1), 2)
-    loss_and_gradient_of(objective, picture(8, 16), torch.ones(1))
+    monkeypatch.setattr(tiles, "release_freed_memory", lambda: log.append(len(seen)))
+    objective = Objective(statistics, lambda found, weights: found[0][None], cut_tiles((8, 16), side, 0, 1), 2)
+    losses_and_gradient(objective, picture(8, 16), torch.ones(1))
     assert log == expected
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (16, 16), (17, 100), (255, 33), (300, 301)])
-@pytest.mark.parametrize("side, margin, step", [(16, 8, 4), (64, 12, 4), (512, 128, 16), (1, 2, 1)])
-def test_tiles_cover_each_pixel_once_and_windows_reach_a_margin_further(shape, side, margin, step):
-    covered, planned = torch.zeros(shape), cut(shape, side, margin, step)
+@pytest.mark.parametrize("side, halo, stride", [(16, 8, 4), (64, 12, 4), (512, 128, 16), (1, 2, 1)])
+def test_tiles_cover_each_pixel_once_and_windows_reach_a_halo_further(shape, side, halo, stride):
+    covered, planned = torch.zeros(shape), cut_tiles(shape, side, halo, stride)
     for tile in planned:
         covered[slice(*tile.rows), slice(*tile.columns)] += 1
         for (first, end), (start, stop), length in zip(tile[:2], tile[2:], shape):
-            assert 0 < end - first <= side + 2 * margin and first % step == start % step == 0
-            assert start == max(0, first - margin) and stop == min(length, end + margin)
+            assert 0 < end - first <= side + 2 * halo and first % stride == start % stride == 0
+            assert start == max(0, first - halo) and stop == min(length, end + halo)
     assert (covered == 1).all()
     for windows, length in zip(zip(*(tile[2:] for tile in planned)), shape):
         lengths = {stop - start for start, stop in windows if stop < length or start == 0}
-        assert max(lengths) <= side + 2 * margin and (len(lengths) == 1 or side < 4 * margin)
+        assert max(lengths) <= side + 2 * halo and (len(lengths) == 1 or side < 4 * halo)
 
 
-def test_the_margin_is_as_far_as_the_deepest_layer_looks(vgg):
-    """By hand: 1 for each convolution of block 1, 2 of block 2 and so on, rounded up to the layer's step."""
+def test_the_halo_is_the_receptive_field_of_the_deepest_layer(vgg):
+    """By hand: 1 for each convolution of block 1, 2 of block 2 and so on, rounded up to the layer's stride."""
     for layer, expected in {"conv1_1": (1, 1), "conv1_2": (2, 1), "conv3_1": (12, 4), "conv5_4": (128, 16)}.items():
-        assert margin_and_step(cut_network(vgg, layer, CPU, "float32")) == expected
+        assert halo_and_stride(cut_network(vgg, layer, CPU, "float32")) == expected
 
 
-def test_the_largest_window_has_margins_on_all_sides():
-    assert largest_window(cut((100, 100), 32, 8, 4)) == (28 + 16) ** 2
+def test_the_largest_window_has_a_halo_on_all_sides():
+    assert largest_window(cut_tiles((100, 100), 32, 8, 4)) == (28 + 16) ** 2
 
 
 def test_memory_decides_on_the_tiles():
-    def plan(room):
-        planned, kept = plan_tiles((2000, 3000), room, 1000.0, 12, 4)
+    def plan(budget_bytes):
+        planned, kept = plan_tiles((2000, 3000), budget_bytes, 1000.0, 12, 4)
         height, width = planned[0].rows[1], planned[0].columns[1]
         return len(planned), kept, max(height, width)
 
@@ -170,8 +151,11 @@ def test_memory_decides_on_the_tiles():
     assert 4 <= plan(0)[2] <= 8
 
 
+# --- Several processes ---------------------------------------------------------------------------
+
+
 class Ranks:
-    """Stands in for torch.distributed: the processes one after the other, and what they add up."""
+    """Stands in for torch.distributed: the processes one after the other, and what they all-reduce."""
 
     def __init__(self, monkeypatch, count):
         self.rank, self.seen = 0, []
@@ -185,91 +169,82 @@ class Ranks:
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_processes_share_the_tiles_and_add_up(count, monkeypatch):
-    ranks, parts = Ranks(monkeypatch, count), cut((64, 64), 16, 0, 4)
-    sums = []
+def test_ranks_share_the_tiles_and_sum_their_statistics(count, monkeypatch):
+    ranks, parts, total = Ranks(monkeypatch, count), cut_tiles((64, 64), 16, 0, 4), 0
     for ranks.rank in range(count):
-        found = sum_tiles(lambda tile: [torch.tensor([float(tile.rows[0] * 64 + tile.columns[0])])], parts)
-        assert ranks.seen[-1] is found[0]
-        sums.append(found[0])
-    assert sum(sums) == sum(row * 64 + column for row, column in itertools.product(range(0, 64, 16), repeat=2))
-    planned, _ = plan_tiles((64, 64), math.inf if count == 1 else 1e12, 1.0, 4, 4)
-    assert len(planned) >= count
+        (found,) = sum_statistics(lambda tile: [torch.tensor([tile.rows[0] * 64.0 + tile.columns[0]])], parts)
+        assert ranks.seen[-1] is found
+        total += found
+    assert total == sum(row * 64 + column for row, column in itertools.product(range(0, 64, 16), repeat=2))
+    assert len(plan_tiles((64, 64), 1e12, 1.0, 4, 4)[0]) >= count
 
 
-def test_processes_go_by_the_least_memory_that_one_of_them_has(settings, monkeypatch):
+def test_ranks_go_by_the_least_memory_that_one_of_them_has(vgg, content, monkeypatch):
     """Or each would plan tiles of its own."""
+    seen = []
 
     def all_reduce(tensor, op):
-        assert op == tiles.dist.ReduceOp.MIN and tensor == 5000
-        tensor.fill_(3000)
+        assert op == tiles.dist.ReduceOp.MIN
+        seen.append(tensor.item())
+        tensor.sub_(12345)
 
     Ranks(monkeypatch, 2)
     monkeypatch.setattr(tiles.dist, "all_reduce", all_reduce)
-    monkeypatch.setattr("nst_engine.preparation.memory_to_use", lambda device, memory, processes: 5000)
-    assert Preparation(settings["vgg"], CPU).memory == 3000
+    assert [Run(Task(content, None, ("conv1_1",)), vgg=vgg).budget_bytes] == [free - 12345 for free in seen]
 
 
-def test_a_picture_of_fewer_tiles_than_processes_is_refused(monkeypatch, refuses):
+def test_an_image_of_fewer_tiles_than_processes_is_refused(monkeypatch, refuses):
     Ranks(monkeypatch, 5)
-    with refuses(ValueError, "a picture of 8 x 8 is too small to share out over 5 processes"):
-        plan_tiles((8, 8), 1e12, 1.0, 4, 4)
+    with refuses(ValueError, "an image of 8 x 9 is too small to share among 5 processes"):
+        plan_tiles((8, 9), 1e12, 1.0, 4, 4)
 
 
-def test_a_run_in_tiles_is_that_on_the_whole(settings, content, style, tiled):
-    """The same start and the same steps, but for rounding."""
-    runs = []
-    for _ in range(2):
-        runs.append(transfer_style(content, style, evaluations=4, init="content", **settings))
-        tiled(16, 3)
-    assert not torch.equal(runs[0].image, runs[1].image)
-    torch.testing.assert_close(runs[0].image, runs[1].image, rtol=0, atol=1e-3)
-
-
-def one_of_several(rank, count, folder, result):
-    """What one process does: join the others, evaluate a picture, and store the loss and gradient."""
+def loss_and_gradient_of_rank(rank, count, folder):
+    """What one process does: join the others, evaluate an image, and store loss and gradient."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=count)
-    image, content, style = torch.rand(3, 1, 3, 60, 90, generator=torch.Generator().manual_seed(0)).split(1)
-    prepared = Preparation(load_vgg19(device="cpu"), CPU, "float32")
-    task = Task(content[0], style[0], ("conv1_2",), dict.fromkeys(FIRST_FIVE, 1.0))
-    evaluate = prepared.evaluation(task, (60, 90), (60, 90), "float32")
-    torch.save(evaluate(image.flatten(), torch.tensor([1.0, 1e4, *[1.0] * 5])), f"{result}{rank}")
-    torch.distributed.destroy_process_group()
+    if count > 1:
+        torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=count)
+    image, content, style = torch.rand(3, 1, 3, 50, 77, generator=torch.Generator().manual_seed(0)).split(1)
+    task = Task(content, style, ("conv1_2",), FIVE)
+    objective = objective_of(cut_network(load_vgg19(device=CPU), "conv3_1", CPU, "float32"), task, (50, 77), 1e12)
+    found = losses_and_gradient(objective, image, task.weights)
+    torch.save((len(objective.tiles), *found), folder / f"{count} {rank}")
+    if count > 1:
+        torch.distributed.destroy_process_group()
 
 
 def test_processes_find_the_loss_and_gradient_that_one_finds(tmp_path):
-    found = {}
-    for count in (1, 2, 4):
-        folder = tmp_path / str(count)
-        folder.mkdir()
-        torch.multiprocessing.spawn(one_of_several, (count, folder, folder / "of"), count)
-        found[count] = [torch.load(folder / f"of{rank}") for rank in range(count)]
-    losses, gradient = found[1][0]
-    for each in itertools.chain(*found.values()):
-        assert each[0] == pytest.approx(losses, rel=1e-5)
-        torch.testing.assert_close(each[1], gradient, rtol=0, atol=1e-5 * gradient.abs().max().item())
+    """Three, of four tiles: one of them has two."""
+    torch.multiprocessing.spawn(loss_and_gradient_of_rank, (3, tmp_path), 3)
+    threads = torch.get_num_threads()
+    loss_and_gradient_of_rank(0, 1, tmp_path)
+    torch.set_num_threads(threads)
+    count, losses, gradient = torch.load(tmp_path / "1 0")
+    assert count == 1
+    for rank in range(3):
+        count, losses_of_rank, gradient_of_rank = torch.load(tmp_path / f"3 {rank}")
+        assert count == 4
+        torch.testing.assert_close(losses_of_rank, losses, rtol=1e-5, atol=0)
+        torch.testing.assert_close(gradient_of_rank, gradient, rtol=0, atol=1e-5 * gradient.abs().max().item())
 
 
-def test_little_memory_has_few_curvature_pairs(settings, content, style, monkeypatch):
-    """In a run each scale has what `divide_memory` gives it, and that is no more than there is."""
-    pixels, seen = 1_000_000, []
-    prepared = Preparation(settings["vgg"], CPU, "float32")
-    for each, expected in ((100, FEWEST), (IN_STEP + 3 * 5 * PAIR, 5), (1e4, MOST)):
-        prepared.memory = each * pixels
-        pairs, room = prepared.divide_memory((1000, 1000))
-        assert pairs == expected and room + (pairs * PAIR + IN_EVALUATION) * pixels == each * pixels
-        assert each < IN_STEP or (IN_STEP + pairs * PAIR) * pixels <= prepared.memory
+# --- Whole runs ----------------------------------------------------------------------------------
 
-    class Noted(InverseCurvature):
-        def __init__(self, precondition, x, memory):
-            seen.append(memory)
-            super().__init__(precondition, x, memory)
 
-    monkeypatch.setattr("nst_engine.preparation.InverseCurvature", Noted)
-    monkeypatch.setattr(Preparation, "divide_memory", lambda self, shape: (7, math.inf))
-    transfer_style(content, style, evaluations=1, **settings)
-    assert seen == [7]
+def test_a_run_in_tiles_is_that_on_the_whole(vgg, content, style):
+    """The same start and the same steps, but for rounding."""
+    images = []
+    for budget_bytes, parts in ((1e12, "whole"), (9e6, "in 12 tiles, the graphs of 0 kept")):
+        task = Task(content, style, ("conv1_2",), FIVE)
+        run = Run(task, init="content", vgg=vgg, precision="float32")
+        run.budget_bytes = budget_bytes
+        assert parts in run.describe()
+        for _ in range(4):
+            step = run.step()
+        images.append(run.image)
+    assert step.total < 1000
+    assert not torch.equal(*images)
+    torch.testing.assert_close(*images, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("memory", [0, -1.0, math.nan, math.inf, "4"])
@@ -289,20 +264,30 @@ def jump_at_borders(image, planned):
     return (sum(across) / len(across) / (sum(near) / len(near))).item()
 
 
-def test_a_picture_made_in_tiles_shows_no_seam(settings, monkeypatch, tiled):
-    """Its borders are no sharper than where they would be in the picture made whole; without margins they are."""
+def test_an_image_made_in_tiles_shows_no_seam(vgg):
+    """Its borders are no sharper than where they would be in the image made whole; without a halo they are."""
     content, style = (
-        load_image(IMAGES / name, 64, "cpu") for name in ("content/chenonceau.jpg", "style/starry_night.jpg")
+        load_image(IMAGES / name, 48, "cpu") for name in ("content/chenonceau.jpg", "style/starry_night.jpg")
     )
-    planned = cut(tuple(content.shape[-2:]), 24, 12, 4)
+    shape, task = tuple(content.shape[-2:]), Task(content, style, ("conv1_2",), FIVE)
+    network = cut_network(vgg, "conv3_1", CPU, "float32")
+    objective = objective_of(network, task, shape, 40**2 * memory_per_pixel(network) / 2)  # targets are not stored
+    precondition = spectral_preconditioner(first_kernels(vgg), shape, 0.01, CPU)
+
+    def image_made(planned):
+        evaluate = evaluator(objective._replace(tiles=planned, kept=len(planned)), content, len(task.weights))
+        iterate = Iterate(content.flatten())
+        optimiser = ProjectedLBFGS(iterate.x, precondition)
+        for _ in range(12):
+            iterate = optimiser.step(iterate, lambda x: evaluate(x, task.weights))
+        return iterate.x.view_as(content)
+
+    planned = cut_tiles(shape, 16, 12, 4)
     assert len(planned) > 8
-
-    def jump():
-        result = transfer_style(content, style, init="content", evaluations=20, **settings)
-        return jump_at_borders(result.image, planned)
-
-    whole = jump()
-    tiled(24, len(planned))
-    assert jump() == pytest.approx(whole, rel=0.03)
-    monkeypatch.setattr("nst_engine.preparation.margin_and_step", lambda network: (0, 4))
-    assert jump() > 1.2 * whole
+    whole, tiled, without = (
+        jump_at_borders(image_made(cut_tiles(shape, side, halo, 4)), planned)
+        for side, halo in ((64, 12), (16, 12), (16, 0))
+    )
+    print(whole, tiled, without)
+    assert tiled == pytest.approx(whole, rel=0.03)
+    assert without > 1.2 * whole
