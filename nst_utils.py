@@ -81,14 +81,9 @@ def style_loss(
 
 
 def make_objective(
-    vgg: nn.Sequential,
-    content: Tensor | None,
-    style: Tensor | None,
-    content_layers: Iterable[str],
-    style_layers: Iterable[str],
-    content_weight: float,
-    style_weight: float,
-) -> Callable[[Tensor], Tensor]:
+    vgg: nn.Sequential, content: Tensor | None, style: Tensor | None, content_layers: Iterable[str],
+    style_layers: Iterable[str], content_weight: float, style_weight: float,
+) -> Callable[[Tensor], Tensor]:  # fmt: skip
     """What a style transfer minimises ([style], equation 7): the function image -> tensor (total, content, style).
 
     content and style: (1, 3, H, W), or None without layers. The targets are computed here, once.
@@ -120,13 +115,9 @@ class Result(NamedTuple):
 
 
 def optimise(
-    task: Task,
-    shape: tuple[int, int] | None = None,
-    *,
-    progress: bool = True,
-    callback: Callable[[Tensor, Step], None] | None = None,
-    **options,
-) -> Result:
+    task: Task, shape: tuple[int, int] | None = None, *, progress: bool = True,
+    callback: Callable[[Tensor, Step], None] | None = None, **options,
+) -> Result:  # fmt: skip
     """Minimise the loss of a `Task` over images of `shape` (H, W), by default the content's, or a texture's style's.
 
     options: those of `Run`, which documents them: init="noise", seed=0, evaluations=225, coarse_to_fine=True, vgg,
@@ -176,11 +167,7 @@ def reconstruct_content(content: Tensor, layers: str | Iterable[str] = "conv1_2"
 
 
 def synthesize_texture(
-    style: Tensor,
-    layers: str | Iterable[str] = FIRST_FIVE,
-    *,
-    shape: tuple[int, int] | None = None,
-    **options,
+    style: Tensor, layers: str | Iterable[str] = FIRST_FIVE, *, shape: tuple[int, int] | None = None, **options
 ) -> Result:
     """Optimise an image to match the Gram matrices of `style` at `layers`, a name or several ([texture]).
 
@@ -192,14 +179,9 @@ def synthesize_texture(
 
 
 def transfer_style(
-    content: Tensor,
-    style: Tensor,
-    content_layers: str | Iterable[str] = ("conv1_2",),
-    style_layers: str | Iterable[str] = FIRST_FIVE,
-    content_weight: float = 1.0,
-    style_weight: float = 1e4,
-    **options,
-) -> Result:
+    content: Tensor, style: Tensor, content_layers: str | Iterable[str] = ("conv1_2",),
+    style_layers: str | Iterable[str] = FIRST_FIVE, content_weight: float = 1.0, style_weight: float = 1e4, **options,
+) -> Result:  # fmt: skip
     """Optimise an image to match the feature maps of `content` and the Gram matrices of `style` ([style], eq. 7).
 
     content, style: (1, 3, H, W) in [0, 1], of any two sizes; the result has the content's. options: those of `optimise`

@@ -25,7 +25,6 @@ from typing import NamedTuple
 
 import ipywidgets as widgets
 from IPython.display import publish_display_data
-from matplotlib.figure import Figure
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
@@ -116,18 +115,8 @@ def jpeg(image: Tensor) -> bytes:
 
 def draw_losses(curves: list[tuple]) -> bytes:
     """Loss curves as the bytes of a PNG file; curves: [(total, weighted content loss, weighted style loss), ...]."""
-    figure = Figure(figsize=(5.2, 2.1), layout="constrained")  # not pyplot's: this runs beside the main thread
-    axes = figure.subplots()
-    curves = dict(zip(("total", "content × its weight", "style × its weight"), zip(*curves)))
-    for (label, values), colour, line in zip(curves.items(), ("black", "C0", "C1"), ("-", "--", "-.")):
-        if any(values):
-            axes.semilogy(range(1, len(values) + 1), values, line, color=colour, label=label, linewidth=1.3)
-    axes.set_xlabel("evaluations", fontsize=8)
-    axes.set_ylabel("loss", fontsize=8)
-    axes.tick_params(labelsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    if axes.lines:
-        figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=8)
+    named = dict(zip(("total", "content × its weight", "style × its weight"), zip(*curves)))
+    figure = nst.plot_losses({label: values for label, values in named.items() if any(values)}, size=(5.2, 2.3))
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=100)
     return buffer.getvalue()
@@ -157,6 +146,12 @@ def tree(widget: widgets.Widget) -> Iterator[widgets.Widget]:
         yield from tree(child)
 
 
+def labelled(label: str, kind: str, options: dict) -> widgets.Widget:
+    """A control of ipywidgets' class `kind`, with its label to the left."""
+    layout, style = {"width": "340px", "max_width": "100%"}, {"description_width": "112px"}
+    return getattr(widgets, kind)(description=label, layout=layout, style=style, **options)
+
+
 class Controls:
     """The widgets that the user sets; opening: the `Settings` they open at. `settings` reads them."""
 
@@ -168,36 +163,28 @@ class Controls:
         of_content = {"max": max(10, weight), "step": weight / max(1, round(10 * weight)) or 0.1}
         of_style = {"min": power - max(0, math.ceil(10 * power)) / 10, "max": max(7, power), "step": 0.1}
         of_layer = {"max": 2, "step": 0.1, "readout_format": ".1f"}
-        starts = {"noise": "noise", "content": "content", "present image": "present"}
-        if "content" not in roles:
-            del starts["content"]
+        starts = [("noise", "noise"), *[("content", "content")] * ("content" in roles), ("present image", "present")]
         declared = [  # (name, label, kind, options)
             ("content_layer", "content layer", "Dropdown", {"options": in_order({*nst.CONVOLUTIONS, opening[3]})}),
             ("content_weight", "content weight", "FloatSlider", {**of_content, "readout_format": ".3g"}),
             ("style_weight", "style weight", "FloatLogSlider", {**of_style, "readout_format": ".1e"}),
             ("size", "size in pixels", "Dropdown", {"options": sorted({128, 192, 256, 384, 512, opening.size})}),
-            ("start_from", "start from", "Dropdown", {"options": [*starts.items()]}),
+            ("start_from", "start from", "Dropdown", {"options": starts}),
             ("seed", "noise seed", "BoundedIntText", {"max": 10**6}),
             ("compare", "difference to", "Dropdown", {"options": ["nothing", "the start", "the snapshot"]}),
         ]
         for name, label, kind, options in declared:
-            setattr(self, name, self.labelled(label, kind, options))
+            setattr(self, name, labelled(label, kind, options))
         layers = in_order({*STYLE_LAYERS, *dict(opening.layer_weights)})
-        self.layer_weights = {name: self.labelled(f"style {name}", "FloatSlider", of_layer) for name in layers}
+        self.layer_weights = {name: labelled(f"style {name}", "FloatSlider", of_layer) for name in layers}
         self.choices, self.uploaders = {}, {}
         for kind in roles:
-            options = dict([*stored(kind), (getattr(opening, kind).stem.replace("_", " "), getattr(opening, kind))])
-            self.choices[kind] = self.labelled(kind, "Dropdown", {"options": [*options.items()]})
-            upload = {"accept": "image/*", "description": f"Upload {kind}", "layout": {"width": "160px"}}
-            self.uploaders[kind] = widgets.FileUpload(**upload)
-            self.choices[kind].value = getattr(opening, kind)
+            path, upload = getattr(opening, kind), {"accept": "image/*", "layout": {"width": "160px"}}
+            options = [*(dict(stored(kind)) | {path.stem.replace("_", " "): path}).items()]
+            self.choices[kind] = labelled(kind, "Dropdown", {"options": options, "value": path})
+            self.uploaders[kind] = widgets.FileUpload(description=f"Upload {kind}", **upload)
         self.size.value = opening.size
         self.reset()
-
-    @staticmethod
-    def labelled(label: str, kind: str, options: dict) -> widgets.Widget:
-        layout, style = {"width": "340px", "max_width": "100%"}, {"description_width": "112px"}
-        return getattr(widgets, kind)(description=label, layout=layout, style=style, **options)
 
     def inputs(self) -> list[widgets.Widget]:
         """The controls that change the result, in their order in the panel."""
@@ -209,15 +196,8 @@ class Controls:
     def settings(self) -> Settings:
         content, style = (getattr(self.choices.get(kind), "value", None) for kind in ("content", "style"))
         weights = tuple((name, slider.value) for name, slider in self.layer_weights.items() if slider.value and style)
-        return Settings(
-            content,
-            style,
-            self.size.value,
-            self.content_layer.value,
-            self.content_weight.value * bool(content),
-            self.style_weight.value * bool(style),
-            weights,
-        )
+        totals = self.content_weight.value * bool(content), self.style_weight.value * bool(style)
+        return Settings(content, style, self.size.value, self.content_layer.value, *totals, weights)
 
     def reset(self) -> None:
         """Go back to the layers and weights that the panel opened with."""

@@ -1,8 +1,8 @@
 """Arguments: brought to one form, or refused in one sentence that names the value and what is allowed."""
 
-import math
 import numbers
 import operator
+import sys
 from collections.abc import Iterable
 
 import torch
@@ -15,10 +15,9 @@ LARGEST_WEIGHT = 1e12  # squares of the gradient must stay within float32
 
 def as_image(image, name: str) -> Tensor:
     """`image` in float32, without a graph. Raises ValueError unless it is (1, 3, H, W), floating, in [0, 1]."""
-    found = f"{tuple(image.shape)} {image.dtype}" if torch.is_tensor(image) else type(image).__name__
-    if not (torch.is_tensor(image) and image.shape[:2] == (1, 3) and image.dim() == 4 and image.numel()):
-        raise ValueError(f"{name} is {found}: an image is a float tensor (1, 3, H, W), as load_image gives it")
-    if not image.is_floating_point():
+    shaped = torch.is_tensor(image) and image.dim() == 4 and image.shape[:2] == (1, 3) and image.numel()
+    if not (shaped and image.is_floating_point()):
+        found = f"{tuple(image.shape)} {image.dtype}" if torch.is_tensor(image) else type(image).__name__
         raise ValueError(f"{name} is {found}: an image is a float tensor (1, 3, H, W), as load_image gives it")
     if not ((image >= 0) & (image <= 1)).all():
         raise ValueError(f"{name} has values outside [0, 1] or not finite: an image holds RGB in [0, 1]")
@@ -53,26 +52,22 @@ def as_shape(shape) -> Shape:
         raise ValueError(f"shape is {shape!r}: it must be (height, width), two whole numbers, 1 or more") from error
 
 
-def as_number(value) -> float:
-    """A number of any library as a float; nan for anything else."""
+def as_number(value, name: str, smallest: float, largest: float, what: str) -> float:
+    """A number of any library, from `smallest` to `largest`, as a float; `what` says so in words."""
     scalar = isinstance(value, numbers.Real) or (torch.is_tensor(value) and value.dim() == 0 and value.isreal())
-    return float(value) if scalar else math.nan
-
-
-def as_positive(value, name: str, unit: str = "") -> float:
-    """A number of any library, above 0, as a float."""
-    number = as_number(value)
-    if not 0 < number < math.inf:
-        raise ValueError(f"{name} is {value!r}: it must be a finite number{unit} above 0")
-    return number
+    if not (scalar and smallest <= float(value) <= largest):
+        raise ValueError(f"{name} is {value!r}: it must be a finite number{what}")
+    return float(value)
 
 
 def as_weight(value, name: str) -> float:
     """A number of any library, 0 to 1e12, as a float."""
-    number = as_number(value)
-    if not 0 <= number <= LARGEST_WEIGHT:
-        raise ValueError(f"{name} is {value!r}: it must be a finite number, 0 or more and at most {LARGEST_WEIGHT:.0e}")
-    return number
+    return as_number(value, name, 0, LARGEST_WEIGHT, f", 0 or more and at most {LARGEST_WEIGHT:.0e}")
+
+
+def as_memory(value) -> float | None:
+    """A number of any library, above 0, as a float; None as it is."""
+    return None if value is None else as_number(value, "memory", 1e-9, sys.float_info.max, " of GiB above 0")
 
 
 def as_layers(layers: str | Iterable[str]) -> tuple[str, ...]:

@@ -24,11 +24,11 @@ def pick_precisions(device: torch.device, precision: str | None = None) -> tuple
         if precision not in RELATIVE_TOLERANCE:
             raise ValueError(f"unknown precision {precision!r}: use 'bfloat16' or 'float32'")
         return (precision,)
-    fast = False
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    elif device.type == "cpu":
-        fast = any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
+    else:
+        instructions = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        fast = instructions.get("amx_bf16") or instructions.get("avx512_bf16")
     return ("bfloat16", "float32") if fast else ("float32",)
 
 
@@ -82,9 +82,7 @@ def capture(run: Callable, device: torch.device, tolerance: float) -> Callable:
         same = all(error <= tolerance for error in errors)
         trouble = "" if same else f"the first replay differs from what it repeats, by relative errors of {errors}"
     if trouble:
-        warnings.warn(
-            f"evaluations on {device} are not captured as a CUDA graph and take longer: {trouble}", stacklevel=2
-        )
+        warnings.warn(f"evaluations on {device} are slower, not captured as a CUDA graph: {trouble}", stacklevel=2)
         return run
 
     def replay():

@@ -2,6 +2,8 @@
 
 import base64
 import io
+import itertools
+from collections.abc import Iterable, Mapping
 
 from IPython.display import publish_display_data
 from matplotlib.figure import Figure
@@ -9,19 +11,17 @@ from matplotlib.figure import Figure
 from .images import to_pil
 
 
-def show_images(images, titles=None, columns=None, width=2.6):
-    """Draw pictures (1, 3, H, W), or single maps (H, W) in false colour, in a grid; return the Figure.
+def show_images(images: Iterable, titles: list | None = None, columns: int | None = None, width: float = 2.6) -> Figure:
+    """Draw images (1, 3, H, W), or single maps (H, W) in false colour, in a grid; return the Figure.
 
     columns: by default one row; width: of a panel, in inches. None in `images` leaves that place empty.
     """
     images = list(images)
     titles = list(titles or [""] * len(images))
     if not any(image is not None for image in images) or len(titles) != len(images):
-        raise ValueError(
-            f"there are {len(images)} pictures and {len(titles)} titles: give a picture or more, and each a title"
-        )
+        raise ValueError(f"there are {len(images)} images and {len(titles)} titles: give one or more, and each a title")
     columns = columns or len(images)
-    heights = []  # of the rows in inches: the tallest picture, and room for the title's lines
+    heights = []  # of the rows in inches: the tallest image, and room for the title's lines
     for k in range(0, len(images), columns):
         shapes = [image.shape[-2:] for image in images[k : k + columns] if image is not None]
         lines = max(text.count("\n") + 1 if text else 0 for text in titles[k : k + columns])
@@ -41,23 +41,23 @@ def show_images(images, titles=None, columns=None, width=2.6):
     return figure
 
 
-def plot_losses(curves, ylabel="loss"):
-    """Draw {label: the loss after each evaluation} in a log scale; return the Figure.
+def plot_losses(curves: Mapping[str, list], ylabel: str = "loss", size: tuple = (7.5, 3.2)) -> Figure:
+    """Draw {label: the loss after each evaluation} in a log scale; return the Figure, of `size` in inches.
 
-    Where a run steps to a finer scale the loss jumps, since there is new detail to match.
+    Where a run goes on to a finer scale the loss jumps, since there is new detail to match.
     """
-    figure = Figure(figsize=(7.5, 3.2), layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")  # not pyplot's: the panel draws on a thread of its own
     axes = figure.subplots()
-    for label, losses in curves.items():
-        axes.semilogy(range(1, len(losses) + 1), losses, label=label, linewidth=1.4)
+    for (label, losses), line in zip(curves.items(), itertools.cycle(("-", "--", "-."))):
+        axes.semilogy(range(1, len(losses) + 1), losses, line, label=label, linewidth=1.4)
     axes.set(xlabel="evaluations of the network", ylabel=ylabel)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    figure.legend(loc="outside upper right", ncols=3, frameon=False, fontsize=9)
     return figure
 
 
-def display_figure(figure, alt):
+def display_figure(figure: Figure, alt: str) -> None:
     """Show a Figure in a notebook as a light JPEG with the alternative text `alt`.
 
     The stored text is `alt` alone, so that a regression run compares nothing that a new machine would change.

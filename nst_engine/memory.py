@@ -97,9 +97,7 @@ def fitting(shape: Shape, budget_bytes: float, constant: float, device: torch.de
         return f"{device} has memory for about {int(min(shape) * math.sqrt(share))} pixels along the shorter side"
 
     if share <= 0:
-        raise ValueError(
-            f"{budget_bytes / 2**20:.1f} MiB of memory is too little: the least is {constant / 2**20:.1f} MiB"
-        )
+        raise ValueError(f"{budget_bytes / 2**20:.1f} MiB of memory is too little: {constant / 2**20:.1f} is the least")
     if share < 1:
         needed = per_pixel * height * width + constant
         raise ValueError(f"an image of {height} x {width} needs about {needed / 2**30:.1f} GiB: {advice(share)}")

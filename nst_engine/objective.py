@@ -10,7 +10,7 @@ from .images import resize
 from .layers import Shape, stride
 from .losses import losses_from, statistics_of
 from .network import features, halo_and_stride, map_size, memory_per_pixel
-from .tiles import Objective, plan_tiles, sum_statistics, tiles_of_rank
+from .tiles import Objective, plan_tiles, smallest_tile, sum_statistics, tiles_of_rank
 
 
 class Task(NamedTuple):
@@ -54,13 +54,11 @@ class Task(NamedTuple):
         The content has that shape. The style is as much smaller as the scale is, yet large enough for its deepest
         layer. Images without layers are left out.
         """
-        content = resize(self.content, shape) if self.content_layers else None
-        if not self.style_layers:
-            return self._replace(content=content, style=None)
-        sides = self.style.shape[-2:]
-        smallest = max(map(stride, self.style_layers))
-        factor = min(1.0, max(min(shape) / min(full_size), smallest / min(sides)))
-        style = resize(self.style, tuple(max(1, round(side * factor)) for side in sides))
+        content, style = resize(self.content, shape) if self.content_layers else None, None
+        if self.style_layers:
+            sides, smallest = self.style.shape[-2:], max(map(stride, self.style_layers))
+            factor = min(1.0, max(min(shape) / min(full_size), smallest / min(sides)))
+            style = resize(self.style, tuple(max(1, round(side * factor)) for side in sides))
         return self._replace(content=content, style=style)
 
 
@@ -100,6 +98,11 @@ def gram_matrices(network: nn.Sequential, image: Tensor, layers: Iterable[str], 
             return statistics_of(features(network, image[tile.window], layers), {}, layers, sizes, tile.halo)
 
     return dict(zip(layers, sum_statistics(statistics, tiles_of(network, shape, budget_bytes)[0])))
+
+
+def least_memory(network: nn.Sequential) -> float:
+    """How many bytes the evaluation of the smallest tile takes."""
+    return memory_per_pixel(network) * smallest_tile(*halo_and_stride(network))
 
 
 def tiles_of(network: nn.Sequential, shape: Shape, budget_bytes: float) -> tuple:

@@ -11,19 +11,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .checks import as_positive, as_shape, as_start, as_task, as_whole
+from .checks import as_memory, as_shape, as_start, as_task, as_whole
 from .convergence import Window
 from .evaluation import RELATIVE_TOLERANCE, evaluator, pick_precisions
 from .images import resize
 from .layers import Shape, block, deepest
 from .memory import budget_of, divide_budget, fitting, keep_freed_memory
 from .modes import default_modes
-from .network import cut_network, first_kernels, halo_and_stride, load_vgg19, memory_per_pixel
-from .objective import Task, objective_of, tiles_of
+from .network import cut_network, first_kernels, load_vgg19
+from .objective import Task, least_memory, objective_of, tiles_of
 from .optimiser import Iterate, ProjectedLBFGS, begin
 from .prior import PRIOR_WEIGHTS, draw_noise, enlarge, enlarge_change, spectral_preconditioner
 from .scales import LARGE, limit_evaluations, plan_scales
-from .tiles import all_reduce_min, largest_window, smallest_tile, world_size
+from .tiles import all_reduce_min, largest_window, world_size
 
 BROAD = 512  # pixels along the shorter side: a run from an image has no coarser scale
 OPTIMISER = "optimiser."  # begins the names in `state_dict` that are the optimiser's
@@ -73,26 +73,17 @@ class Run:
 
     @default_modes()
     def __init__(
-        self,
-        task: Task,
-        shape: Shape | None = None,
-        *,
-        init: str | Tensor = "noise",
-        seed: int = 0,
-        evaluations: int = 225,
-        coarse_to_fine: bool = True,
-        vgg: nn.Sequential | None = None,
-        precision: str | None = None,
-        memory: float | None = None,
-    ):
+        self, task: Task, shape: Shape | None = None, *, init: str | Tensor = "noise", seed: int = 0,
+        evaluations: int = 225, coarse_to_fine: bool = True, vgg: nn.Sequential | None = None,
+        precision: str | None = None, memory: float | None = None,
+    ):  # fmt: skip
         self.task, self.evaluations = as_task(task), as_whole(evaluations, "evaluations")
         self.shape = as_shape(self.task.reference.shape[-2:] if shape is None else shape)
         self.device = self.task.reference.device
         init, self.seed = as_start(init, seed, self.task)
         self.precisions = pick_precisions(self.device, precision)  # at full size one after another, the faster first
-        memory = None if memory is None else as_positive(memory, "memory", " of GiB")
         keep_freed_memory()
-        self.budget_bytes = all_reduce_min(budget_of(self.device, memory, world_size()), self.device)
+        self.budget_bytes = all_reduce_min(budget_of(self.device, as_memory(memory), world_size()), self.device)
         self.vgg = vgg or load_vgg19(device=self.device)
         self._weights = self.task.weights
         # What is made once: by (deepest layer, precision), (scale, precision), (scale, weight of the prior).
@@ -102,9 +93,7 @@ class Run:
             smallest = self.task.smallest_side if init is None else max(BROAD, self.task.smallest_side)
             scales = plan_scales(self.shape, smallest) if coarse_to_fine else [self.shape]
             image = draw_noise(scales[0], self.seed, self.device) if init is None else resize(self.init, scales[0])
-            self._state = self._start(
-                scales, limit_evaluations(scales, self.evaluations), self.evaluations, image, image
-            )
+            self._state = self._start(scales, image, image)
 
     # What is asked of it
 
@@ -167,8 +156,7 @@ class Run:
         if not (same and [*task.layers] == [*before.layers] and len(task.style_layers) == len(before.style_layers)):
             self._evaluators = {}
         self._networks = {key: network for key, network in self._networks.items() if key[0] == deepest(task.layers)}
-        limits, x = limit_evaluations(state.scales, self.evaluations), state.image if state.step else state.iterate.x
-        state = self._start(state.scales, limits, self.evaluations, state.image, x)
+        state = self._start(state.scales, state.image, state.image if state.step else state.iterate.x)
         self.task, self._weights, self._state = task, task.weights, state
 
     @default_modes()
@@ -210,15 +198,17 @@ class Run:
 
     # How it is done
 
-    def _start(self, scales, limits, left, image, x):
-        """The state before the first evaluation of a scale, at `x`."""
+    def _start(self, scales, image, x, limits=(), left=None):
+        """The state before the first evaluation of a scale, at `x`; by default with all evaluations still to come."""
+        limits, left = limits or limit_evaluations(scales, self.evaluations), left or self.evaluations
         stage = "coarse" if len(scales) > 1 else "rough" if len(self.precisions) > 1 else "fine"
         return State(tuple(scales), tuple(limits), left, stage, self.precisions[0], image, Iterate(x.flatten()))
 
-    def _count(self, **changes):
-        """Replace the state by that after an evaluation."""
-        limits = (self._state.limits[0] - 1, *self._state.limits[1:])
-        self._state = self._state._replace(limits=limits, left=self._state.left - 1, **changes)
+    def _count(self, state, **changes):
+        """Take the state after an evaluation; returns the best image's `Step`."""
+        limits = (state.limits[0] - 1, *state.limits[1:])
+        self._state = state._replace(limits=limits, left=state.left - 1, **changes)
+        return self._state.step
 
     def _descend(self):
         """One step of the optimiser; None where no step lowers the loss."""
@@ -229,13 +219,10 @@ class Run:
         iterate = optimiser.step(state.iterate, evaluate, RELATIVE_TOLERANCE[precision])
         if iterate is None:
             return None
-        image, step, gradient = state.image, state.step, state.gradient
-        if step is None or iterate.losses[0] < step.total:
-            image, gradient = iterate.x.view(1, 3, *scale), iterate.gradient
-            step = Step(scale, precision, *iterate.losses)
-        window = state.window.extend(image, step.total)
-        self._count(image=image, iterate=iterate, step=step, gradient=gradient, window=window)
-        return step
+        if state.step is None or iterate.losses[0] < state.step.total:
+            image, step = iterate.x.view(1, 3, *scale), Step(scale, precision, *iterate.losses)
+            state = state._replace(image=image, step=step, gradient=iterate.gradient)
+        return self._count(state, iterate=iterate, window=state.window.extend(state.image, state.step.total))
 
     def _begin_scale(self):
         """Go on to the next scale, from the best image enlarged."""
@@ -245,7 +232,7 @@ class Run:
             x = enlarge_change(image, self.init, shape)
         else:
             x = enlarge(image, shape, self.seed) if self.task.style_layers else resize(image, shape)
-        self._state = self._start(state.scales[1:], state.limits[1:], state.left, state.image, x)
+        self._state = self._start(state.scales[1:], state.image, x, state.limits[1:], state.left)
         self._evaluators, self._optimisers = {}, {}  # their memory is free before the new scale's are made
 
     def _check_rounding(self):
@@ -259,11 +246,11 @@ class Run:
         step = Step(self.scales[0], precision, *losses)
         cosine = gradient_cosine(state.gradient, gradient, self._optimiser(self.scales[0]).precondition)
         if cosine >= COSINE:
-            self._count(stage="fine" if state.stage == "rough" else "done", window=Window())
+            self._count(state, stage="fine" if state.stage == "rough" else "done", window=Window())
         else:
             iterate = begin(state.iterate._replace(x=x), losses, gradient)
-            exact = {"iterate": iterate, "step": step, "gradient": gradient}
-            self._count(stage="fine", precision=precision, window=Window(), **exact)
+            state = state._replace(iterate=iterate, step=step, gradient=gradient)
+            self._count(state, stage="fine", precision=precision, window=Window())
         return step
 
     def _evaluate(self, precision, x):
@@ -280,15 +267,13 @@ class Run:
 
     def _evaluator(self, precision):
         """(the `Objective`, its function of flat images and weights) at the present scale."""
-        shape = self.scales[0]
-        if (shape, precision) not in self._evaluators:
-            _, budget_bytes = divide_budget(self.budget_bytes, shape)
-            task = self.task.at_scale(shape, self.shape)
+        key = shape, _ = self.scales[0], precision
+        if key not in self._evaluators:
+            task, (_, budget_bytes) = self.task.at_scale(shape, self.shape), divide_budget(self.budget_bytes, shape)
             objective = objective_of(self._network(precision), task, shape, budget_bytes)
             place = torch.zeros(1, 3, *shape, device=self.device)
-            made = objective, evaluator(objective, place, len(self._weights), precision)
-            self._evaluators[shape, precision] = made
-        return self._evaluators[shape, precision]
+            self._evaluators[key] = objective, evaluator(objective, place, len(self._weights), precision)
+        return self._evaluators[key]
 
     def _optimiser(self, scale):
         key = scale, PRIOR_WEIGHTS.get(min(map(block, self.task.layers)), math.inf)
@@ -305,9 +290,7 @@ class Run:
         return self._optimisers[key]
 
     def _fitting(self):
-        network = self._network(self.precisions[-1])
-        constant = memory_per_pixel(network) * smallest_tile(*halo_and_stride(network))
-        return fitting(self.shape, self.budget_bytes, constant, self.device)
+        return fitting(self.shape, self.budget_bytes, least_memory(self._network(self.precisions[-1])), self.device)
 
 
 def gradient_cosine(a: Tensor, b: Tensor, precondition: Callable[[Tensor], Tensor]) -> float:
