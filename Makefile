@@ -4,15 +4,17 @@ BIN = $(VENV)/bin
 NBGRADER ?= .venv-nbgrader
 PIP_OPTIONS ?=
 
-.PHONY: run test test-browser lab notebooks assignment test-assignment clean
+.PHONY: run check test test-browser lab notebooks assignment test-assignment clean
 
 run: $(VENV)/installed  ## execute the three notebooks with progress and render them to rendered/*.html
 	$(BIN)/python tools/run_notebooks.py
 
-test: $(VENV)/installed  ## style, unit tests, and the notebooks executed again and compared
+check: $(VENV)/installed  ## style and unit tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pytest -m "not browser"
+
+test: check  ## check, and the notebooks executed again and compared
 	$(BIN)/pytest --nbval --nbval-current-env --nbval-cell-timeout 1800 notebooks
 
 test-browser: $(VENV)/installed  ## the panel in JupyterLab, driven by Chromium; screenshots in test-artifacts/

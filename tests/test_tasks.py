@@ -219,8 +219,8 @@ def test_a_transfer_has_no_frame(settings):
     content = load_image(IMAGES / "content" / "chenonceau.jpg", 96, "cpu")[..., :96].contiguous()
     style = load_image(IMAGES / "style" / "starry_night.jpg", 96, "cpu")
     result = transfer_style(content, style, init="content", evaluations=40, **settings)
-    strength, inside = gradients(result.image), gradients(result.image)[3:-3, 3:-3]
-    outside = (strength.sum() - inside.sum()) / (strength.numel() - inside.numel())
+    change, inside = gradients(result.image), gradients(result.image)[3:-3, 3:-3]
+    outside = (change.sum() - inside.sum()) / (change.numel() - inside.numel())
     assert outside < 1.25 * inside.mean()
 
 
