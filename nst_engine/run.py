@@ -132,12 +132,11 @@ class Run:
         """
         with self._fitting():
             while self._state.left and self._state.stage != "done":
-                state = self._state
-                over = not state.limits[0] or state.window.converged(state.stage)
+                over = not self._state.limits[0] or self._state.window.converged(self._state.stage)
                 step = None if over else self._descend()
-                if step is None and len(state.scales) > 1:
+                if step is None and len(self.scales) > 1:
                     self._begin_scale()
-                elif step is None and state.limits[0] and state.precision != self.precisions[-1]:
+                elif step is None and self._state.limits[0] and self._state.precision != self.precisions[-1]:
                     return self._check_rounding()
                 else:
                     return step
@@ -200,7 +199,8 @@ class Run:
 
     def _start(self, scales, image, x, limits=(), left=None):
         """The state before the first evaluation of a scale, at `x`; by default with all evaluations still to come."""
-        limits, left = limits or limit_evaluations(scales, self.evaluations), left or self.evaluations
+        limits = limits or limit_evaluations(scales, self.evaluations)
+        left = self.evaluations if left is None else left
         stage = "coarse" if len(scales) > 1 else "rough" if len(self.precisions) > 1 else "fine"
         return State(tuple(scales), tuple(limits), left, stage, self.precisions[0], image, Iterate(x.flatten()))
 
@@ -267,7 +267,8 @@ class Run:
 
     def _evaluator(self, precision):
         """(the `Objective`, its function of flat images and weights) at the present scale."""
-        key = shape, _ = self.scales[0], precision
+        shape = self.scales[0]
+        key = shape, precision
         if key not in self._evaluators:
             task, (_, budget_bytes) = self.task.at_scale(shape, self.shape), divide_budget(self.budget_bytes, shape)
             objective = objective_of(self._network(precision), task, shape, budget_bytes)

@@ -68,7 +68,11 @@ def write(path, save):
 def save(options, run):
     """Save the image, and beside it the state of the run."""
     state = run.state_dict()
-    tensors = {name: value.cpu().clone() for name, value in state.items() if torch.is_tensor(value)}
+    tensors, places = {}, set()
+    for name, value in state.items():
+        if torch.is_tensor(value):  # of those that share memory, which a file cannot, all but the first are copied
+            tensors[name] = value.cpu().clone() if value.data_ptr() in places else value.cpu()
+            places.add(value.data_ptr())
     plain = {name: value for name, value in state.items() if name not in tensors}
     about = {"settings": settings_of(options), "state": json.dumps(plain)}
     write(options.output.with_suffix(".safetensors"), lambda path: save_file(tensors, path, about))
