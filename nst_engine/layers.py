@@ -7,6 +7,7 @@ Shape = tuple[int, int]  # (height, width)
 CONVOLUTIONS = tuple(f"conv{block}_{i}" for block, n in enumerate((2, 2, 4, 4, 4), 1) for i in range(1, n + 1))
 RELUS = tuple(name.replace("conv", "relu") for name in CONVOLUTIONS)
 LAYERS = tuple(name for pair in zip(CONVOLUTIONS, RELUS) for name in pair)  # in the network's order
+COUNTED = {f"conv_{k}": conv for k, conv in enumerate(CONVOLUTIONS, 1)}  # the assignment's names
 FIRST_FIVE = CONVOLUTIONS[:5]  # conv1_1, conv1_2, conv2_1, conv2_2, conv3_1
 
 
@@ -15,10 +16,9 @@ def layer_name(name: str) -> str:
 
     Raises ValueError for a layer that VGG-19 does not have.
     """
-    counted = {f"conv_{k}": conv for k, conv in enumerate(CONVOLUTIONS, 1)}
-    if name not in (*LAYERS, *counted):
+    if name not in (*LAYERS, *COUNTED):
         raise ValueError(f"unknown layer {name!r}: use conv1_1 ... conv5_4, relu1_1 ... relu5_4 or conv_1 ... conv_16")
-    return counted.get(name, name)
+    return COUNTED.get(name, name)
 
 
 def as_names(layers: str | Iterable[str]) -> tuple[str, ...]:
@@ -39,3 +39,11 @@ def stride(name: str) -> int:
 def deepest(layers: Iterable[str]) -> str:
     """The papers' name of whichever of `layers` comes last in the network."""
     return max(map(layer_name, layers), key=LAYERS.index)
+
+
+def check_size(shape: Shape, layers: Iterable[str]) -> None:
+    """Raise ValueError if an image of `shape` has a side shorter than the stride of one of `layers`."""
+    for name in layers:
+        if min(shape) < stride(name):
+            least = f"each side needs {stride(name)} pixels or more"
+            raise ValueError(f"a {shape[0]}x{shape[1]} image is too small for {layer_name(name)}: {least}")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 
 from .images import pick_device
-from .layers import LAYERS, Shape, as_names, deepest, layer_name, stride
+from .layers import LAYERS, Shape, as_names, check_size, layer_name, stride
 from .modes import default_modes
 from .weights import convolutions_of, read_weights
 
@@ -93,9 +93,7 @@ def features(vgg: nn.Sequential, image: Tensor, layers: str | Iterable[str]) -> 
     if image.device.type == "cuda":
         torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "ieee"
     names = [layer_name(name) for name in layers]
-    (height, width), needed = image.shape[-2:], max(map(stride, names), default=1)
-    if min(height, width) < needed:
-        raise ValueError(f"a {height}x{width} image is too small for {deepest(names)}: a side needs {needed} pixels")
+    check_size(image.shape[-2:], names)
     first, maps = vgg.conv1_1.weight, {}
     x = (image - vgg.mean).to(first.dtype)
     if first.is_contiguous(memory_format=torch.channels_last):

@@ -117,12 +117,12 @@ class ProjectedLBFGS:
     def state_dict(self, iterate: Iterate) -> dict:
         """{name: tensor, number or list} of an iterate, without what is None.
 
-        x, gradient, direction: (n,). losses, halvings, slots: as in `Iterate`. pending: (2, n) or (0,). s, y:
-        (pairs, n), the correction pairs in these slots. sy, yy: (pairs, pairs), float64, their inner products.
+        x, gradient, direction: (n,). losses, halvings, slots: as in `Iterate`. s, y: (pairs, n), the correction pairs
+        in these slots, the pending one among them. sy, yy: (pairs, pairs), float64, their inner products.
         """
-        slots, size = list(iterate.slots), self.history_size
-        state = iterate._asdict() | {"pending": torch.stack(iterate.pending) if iterate.pending else None}
-        state |= {"s": self.history[slots], "y": self.history[[size + slot for slot in slots]]}
+        state = self.update(iterate)._asdict()
+        slots, size = list(state["slots"]), self.history_size
+        state |= {"pending": None, "s": self.history[slots], "y": self.history[[size + slot for slot in slots]]}
         for name in ("sy", "yy"):
             state[name] = torch.from_numpy(state[name][np.ix_(slots, slots)]) if slots else None
         return {name: value for name, value in state.items() if value is not None}
@@ -139,11 +139,9 @@ class ProjectedLBFGS:
             sy[np.ix_(slots, slots)], yy[np.ix_(slots, slots)] = (
                 state[k][newest, newest].numpy() for k in ("sy", "yy")
             )
-        found = {name: state[name].to(to) for name in ("x", "gradient", "direction", "pending") if name in state}
-        found["pending"] = tuple(found.get("pending", ()))
-        return Iterate(
-            **found, losses=state.get("losses"), halvings=state["halvings"], slots=tuple(slots), sy=sy, yy=yy
-        )
+        found = {name: state[name].to(to) for name in ("x", "gradient", "direction") if name in state}
+        plain = {"losses": state.get("losses"), "halvings": state["halvings"], "slots": tuple(slots)}
+        return Iterate(**found, **plain, sy=sy, yy=yy)
 
 
 def begin(iterate: Iterate, losses: list, gradient: Tensor) -> Iterate:

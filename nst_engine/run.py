@@ -15,7 +15,7 @@ from .checks import as_memory, as_shape, as_start, as_task, as_whole
 from .convergence import Window
 from .evaluation import RELATIVE_TOLERANCE, evaluator, pick_precisions
 from .images import resize
-from .layers import Shape, block, deepest
+from .layers import Shape, block, check_size, deepest
 from .memory import budget_of, divide_budget, fitting, keep_freed_memory
 from .modes import default_modes
 from .network import cut_network, first_kernels, load_vgg19
@@ -151,6 +151,7 @@ class Run:
         task, before, state = as_task(task), self.task, self._state
         if task.reference.device != self.device:
             raise ValueError(f"the task is on {task.reference.device} and the run on {self.device}: bring both to one")
+        check_size(self.scales[0], task.layers)
         same = task.content is before.content and task.style is before.style
         if not (same and [*task.layers] == [*before.layers] and len(task.style_layers) == len(before.style_layers)):
             self._evaluators = {}
@@ -170,7 +171,7 @@ class Run:
         window, iterate = state.pop("window"), state.pop("iterate")
         images = torch.cat(window.images) if window.images else None
         # Before the optimiser of a scale is made there are no correction pairs.
-        optimiser = next(iter(self._optimisers.values()), ProjectedLBFGS(iterate.x, None, 0))
+        optimiser = next(iter(self._optimisers.values()), None) or ProjectedLBFGS(iterate.x, None, 0)
         state |= {f"{OPTIMISER}{name}": value for name, value in optimiser.state_dict(iterate).items()}
         state |= {"first_total": window.first, "totals": window.totals, "window": images}
         return {name: value for name, value in state.items() if value is not None}
@@ -256,8 +257,6 @@ class Run:
     def _evaluate(self, precision, x):
         """(list of losses, flat gradient of the first) at a flat image."""
         return self._evaluator(precision)[1](x, self._weights)
-
-    # What is made once for it
 
     def _network(self, precision):
         key = deepest(self.task.layers), precision
