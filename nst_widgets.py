@@ -115,8 +115,10 @@ def jpeg(image: Tensor) -> bytes:
 
 def draw_losses(curves: list[tuple]) -> bytes:
     """Loss curves as the bytes of a PNG file; curves: [(total, weighted content loss, weighted style loss), ...]."""
-    named = dict(zip(("total", "content × its weight", "style × its weight"), zip(*curves)))
-    figure = nst.plot_losses({label: values for label, values in named.items() if any(values)}, size=(5.2, 2.3))
+    totals, contents, styles = zip(*curves)
+    both = any(contents) and any(styles)  # or else the other curve would lie on the total
+    named = {"total": totals} | ({"content × its weight": contents, "style × its weight": styles} if both else {})
+    figure = nst.plot_losses(named, size=(5.2, 2.3))
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=100)
     return buffer.getvalue()

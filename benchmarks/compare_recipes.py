@@ -1,8 +1,8 @@
-"""Compare the recipes people copy with ours: displayed loss against time, on the same objective, pictures and start.
+"""Compare the recipes people copy with ours: displayed loss against time, on the same objective, images and start.
 
 Every recipe minimises the same loss over the same network, in the same process, one after another in turn. The others
-compute it as their code does, by the plain formulas of nst_utils; ours by the engine. After each evaluation the picture
-may be kept, with the time; afterwards each kept picture is clamped to [0, 1] as a viewer would see it, brought to full
+compute it as their code does, by the plain formulas of nst_utils; ours by the engine. After each evaluation the image
+may be kept, with the time; afterwards each kept image is clamped to [0, 1] as a viewer would see it, brought to full
 size, and its loss computed in float32. The clock includes the targets for all; for ours also the network's copy and the
 preconditioner. Writes results/NAME.json, .md and .png, and NAME_strip.jpg: the first transfer from noise, as displayed
 after some seconds, of the best rival and ours.
@@ -24,10 +24,10 @@ from matplotlib.figure import Figure
 from torch import optim
 
 import nst_utils as nst
+from nst_engine.convergence import Window
 from nst_engine.evaluation import pick_precisions
 from nst_engine.layers import deepest
 from nst_engine.network import cut_network
-from nst_engine.stopping import FINE, until_still
 
 HERE = Path(__file__).resolve().parent
 PAIRS = [
@@ -49,38 +49,38 @@ class TimeIsUp(Exception):
 
 
 class Recorder:
-    """Keeps pictures with their times, ever more sparsely, and ends a run at the limit."""
+    """Keeps images with their times, ever more sparsely, and ends a run at the limit."""
 
     def __init__(self, limit):
         self.kept, self.limit, self.evaluations = [], limit, 0
         self.start = time.perf_counter()
 
-    def __call__(self, picture):
+    def __call__(self, image):
         self.evaluations += 1
-        if picture.is_cuda:
+        if image.is_cuda:
             torch.cuda.synchronize()
         elapsed = time.perf_counter() - self.start
         if not self.kept or elapsed > 1.06 * self.kept[-1][0]:
-            self.kept.append((elapsed, picture.detach().float().clone()))
+            self.kept.append((elapsed, image.detach().float().clone()))
         if elapsed > self.limit:
-            self.kept.append((elapsed, picture.detach().float().clone()))
+            self.kept.append((elapsed, image.detach().float().clone()))
             raise TimeIsUp
 
 
-def set_gradient(objective, picture):
+def set_gradient(objective, image):
     """Put the gradient where torch's optimisers look for it; return the loss."""
-    loss = objective(picture)[0]
-    picture.grad = torch.autograd.grad(loss, picture)[0].contiguous()
+    loss = objective(image)[0]
+    image.grad = torch.autograd.grad(loss, image)[0].contiguous()
     return loss
 
 
-def closure_of(objective, picture, record, clamp=False):
+def closure_of(objective, image, record, clamp=False):
     def closure():
         if clamp:
             with torch.no_grad():
-                picture.clamp_(0, 1)
-        loss = set_gradient(objective, picture)
-        record(picture)
+                image.clamp_(0, 1)
+        loss = set_gradient(objective, image)
+        record(image)
         return loss
 
     return closure
@@ -91,39 +91,39 @@ def closure_of(objective, picture, record, clamp=False):
 
 def pytorch_tutorial(make, start, record):
     """pytorch.org, Neural Transfer Using PyTorch: L-BFGS, lr 1, clamped inside the closure, 300 evaluations."""
-    picture = start.clone().requires_grad_()
-    optimiser = optim.LBFGS([picture])
-    closure = closure_of(make(start.shape[-2:]), picture, record, clamp=True)
+    image = start.clone().requires_grad_()
+    optimiser = optim.LBFGS([image])
+    closure = closure_of(make(start.shape[-2:]), image, record, clamp=True)
     while record.evaluations <= 300:
         optimiser.step(closure)
-    record(picture)
+    record(image)
 
 
 def neural_style_pt(make, start, record):
     """ProGamerGov/neural-style-pt: L-BFGS, lr 1, history 100, no tolerances, 1000 iterations, clamped when saved."""
-    picture = start.clone().requires_grad_()
-    optimiser = optim.LBFGS([picture], lr=1, max_iter=1000, tolerance_change=-1, tolerance_grad=-1, history_size=100)
-    optimiser.step(closure_of(make(start.shape[-2:]), picture, record))
+    image = start.clone().requires_grad_()
+    optimiser = optim.LBFGS([image], lr=1, max_iter=1000, tolerance_change=-1, tolerance_grad=-1, history_size=100)
+    optimiser.step(closure_of(make(start.shape[-2:]), image, record))
 
 
 def strong_wolfe(make, start, record):
     """gordicaleksa/pytorch-neural-style-transfer: L-BFGS with strong-Wolfe line search, 1000 iterations."""
-    picture = start.clone().requires_grad_()
-    optimiser = optim.LBFGS([picture], max_iter=1000, line_search_fn="strong_wolfe")
-    optimiser.step(closure_of(make(start.shape[-2:]), picture, record))
+    image = start.clone().requires_grad_()
+    optimiser = optim.LBFGS([image], max_iter=1000, line_search_fn="strong_wolfe")
+    optimiser.step(closure_of(make(start.shape[-2:]), image, record))
 
 
 def tensorflow_tutorial(make, start, record):
     """tensorflow.org, Neural style transfer: Adam 0.02, beta_1 0.99, epsilon 0.1, clipped after each of 1000 steps."""
-    picture = start.clone().requires_grad_()
-    optimiser = optim.Adam([picture], lr=0.02, betas=(0.99, 0.999), eps=0.1)
+    image = start.clone().requires_grad_()
+    optimiser = optim.Adam([image], lr=0.02, betas=(0.99, 0.999), eps=0.1)
     objective = make(start.shape[-2:])
     for _ in range(1000):
-        set_gradient(objective, picture)
+        set_gradient(objective, image)
         optimiser.step()
         with torch.no_grad():
-            picture.clamp_(0, 1)
-        record(picture)
+            image.clamp_(0, 1)
+        record(image)
 
 
 def crowson(make, start, record):
@@ -136,12 +136,12 @@ def crowson(make, start, record):
     sides = [round(long / 2 ** (k / 2)) for k in range(20) if round(long / 2 ** (k / 2)) >= min(128, long)][::-1]
     cost = [(2 if side == sides[0] else 1) * side**2 for side in sides]
     ends = [record.limit * sum(cost[: k + 1]) / sum(cost) for k in range(len(sides))]
-    picture, state = start, None
+    image, state = start, None
     for side, end in zip(sides, ends):
         shape = (max(1, round(height * side / long)), max(1, round(width * side / long)))
-        picture = F.interpolate(picture, shape, mode="bicubic").clamp(0, 1).requires_grad_()
-        mean, weight = 0.01 * picture.detach(), 0.99
-        optimiser = optim.Adam([picture], lr=0.02)
+        image = F.interpolate(image, shape, mode="bicubic").clamp(0, 1).requires_grad_()
+        mean, weight = 0.01 * image.detach(), 0.99
+        optimiser = optim.Adam([image], lr=0.02)
         if state:
             for group in state["state"].values():
                 group["exp_avg"] = F.interpolate(group["exp_avg"], shape, mode="bicubic")
@@ -149,13 +149,13 @@ def crowson(make, start, record):
             optimiser.load_state_dict(state)
         objective = make(shape)
         while side == sides[-1] or time.perf_counter() - record.start < end:
-            set_gradient(objective, picture)
+            set_gradient(objective, image)
             optimiser.step()
             with torch.no_grad():
-                picture.clamp_(0, 1)
-                mean, weight = 0.99 * mean + 0.01 * picture, 0.99 * weight
+                image.clamp_(0, 1)
+                mean, weight = 0.99 * mean + 0.01 * image, 0.99 * weight
                 record(mean / (1 - weight))
-        picture, state = mean / (1 - weight), optimiser.state_dict()
+        image, state = mean / (1 - weight), optimiser.state_dict()
 
 
 RIVALS = {
@@ -167,13 +167,14 @@ RIVALS = {
 }
 
 
-def to_the_limit(run, tolerance, end=0.0):
-    """As `until_still`, but at full size a run goes on when it is done, as the others do."""
-    return run if tolerance == FINE else until_still(run, tolerance, end)
+def to_the_limit():
+    """With this, a run that has converged at full size goes on to its limit of evaluations, as the others do."""
+    converged = Window.converged
+    return mock.patch.object(Window, "converged", lambda self, stage: stage != "fine" and converged(self, stage))
 
 
 def load_pair(pair, size, device):
-    """The middle of the photograph, a square of `size` pixels, and the painting."""
+    """The middle of the content image, a square of `size` pixels, and the style image."""
     content = nst.load_image(nst.IMAGES / "content" / f"{pair[0]}.jpg", size, device)
     top, left = (content.shape[2] - size) // 2, (content.shape[3] - size) // 2
     content = content[..., top : top + size, left : left + size].contiguous()
@@ -181,15 +182,16 @@ def load_pair(pair, size, device):
 
 
 def run_cell(task, pair, seed, size, limit, precisions, vgg, repeat):
-    """Every recipe once on one cell of the grid: [{recipe, precision, times, losses, evaluations}], and [its pictures
-    as displayed at `MOMENTS`].
+    """Every recipe once on one cell of the grid.
+
+    Returns ([{recipe, precision, times, losses, evals, ...} for each], [[its image at each of `MOMENTS`] for each]).
     """
     content_layers, style_layers, content_weight, style_weight, start = TASKS[task]
     device = vgg.mean.device
     content, style = load_pair(pair, size, device)
     weights = (content_layers, style_layers, content_weight, style_weight)
     noise = torch.rand(content.shape, generator=torch.Generator().manual_seed(seed)).to(device)
-    judge = nst.make_objective(vgg, content, style, *weights)
+    objective = nst.make_objective(vgg, content, style, *weights)
     goal = nst.Task(
         content if content_layers else None,
         style if style_layers else None,
@@ -207,10 +209,11 @@ def run_cell(task, pair, seed, size, limit, precisions, vgg, repeat):
         return make
 
     def ours(precision):
-        def recipe(make, start_picture, record):
-            options = {"init": start, "seed": seed, "vgg": vgg, "precision": precision, "progress": False}
-            with mock.patch("nst_engine.coarse_to_fine.until_still", to_the_limit):
-                nst.optimise(goal, (size, size), **options, callback=lambda image, step: record(image))
+        def recipe(make, start_image, record):
+            run = nst.Run(goal, (size, size), init=start, seed=seed, vgg=vgg, precision=precision)
+            with to_the_limit():
+                while run.step():
+                    record(run.image)
 
         return recipe
 
@@ -221,7 +224,7 @@ def run_cell(task, pair, seed, size, limit, precisions, vgg, repeat):
         runs += [("ours", "float32", ours("float32"))]
     first = (repeat + seed) % len(runs)  # another recipe begins each time
     runs = runs[first:] + runs[:first]
-    results, pictures = [], []
+    results, images = [], []
     for name, precision, recipe in runs:
         make = None
         if name != "ours":
@@ -233,10 +236,10 @@ def run_cell(task, pair, seed, size, limit, precisions, vgg, repeat):
         except TimeIsUp:
             pass
         with torch.no_grad():
-            losses = [judge(nst.resize(p.clamp(0, 1), (size, size)))[0].item() for _, p in record.kept]
+            losses = [objective(nst.resize(x.clamp(0, 1), (size, size)))[0].item() for _, x in record.kept]
         losses = [loss if math.isfinite(loss) else math.inf for loss in losses]
         times = [elapsed for elapsed, _ in record.kept]
-        pictures.append([kept_at(record, moment, (size, size)) for moment in MOMENTS])
+        images.append([kept_at(record, moment, (size, size)) for moment in MOMENTS])
         cell = {"task": task, "pair": "/".join(pair), "seed": seed, "repeat": repeat}
         results.append(
             cell
@@ -244,12 +247,12 @@ def run_cell(task, pair, seed, size, limit, precisions, vgg, repeat):
         )
         print(f"{task}, {pair[0]}, seed {seed}: {name} ({precision}) best {min(losses):.4g}, end {losses[-1]:.4g}, ")
         print(f"    {record.evaluations} evaluations in {times[-1]:.1f} s", flush=True)
-    return results, pictures
+    return results, images
 
 
 def kept_at(record, moment, shape):
-    """The displayed picture at a moment; the first one before it was kept."""
-    shown = [picture for elapsed, picture in record.kept if elapsed <= moment] or [record.kept[0][1]]
+    """The image displayed at a moment; before the first was kept, that one."""
+    shown = [image for elapsed, image in record.kept if elapsed <= moment] or [record.kept[0][1]]
     return nst.resize(shown[-1].clamp(0, 1), shape)
 
 
@@ -331,13 +334,13 @@ def report(runs, about):
     return "\n".join(lines)
 
 
-def strip(cell, pictures):
+def strip(cell, images):
     """What is displayed after some seconds: a row for the best rival, one for ours."""
     moments = MOMENTS[:-1]
     figure = Figure(figsize=(2.2 * len(moments) + 0.3, 4.7), layout="constrained")
     for axes, run in zip(figure.subplots(2, len(moments)), (best_rival(cell), our_run(cell))):
-        for axis, moment, picture in zip(axes, moments, pictures[cell.index(run)]):
-            axis.imshow(picture[0].permute(1, 2, 0).cpu())
+        for axis, moment, image in zip(axes, moments, images[cell.index(run)]):
+            axis.imshow(image[0].permute(1, 2, 0).cpu())
             axis.set(xticks=[], yticks=[])
             axis.set_title(f"{moment} s: {loss_at(run, moment):.4g}", fontsize=9)
             axis.spines[:].set_visible(False)
@@ -416,10 +419,10 @@ def main():
         for task, pair in itertools.product(options.tasks, PAIRS[: options.pairs]):
             if seed and TASKS[task][-1] != "noise" or (repeat, seed, task, "/".join(pair)) in done:
                 continue
-            cell, pictures = run_cell(task, pair, seed, options.size, options.seconds, precisions, vgg, repeat)
+            cell, images = run_cell(task, pair, seed, options.size, options.seconds, precisions, vgg, repeat)
             runs += cell
             if task == "transfer from noise" and pair == PAIRS[0] and repeat == seed == 0:
-                strip(cell, pictures).savefig(out / f"{options.name}_strip.jpg", dpi=110, pil_kwargs={"quality": 90})
+                strip(cell, images).savefig(out / f"{options.name}_strip.jpg", dpi=110, pil_kwargs={"quality": 90})
             stored.write_text(json.dumps({"about": about, "runs": runs}))
             (out / f"{options.name}.md").write_text(report(runs, about))
             plot(runs).savefig(out / f"{options.name}.png", dpi=110)

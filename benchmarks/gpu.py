@@ -1,10 +1,10 @@
 """A transfer beside the PyTorch tutorial's recipe on an NVIDIA GPU: seconds at equal loss, with and without the graph.
 
-The same objective, pictures, start and process as in compare_recipes.py, of which it is made. The tutorial's 300
+The same objective, images, start and process as in compare_recipes.py, of which it is made. The tutorial's 300
 evaluations, a few more as its optimiser counts, in IEEE float32, in TF32 (what torch does by default) and in bfloat16,
-its targets outside the clock; ours to the limit of evaluations and as called by default, to where its picture stands
-still, targets and preparation inside the clock. Each is begun twice and the second run counts, as the first loads
-kernels. `-`: the run ends above that loss. A graph that is not captured is an error. Writes results/NAME.md.
+its targets outside the clock; ours to the limit of evaluations and as called by default, until converged, targets and
+preparation inside the clock. Each is begun twice and the second run counts, as the first loads kernels. `-`: the run
+ends above that loss. A graph that is not captured is an error. Writes results/NAME.md.
 """
 
 import argparse
@@ -29,16 +29,13 @@ def without_graphs():
     return mock.patch("nst_engine.evaluation.capture", lambda run, *rest: run)
 
 
-def to_the_end():
-    return mock.patch("nst_engine.coarse_to_fine.until_still", to_the_limit)
+def use_tf32(module, inputs):
+    """A hook of the first convolution: `features` has just asked for IEEE float32."""
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
 
 
-def second_of_two(recipe, judge, shape, convolutions="ieee"):
-    """The second run of `recipe`, which takes a `Recorder`: {"times", "losses", "evaluations", "end"}.
-
-    convolutions: the precision of float32 ones while it runs, "ieee" or "tf32"; judged in "ieee".
-    """
-    torch.backends.cudnn.conv.fp32_precision = convolutions
+def second_of_two(recipe, objective, shape):
+    """The second run of `recipe`, which takes a `Recorder`: {"times", "losses", "evaluations", "end"}."""
     for limit in (1, 30):
         torch.cuda.synchronize()
         record = Recorder(limit)
@@ -46,9 +43,8 @@ def second_of_two(recipe, judge, shape, convolutions="ieee"):
             recipe(record)
         torch.cuda.synchronize()
         end = time.perf_counter() - record.start
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
     with torch.no_grad():
-        losses = [judge(nst.resize(picture.clamp(0, 1), shape))[0].item() for _, picture in record.kept]
+        losses = [objective(nst.resize(image.clamp(0, 1), shape))[0].item() for _, image in record.kept]
     return {"times": [t for t, _ in record.kept], "losses": losses, "evaluations": record.evaluations, "end": end}
 
 
@@ -61,29 +57,31 @@ def measure(vgg, size, start):
     device = vgg.mean.device
     content, style = load_pair(PAIRS[0], size, device)
     weights = (("conv1_2",), nst.FIRST_FIVE, 1.0, 1e4)
-    judge, shape = nst.make_objective(vgg, content, style, *weights), (size, size)
+    objective, shape = nst.make_objective(vgg, content, style, *weights), (size, size)
     noise = torch.rand(content.shape, generator=torch.Generator().manual_seed(0)).to(device)
     first = noise if start == "noise" else content
 
-    def tutorial(precision):
+    def tutorial(precision, hook=None):
         network = cut_network(vgg, deepest(weights[0] + weights[1]), device, precision)
-        objective = nst.make_objective(network, content, style, *weights)
-        return lambda record: pytorch_tutorial(lambda _: objective, first, record)
+        if hook:
+            network.conv1_1.register_forward_pre_hook(hook)
+        own = nst.make_objective(network, content, style, *weights)
+        return second_of_two(lambda record: pytorch_tutorial(lambda _: own, first, record), objective, shape)
 
-    def ours(record):
-        options = {"init": start, "vgg": vgg, "progress": False}
-        nst.transfer_style(content, style, **options, callback=lambda image, step: record(image))
+    def ours():
+        def recipe(record):
+            options = {"init": start, "vgg": vgg, "progress": False}
+            nst.transfer_style(content, style, **options, callback=lambda image, step: record(image))
 
-    found = {
-        "tutorial, float32": second_of_two(tutorial("float32"), judge, shape),
-        "tutorial, bfloat16": second_of_two(tutorial("bfloat16"), judge, shape),
-    }
-    found["tutorial, TF32"] = second_of_two(tutorial("float32"), judge, shape, convolutions="tf32")
-    with to_the_end():
-        found["ours, graph, to the limit"] = second_of_two(ours, judge, shape)
+        return second_of_two(recipe, objective, shape)
+
+    found = {"tutorial, float32": tutorial("float32"), "tutorial, bfloat16": tutorial("bfloat16")}
+    found["tutorial, TF32"] = tutorial("float32", use_tf32)
+    with to_the_limit():
+        found["ours, graph, to the limit"] = ours()
         with without_graphs():
-            found["ours, no graph, to the limit"] = second_of_two(ours, judge, shape)
-    found["ours, as called by default"] = second_of_two(ours, judge, shape)
+            found["ours, no graph, to the limit"] = ours()
+    found["ours, as called by default"] = ours()
 
     target = min(min(run["losses"]) for name, run in found.items() if name.startswith("tutorial"))
     rows = []

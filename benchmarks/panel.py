@@ -1,8 +1,8 @@
 """How live the panel is, in a real JupyterLab with a real Chromium: updates a second, latency, and what display costs.
 
-In turn, `--repeats` times, from the photograph: the panel runs for some evaluations, then as many run bare, in a cell,
-with no panel and no display. And while the panel runs a weight is moved by the keyboard: the latency is the time until
-the browser shows the first picture made with the new weight. Writes results/NAME.md.
+In turn, `--repeats` times, from the content image: the panel runs for some evaluations, then as many run bare, in a
+cell, with no panel and no display. And while the panel runs a weight is moved by the keyboard: the latency is the time
+until the browser shows the first image made with the new weight. Writes results/NAME.md.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from lab_driver import Notebook, chromium, jupyterlab  # noqa: E402
 BARE = """
 import platform, time, torch, nst_widgets
 panel = nst_widgets._open[0]
-painter = nst_widgets.Painter(panel.painter.preparation.vgg)
-settings = panel.settings()
+painter = nst_widgets.Painter(panel.painter.vgg)
+settings = panel.controls.settings()
 painter.step(settings, ("content", 0)); painter.step(settings)
 begun = time.perf_counter()
 for _ in range({count}):
@@ -56,26 +56,26 @@ def restart(book):
 
 
 def rates(book, count):
-    """(evaluations, pictures) a second of the running panel, the pictures as the browser had them."""
+    """(evaluations, frames) a second of the running panel, the frames as the browser had them."""
     restart(book)
-    book.count_pictures()
+    book.count_frames()
     first, begun = evaluations(book), time.perf_counter()
     wait_for(book, lambda: evaluations(book) >= first + count)
     seconds = time.perf_counter() - begun
-    done, pictures = evaluations(book) - first, book.pictures()
+    done, frames = evaluations(book) - first, book.frames()
     book.button("Pause").click()
-    return done / seconds, pictures / seconds
+    return done / seconds, frames / seconds
 
 
 def latency(book, key):
-    """Seconds from a key on the style weight's slider to the first picture made with the new weight."""
+    """Seconds from a key on the style weight's slider to the first image made with the new weight."""
     handle = book.page.locator(".widget-hslider", has_text="style weight").locator(".noUi-handle")
     handle.focus()
     before, begun = book.losses()["loss"], time.perf_counter()
     book.page.keyboard.press(key)
     book.wait_for(lambda: not 0.8 < book.losses()["loss"] / before < 1.25)
-    picture = book.picture
-    book.wait_for(lambda: book.picture != picture)
+    source = book.source
+    book.wait_for(lambda: book.source != source)
     return time.perf_counter() - begun
 
 
@@ -85,14 +85,13 @@ def main():
     parser.add_argument("--evaluations", type=int, default=20, help="of a measurement")
     parser.add_argument("--name", default="panel", help="of the result file")
     options = parser.parse_args()
-    shown, bare, pictures, waits = [], [], [], []
+    shown, bare, frames, waits = [], [], [], []
     with tempfile.TemporaryDirectory() as home, jupyterlab(Path(home)) as server, chromium() as browser:
         book = Notebook(browser, server, "3_style_transfer.ipynb")
         book.open_panel()
         for _ in range(options.repeats):
-            rate, frames = rates(book, options.evaluations)
-            shown.append(rate)
-            pictures.append(frames)
+            for values, rate in zip((shown, frames), rates(book, options.evaluations)):
+                values.append(rate)
             bare.append(float(book.ask(BARE.format(count=options.evaluations))))
             book.show_panel()
             restart(book)
@@ -109,11 +108,11 @@ def main():
         "|---|---|---|---|",
     ]
     table = {
-        "pictures a second": pictures,
+        "frames a second": frames,
         "evaluations a second, in the panel": shown,
         "evaluations a second, bare": bare,
         "speed in the panel, share of bare": ratios,
-        "seconds from a moved weight to its first picture": waits,
+        "seconds from a moved weight to its first image": waits,
     }
     for name, values in table.items():
         lines.append(f"| {name} | " + " | ".join(f"{f(values):.2f}" for f in (min, statistics.median, max)) + " |")

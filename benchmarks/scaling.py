@@ -2,8 +2,8 @@
 
 For each size, in a process of its own: seconds for a start from noise with a fixed number of evaluations, coarse
 to fine; seconds for one evaluation at full size; the convolutions of that evaluation alone, on random numbers of the
-same shapes; the machine's best matrix product; and peak memory. Then, for pictures of some millions of pixels, what a
-transfer from the photograph takes within a budget of memory. Writes results/NAME.md, and of the latter NAME.png.
+same shapes; the machine's best matrix product; and peak memory. Then, for images of some millions of pixels, what a
+transfer from the content image takes within a budget of memory. Writes results/NAME.md, and of the latter NAME.png.
 """
 
 import argparse
@@ -21,7 +21,12 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 import nst_utils as nst
-from nst_engine.evaluation import pick_precisions
+from nst_engine.evaluation import evaluator, pick_precisions
+from nst_engine.images import pick_device
+from nst_engine.layers import deepest
+from nst_engine.memory import budget_of
+from nst_engine.network import cut_network
+from nst_engine.objective import objective_of
 
 HERE = Path(__file__).resolve().parent
 
@@ -38,7 +43,7 @@ def best_of(function, repeats, device):
 
 
 def bare_convolutions(network, size, device, dtype, repeats):
-    """(seconds, FLOP) of a network's convolutions, forward and back to their input, on a square picture."""
+    """(seconds, FLOP) of a network's convolutions, forward and back to their input, on a square image."""
     seconds, flop, side = 0.0, 0, size
     for module in network:
         if isinstance(module, torch.nn.MaxPool2d):
@@ -85,12 +90,11 @@ def measure(size, precision, evaluations, device, repeats):
     content = nst.load_image(nst.IMAGES / "content" / "chenonceau.jpg", size, device)[..., :size].contiguous()
     style = nst.load_image(nst.IMAGES / "style" / "starry_night.jpg", size, device)
     run = nst.transfer_style(content, style, evaluations=evaluations, vgg=vgg, precision=precision, progress=False)
-    preparation = nst.Preparation(vgg, device, precision)
     task = nst.Task(content, style, ("conv1_2",), dict.fromkeys(nst.FIRST_FIVE, 1.0))
-    network = preparation.network(task, precision)
-    evaluate = preparation.evaluation(task, (size, size), (size, size), precision)
-    flat, weights = content.flatten(), torch.tensor([1.0, 1e4, *[1.0] * 5], device=device)
-    one = best_of(lambda: evaluate(flat, weights), repeats, device)
+    network = cut_network(vgg, deepest(task.layers), device, precision)
+    objective = objective_of(network, task, (size, size), budget_of(device))
+    evaluate = evaluator(objective, content, len(task.weights), precision)
+    one = best_of(lambda: evaluate(content.flatten(), task.weights), repeats, device)
     memory = peak_memory(device)
     dtype = getattr(torch, precision)
     convolutions, flop = bare_convolutions(network, size, device, dtype, repeats)
@@ -108,11 +112,11 @@ def measure(size, precision, evaluations, device, repeats):
 
 
 def measure_budget(megapixels, memory, evaluations, device):
-    """A transfer from the photograph, scaled to so many million pixels, within `memory` GiB."""
+    """A transfer from the content image, scaled to so many million pixels, within `memory` GiB."""
     vgg = nst.load_vgg19(device=device)
-    photograph = nst.load_image(nst.IMAGES / "content" / "chenonceau.jpg", 512, device)
-    scale = (megapixels * 1e6 / photograph[0, 0].numel()) ** 0.5
-    content = nst.resize(photograph, tuple(round(side * scale) for side in photograph.shape[-2:]))
+    content = nst.load_image(nst.IMAGES / "content" / "chenonceau.jpg", 512, device)
+    scale = (megapixels * 1e6 / content[0, 0].numel()) ** 0.5
+    content = nst.resize(content, tuple(round(side * scale) for side in content.shape[-2:]))
     style = nst.load_image(nst.IMAGES / "style" / "starry_night.jpg", 512, device)
     moments = []
     run = nst.transfer_style(
@@ -157,7 +161,7 @@ def table(rows, evaluations):
 
 def budget_table(rows, memory):
     lines = [
-        f"From the photograph, within {memory:g} GiB:",
+        f"From the content image, within {memory:g} GiB:",
         "",
         "| pixels | evaluations, at full size | in all | one at full size | a million pixels | peak memory |",
         "|---" * 6 + "|",
@@ -202,7 +206,7 @@ def main():
     parser.add_argument("--name", default="scaling", help="of the result files")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    device = nst.pick_device(options.device)
+    device = pick_device(options.device)
     if options.child:
         kind, size = options.child
         if kind == "budget":
