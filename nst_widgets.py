@@ -483,21 +483,15 @@ _open = []  # the one panel that is open
 
 
 def style_studio(
-    content: str | Path | None = None,
-    style: str | Path | None = None,
-    *,
-    size: int = 256,
-    content_layer: str = "conv1_2",
-    style_layers: str | Iterable[str] = nst.FIRST_FIVE,
-    content_weight: float = 1.0,
-    style_weight: float = 1e4,
-    vgg: nn.Sequential | None = None,
-) -> Studio:
+    content: str | Path | None = None, style: str | Path | None = None, *, size: int = 256,
+    content_layer: str = "conv1_2", style_layers: str | Iterable[str] = nst.FIRST_FIVE,
+    content_weight: float = 1.0, style_weight: float = 1e4, vgg: nn.Sequential | None = None,
+) -> Studio:  # fmt: skip
     """A panel in which the optimisation goes on while its weights are moved; it opens ready, and Start sets it going.
 
     content, style: paths of images. With both, style transfer; with content alone, reconstruction; with style
     alone, texture synthesis. size: shorter side in pixels. content_layer, style_layers (a name or several, each of
-    weight 1), content_weight, style_weight: what the controls open at, and Reset goes back to. vgg: from `load_vgg19`,
+    weight 1), content_weight, style_weight: what the controls open at, and Reset returns to. vgg: from `load_vgg19`,
     which is the default. It closes the panel that was open before, so that running a cell again leaves nothing behind.
     To be called in a notebook, as the last line of a cell. Raises FileNotFoundError or ValueError for bad input.
     """
@@ -511,9 +505,7 @@ def style_studio(
     layers = (content_layer,) if content else (), dict(layer_weights) if style else {}
     task = nst.as_task(nst.Task(*images, *layers, content_weight, style_weight))
     if style and not task.style_weight:
-        raise ValueError(
-            f"style_weight is {style_weight!r}: the panel's slider begins above 0, so give more or no style"
-        )
+        raise ValueError(f"style_weight is {style_weight!r}: the panel's slider begins above 0: give more or no style")
     try:
         asyncio.get_running_loop()
     except RuntimeError as error:

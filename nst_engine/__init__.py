@@ -9,7 +9,7 @@ scales.py       coarse to fine: the scales, and how many evaluations each has
 prior.py        what natural images have in common: preconditioner, noise to start from
 tiles.py        loss and gradient of an image tile by tile; ranks may share the tiles
 evaluation.py   in which precision, and as a CUDA graph
-memory.py       what a run needs and what the device has
+memory.py       what a run takes and what the device has
 network.py      VGG-19 with its weights; the feature maps of an image
 weights.py      how weights are read: packaged, torchvision's, a file
 layers.py       the names of VGG-19's layers

@@ -1,4 +1,4 @@
-"""Memory: what a run needs, what the device has, and that freed memory is kept for the next evaluation."""
+"""Memory: what a run takes, what the device has, and that freed memory is kept for the next evaluation."""
 
 import contextlib
 import ctypes
@@ -50,7 +50,7 @@ def release_freed_memory() -> None:
 def budget_of(device: torch.device, memory: float | None = None, processes: int = 1) -> int:
     """How many bytes a run may allocate on `device`, so that the process has `memory` GiB in all, or what is free.
 
-    Nine tenths of what is given, four fifths of what is free, since what a run needs is an estimate; where `processes`
+    Nine tenths of what is given, four fifths of what is free, since what a run takes is an estimate; where `processes`
     share what is free, this one's part. Raises ValueError if that much is in use already.
     """
     if memory is not None:
