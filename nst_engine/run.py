@@ -98,6 +98,7 @@ class Run:
     # What is asked of it
 
     @property
+    @default_modes()
     def image(self) -> Tensor:
         """A copy of the best image so far at the present scale, (1, 3, h, w) in [0, 1]."""
         return self._state.image.clone()

@@ -92,7 +92,7 @@ def plan_tiles(shape: Shape, budget_bytes: float, bytes_per_pixel: float, halo: 
     side = 2 * max(SIDE, HALOS * halo)
     tiles, fit = [], 0  # for how many there is memory
     while side > stride and (fit < 1 or len(tiles) < world_size()):
-        side //= 2
+        side = max(stride, side // 2 // stride * stride)
         tiles = cut_tiles(shape, side, halo, stride)
         fit = int(budget_bytes / (bytes_per_pixel * (side + 2 * halo) ** 2))
     if len(tiles) < world_size():

@@ -9,8 +9,11 @@ import torch
 from quadratics import coupled, evaluation, quadratic, whole
 
 import nst_engine.evaluation
-from nst_engine.evaluation import Objective, capture, loss_and_gradient, pick_precisions
-from nst_engine.preparation import Preparation, Task
+from nst_engine.evaluation import capture, evaluator, pick_precisions
+from nst_engine.network import cut_network
+from nst_engine.objective import Task, objective_of
+from nst_engine.run import Run
+from nst_engine.tiles import Objective
 from nst_utils import FIRST_FIVE
 
 GPU = torch.device("cuda", 0)
@@ -27,10 +30,10 @@ def test_an_evaluation_leaves_its_argument_alone():
     torch.testing.assert_close(gradient, 2 * matrix @ (x - target), rtol=1e-4, atol=1e-4)
 
 
-def test_a_replay_writes_over_its_outputs_and_earlier_results_stay(monkeypatch):
-    """As a captured evaluation does: the same tensors each time."""
+def test_a_replay_overwrites_its_outputs_and_reads_other_images_and_weights(monkeypatch):
+    """As a CUDA graph does, which is captured once: the same tensors each time. Earlier results stay."""
 
-    def capturing(run, device, tolerance):
+    def capture_once(run, device, tolerance):
         outputs = run()
 
         def replay():
@@ -40,34 +43,25 @@ def test_a_replay_writes_over_its_outputs_and_earlier_results_stay(monkeypatch):
 
         return replay
 
-    monkeypatch.setattr(nst_engine.evaluation, "capture", capturing)
-    evaluate = evaluation(quadratic(*coupled()), torch.zeros(1, 3, 3, 3))
-    losses, gradient = evaluate(torch.rand(27))
-    kept = list(losses), gradient.clone()
-    evaluate(torch.rand(27) / 2)
-    assert losses == kept[0] and torch.equal(gradient, kept[1])
-
-
-def test_another_weight_is_no_other_evaluation(monkeypatch):
-    captured = []
-    monkeypatch.setattr(nst_engine.evaluation, "capture", lambda run, *rest: captured.append(run) or run)
+    monkeypatch.setattr(nst_engine.evaluation, "capture", capture_once)
     image = torch.zeros(1, 3, 2, 2)
     objective = Objective(
-        lambda part, tile: [part.sum()], lambda sums, weights: (weights * sums[0]).sum()[None], whole(image)
+        lambda part, tile: [part.square().sum()], lambda found, weights: (weights * found[0]).sum()[None], whole(image)
     )
-    evaluate = loss_and_gradient(objective, image, 2)
-    for weights in ([1.0, 2.0], [0.0, 5.0]):
-        losses, gradient = evaluate(torch.ones(12), torch.tensor(weights))
-        assert losses == [12 * sum(weights)] and gradient.tolist() == [sum(weights)] * 12
-    assert len(captured) == 1
+    evaluate, found = evaluator(objective, image, 2), []
+    for value, weights in ((1.0, [1.0, 2.0]), (3.0, [0.0, 5.0])):
+        losses, gradient = evaluate(torch.full((12,), value), torch.tensor(weights))
+        found += [losses, gradient]
+    assert found[0] == [12 * 3] and found[1].tolist() == [2 * 3] * 12
+    assert found[2] == [12 * 9 * 5] and found[3].tolist() == [2 * 3 * 5] * 12
 
 
 class FakeCuda:
-    """Stands in for torch.cuda: a graph keeps the run of its capture, and writes over the outputs when replayed."""
+    """Stands in for torch.cuda: a graph keeps the run that is captured, and overwrites its outputs when replayed."""
 
     def __init__(self, monkeypatch):
         self.said, self.streams, self.error, self.wrong_by = [], [], None, (0.0, 0.0)
-        fake, recorded = self, []
+        fake, captured = self, []
 
         class Graph:
             def replay(self):
@@ -87,24 +81,24 @@ class FakeCuda:
             assert capture_error_mode == "thread_local"  # what other threads do is no error
             fake.said.append("capture")
             fake.streams.append(stream)
-            recorded.append(made)
+            captured.append(made)
             yield
-            recorded.clear()
+            captured.clear()
             if fake.error:
                 raise fake.error
 
-        def noted(run):
+        def tracked(run):
             def running():
                 fake.said.append("run")
                 fake.locked = nst_engine.evaluation._capturing.locked()
                 outputs = run()
-                for made in recorded:
+                for made in captured:
                     made.run, made.outputs = weakref.ref(run), outputs  # a graph keeps nothing alive
                 return outputs
 
             return running
 
-        self.noted = noted
+        self.tracked = tracked
         nst_engine.evaluation._stream.cache_clear()
         for name, stand_in in {
             "device": lambda device: contextlib.nullcontext(),
@@ -117,7 +111,7 @@ class FakeCuda:
             monkeypatch.setattr(torch.cuda, name, stand_in)
 
     def capture(self, run, device=GPU, tolerance=1e-3):
-        return capture(self.noted(run), device, tolerance)
+        return capture(self.tracked(run), device, tolerance)
 
 
 @pytest.fixture
@@ -155,9 +149,7 @@ def test_a_replay_keeps_alive_what_it_reads(cuda):
 
 def test_where_capture_fails_the_run_itself_is_taken_and_a_warning_says_so(cuda):
     cuda.error = RuntimeError("operation not permitted when stream is capturing\nmore")
-    with pytest.warns(
-        UserWarning, match="cuda:0 are not captured.*: operation not permitted when stream is capturing$"
-    ):
+    with pytest.warns(UserWarning, match="cuda:0 .*CUDA graph.*: operation not permitted when stream is capturing$"):
         replay = cuda.capture(lambda: (torch.ones(3),))
     before = len(cuda.said)
     assert replay()[0].tolist() == [1.0] * 3 and cuda.said[before:] == ["run"]
@@ -181,11 +173,11 @@ def test_a_replay_is_trusted_only_if_it_is_what_it_repeats(wrong_by, trusted, cu
 def test_a_replay_may_be_off_by_the_rounding_of_its_precision(vgg, content, cuda, monkeypatch):
     cuda.wrong_by, tolerances = (0.0, 0.03), []
     assert cuda.capture(lambda: (torch.ones(2), torch.ones(2)), tolerance=0.05).reads
-    monkeypatch.setattr(nst_engine.evaluation, "capture", lambda run, device, tolerance: tolerances.append(tolerance))
+    monkeypatch.setattr(
+        nst_engine.evaluation, "capture", lambda run, device, tolerance: tolerances.append(tolerance) or run
+    )
     for precision in ("float32", "bfloat16"):
-        shape = tuple(content.shape[-2:])
-        task = Task(content, None, ("conv1_1",))
-        Preparation(vgg, torch.device("cpu"), precision).evaluation(task, shape, shape, precision)
+        Run(Task(content, None, ("conv1_1",)), vgg=vgg, precision=precision).step()
     assert tolerances == [1e-3, 0.05]
 
 
@@ -197,15 +189,16 @@ def test_too_little_memory_while_capturing_is_not_hidden(cuda):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_a_replayed_graph_gives_the_losses_and_gradient_of_the_cpu(vgg, content, style):
-    found = []
-    for device in ("cpu", "cuda"):
-        pictures = content.to(device), style.to(device)
-        task = Task(*pictures, ("conv1_2",), dict.fromkeys(FIRST_FIVE, 1.0))
-        shape = tuple(content.shape[-2:])
-        preparation = Preparation(vgg, torch.device(device), "float32")
-        evaluate = preparation.evaluation(task, shape, shape, "float32")
-        evaluate(pictures[0].flatten(), torch.ones(7))
-        losses, gradient = evaluate(pictures[0].flatten() * 0.5, torch.tensor([1.0, 1e4, *[1.0] * 5]))
+    found, shape = [], tuple(content.shape[-2:])
+    for device in (torch.device("cpu"), GPU):
+        image, task = (
+            content.to(device),
+            Task(content.to(device), style.to(device), ("conv1_2",), dict.fromkeys(FIRST_FIVE, 1.0)),
+        )
+        objective = objective_of(cut_network(vgg, "conv3_1", device, "float32"), task, shape, math.inf)
+        evaluate = evaluator(objective, image, 7)
+        evaluate(image.flatten(), torch.ones(7))
+        losses, gradient = evaluate(image.flatten() * 0.5, task.weights)
         found.append((torch.tensor(losses), gradient.cpu()))
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(found[1][1], found[0][1], rtol=2e-2, atol=0.01 * found[0][1].abs().max().item())

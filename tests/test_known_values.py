@@ -1,4 +1,4 @@
-"""Losses between stored pictures at 96 pixels, which must come out the same on every machine.
+"""Losses between stored images at 96 pixels, which must come out the same on every machine.
 
 They hold weights, colour order, mean colour, layers and formulas to what they were when the numbers were written down.
 """
@@ -16,13 +16,13 @@ def stored(name):
     return load_image(IMAGES / f"{name}.jpg", 96, "cpu")
 
 
-def test_content_loss_of_two_photographs(vgg):
+def test_content_loss_of_two_content_images(vgg):
     a, b = (features(vgg, stored(f"content/{name}"), CONTENT) for name in ("eileen_collins", "cat_tortoiseshell"))
     found = {name: content_loss({name: a[name]}, {name: b[name]}).item() for name in CONTENT}
     assert found == pytest.approx(CONTENT, rel=0.01)
 
 
-def test_style_loss_of_two_paintings(vgg):
+def test_style_loss_of_two_style_images(vgg):
     a, b = (features(vgg, stored(f"style/{name}"), STYLE) for name in ("starry_night", "self_portrait_straw_hat"))
     found = {name: style_loss({name: a[name]}, gram_matrices({name: b[name]})).item() for name in STYLE}
     assert found == pytest.approx(STYLE, rel=0.01)

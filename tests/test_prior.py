@@ -8,10 +8,11 @@ from nst_engine.network import first_kernels
 from nst_engine.prior import K, draw_noise, relative_frequencies, spectral_preconditioner
 
 
-def dense(apply, shape):
-    """The matrix, in float64, of a linear function of pictures (n, 3, H, W)."""
-    units = torch.eye(3 * shape[0] * shape[1], dtype=torch.float64).view(-1, 3, *shape)
-    return torch.cat([apply(part).flatten(1) for part in units.split(200)])
+def circulant(rows):
+    """The matrix of a linear function that wraps around, from its outputs (3, C, H, W) for a unit of each colour."""
+    height, width = rows.shape[-2:]
+    moved = [row.roll((i, j), (-2, -1)) for row in rows for i in range(height) for j in range(width)]
+    return torch.stack(moved).flatten(1)
 
 
 @pytest.mark.parametrize("weight", [0.01, 0.1, math.inf])
@@ -19,6 +20,7 @@ def dense(apply, shape):
 def test_the_preconditioner_divides_by_curvature_and_prior(shape, weight, vgg):
     """Against the dense inverse of A + weight / P, over a field that wraps around; A by both convolutions in turn."""
     height, width = padded = [side + 16 for side in shape]
+    units = torch.eye(3, dtype=torch.float64)[..., None, None] * (torch.arange(height * width) == 0).view(padded)
 
     def convolved(x):
         for weights in (vgg.conv1_1.weight, vgg.conv1_2.weight):
@@ -30,10 +32,10 @@ def test_the_preconditioner_divides_by_curvature_and_prior(shape, weight, vgg):
         spectrum = torch.fft.rfft2(x) * relative_frequencies(padded).double() ** 2
         return torch.einsum("ij,njhw->nihw", torch.linalg.inv(K.double()), torch.fft.irfft2(spectrum, s=padded))
 
-    divisor = dense(precision, padded)
+    divisor = circulant(precision(units))
     if weight < math.inf:
-        responses = dense(convolved, padded)  # A's root, transposed
-        curvature = responses @ responses.T
+        responses = circulant(convolved(units))  # A's root, transposed
+        curvature = circulant((responses[:: height * width] @ responses.T).view(3, 3, *padded))
         divisor = divisor * weight + curvature / torch.linalg.eigvalsh(curvature)[-1]
     x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
     expected = torch.linalg.solve(divisor, F.pad(x, (8, 8, 8, 8)).double().flatten())
@@ -59,8 +61,8 @@ def test_noise_is_the_priors():
 def test_noise_is_its_seeds():
     first, again, other = (draw_noise((40, 50), seed, "cpu") for seed in (0, 0, 1))
     assert first.equal(again) and not first.equal(other)
-    gaps = torch.stack([(picture - 0.5).flatten() for picture in (first, other)])
-    assert abs(torch.corrcoef(gaps)[0, 1]) < 0.5  # few independent values in so soft a picture
+    gaps = torch.stack([(image - 0.5).flatten() for image in (first, other)])
+    assert abs(torch.corrcoef(gaps)[0, 1]) < 0.5  # few independent values in so soft an image
 
 
 def test_frequencies_are_one_cycle_per_longer_side_at_least():
@@ -69,7 +71,7 @@ def test_frequencies_are_one_cycle_per_longer_side_at_least():
     assert frequencies[0, 4] == pytest.approx(0.5 / 0.25)
 
 
-def test_a_tall_picture_is_preconditioned_as_a_wide_one(vgg):
+def test_a_tall_image_is_preconditioned_as_a_wide_one(vgg):
     """Their frequencies go by bands of rows, which are other ones."""
     kernels, x = first_kernels(vgg), torch.randn(3, 700, 200, generator=torch.Generator().manual_seed(0))
     tall = spectral_preconditioner(kernels, (700, 200), 0.01, "cpu")(x.flatten()).view(3, 700, 200)
