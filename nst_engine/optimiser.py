@@ -117,14 +117,17 @@ class ProjectedLBFGS:
     def state_dict(self, iterate: Iterate) -> dict:
         """{name: tensor, number or list} of an iterate, without what is None.
 
-        x, gradient, direction: (n,). losses, halvings, slots: as in `Iterate`. s, y: (pairs, n), the correction pairs
-        in these slots, the pending one among them. sy, yy: (pairs, pairs), float64, their inner products.
+        x, gradient: (n,). losses, halvings, slots: as in `Iterate`. s, y: (pairs, n), the correction pairs in these
+        slots, the pending one among them. sy, yy: (pairs, pairs), float64, their inner products.
+        The direction follows from these.
         """
-        state = self.update(iterate)._asdict()
-        slots, size = list(state["slots"]), self.history_size
-        state |= {"pending": None, "s": self.history[slots], "y": self.history[[size + slot for slot in slots]]}
-        for name in ("sy", "yy"):
-            state[name] = torch.from_numpy(state[name][np.ix_(slots, slots)]) if slots else None
+        iterate, size = self.update(iterate), self.history_size
+        slots = list(iterate.slots)
+        state = {name: getattr(iterate, name) for name in ("x", "gradient", "losses", "halvings", "slots")}
+        state |= {"s": self.history[slots], "y": self.history[[size + slot for slot in slots]]}
+        if slots:
+            chosen = np.ix_(slots, slots)
+            state |= {"sy": torch.from_numpy(iterate.sy[chosen]), "yy": torch.from_numpy(iterate.yy[chosen])}
         return {name: value for name, value in state.items() if value is not None}
 
     def load_state_dict(self, state: dict) -> Iterate:
@@ -134,14 +137,12 @@ class ProjectedLBFGS:
         if slots and max(slots) >= size:  # from a longer history
             slots = list(range(len(slots)))
         to[slots], to[[size + slot for slot in slots]] = state["s"][newest].to(to), state["y"][newest].to(to)
-        sy, yy = np.zeros((2, size, size))
-        if slots:
-            sy[np.ix_(slots, slots)], yy[np.ix_(slots, slots)] = (
-                state[k][newest, newest].numpy() for k in ("sy", "yy")
-            )
-        found = {name: state[name].to(to) for name in ("x", "gradient", "direction") if name in state}
+        products = np.zeros((2, size, size))
+        for matrix, name in zip(products, ("sy", "yy")) if slots else ():
+            matrix[np.ix_(slots, slots)] = state[name][newest, newest].numpy()
+        found = {name: state[name].to(to) for name in ("x", "gradient") if name in state}
         plain = {"losses": state.get("losses"), "halvings": state["halvings"], "slots": tuple(slots)}
-        return Iterate(**found, **plain, sy=sy, yy=yy)
+        return Iterate(**found, **plain, sy=products[0], yy=products[1])
 
 
 def begin(iterate: Iterate, losses: list, gradient: Tensor) -> Iterate:
