@@ -68,7 +68,7 @@ def build_vgg19(convolutions: dict, mean: Tensor) -> nn.Sequential:
 
 
 def cut_network(vgg: nn.Sequential, last: str, device: torch.device, precision: str) -> nn.Sequential:
-    """A copy of `vgg` that ends with the layer `last`, on `device`, in this precision; the tests also ask for "float64".
+    """A copy of `vgg` that ends with the layer `last`, on `device`, in "float32", "bfloat16" or "float64".
 
     In memory by pixels ("channels last"), which is faster except on Apple's GPUs.
     """

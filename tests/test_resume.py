@@ -14,19 +14,22 @@ from safetensors.torch import load_file, save_file
 
 import nst_engine.memory
 import nst_utils as nst
-from nst_engine.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGE = nst.IMAGES / "content" / "chenonceau.jpg"
+BEFORE = [("coarse", "bfloat16"), ("rough", "bfloat16"), ("fine", "bfloat16")]  # (stage, precision)
 
 
-def reconstruction(vgg=None, size=52, **options):
+def reconstruction(vgg=None, size=52, evaluations=26):
     """Two scales, 26 x 35 and 52 x 69 pixels."""
     task = nst.Task(nst.load_image(IMAGE, size, "cpu"), None, ("conv1_2",))
-    return Run(task, evaluations=options.pop("evaluations", 30), vgg=vgg, **options)
+    return nst.Run(task, evaluations=evaluations, vgg=vgg, precision="float32")
 
 
-def finish(run):
+def finish(run, state=None):
+    """(the steps to its end, the image)"""
+    if state:
+        run.load_state_dict(state)
     return [*iter(run.step, None)], run.image
 
 
@@ -42,72 +45,61 @@ def resume_all(folder):
     for path in sorted(Path(folder).glob("*.state")):
         with safe_open(path, "pt") as file:
             plain = json.loads(file.metadata()["plain"])
-        run = reconstruction(precision="float32")
-        run.load_state_dict(load_file(path) | plain)
-        history, image = finish(run)
-        torch.save((history, image), path.with_suffix(".end"))
+        torch.save(finish(reconstruction(), load_file(path) | plain), path.with_suffix(".end"))
 
 
 def test_a_run_stopped_after_any_evaluation_ends_in_a_new_process_as_if_it_had_not_been(tmp_path, vgg, monkeypatch):
     """At either scale, before the history of correction pairs is full and after, and where a step was refused."""
     monkeypatch.setattr(nst_engine.memory, "MOST", 6)
-    threads = torch.get_num_threads()
-    run, history, seen = reconstruction(vgg, precision="float32"), [], []
-    while True:
+    run, history, seen, step = reconstruction(vgg), [], [], True
+    while step:
         state = run.state_dict()
         seen.append((len(run.scales), state["optimiser.halvings"], len(state["optimiser.slots"])))
         write(state, tmp_path / f"{len(history):03}.state")
-        step = run.step()
-        if step is None:
-            break
-        history.append(step)
+        if step := run.step():
+            history.append(step)
     at_scales, halvings, pairs = zip(*seen)
-    assert len(history) == 30 and {1, 2} == set(at_scales) and any(halvings) and pairs.count(6) > 5
-    code = f"import torch, test_resume; torch.set_num_threads({threads}); test_resume.resume_all({str(tmp_path)!r})"
+    assert len(history) == 26 and {1, 2} == set(at_scales) and any(halvings) and pairs.count(6) > 5
+    code = f"torch.set_num_threads({torch.get_num_threads()}); test_resume.resume_all({str(tmp_path)!r})"
     environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PATH": ""}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    subprocess.run([sys.executable, "-c", f"import torch, test_resume; {code}"], check=True, env=environment)
     for stop in range(len(history) + 1):
         rest, image = torch.load(tmp_path / f"{stop:03}.end", weights_only=False)
         assert history[:stop] + rest == history and torch.equal(image, run.image), stop
 
 
-@pytest.mark.parametrize("init", ["noise", "content"])
-def test_the_precision_and_whether_rounding_was_asked_are_part_of_the_state(init, vgg, monkeypatch):
+@pytest.mark.parametrize(
+    "init, style_weight, end", [("noise", 1e4, ("done", "bfloat16")), ("content", 1e3, ("fine", "float32"))]
+)
+def test_the_precision_and_whether_rounding_was_asked_are_part_of_the_state(init, style_weight, end, vgg, monkeypatch):
+    """When it is asked bfloat16 goes on, both times, or float32 takes over the second time."""
     monkeypatch.setattr("nst_engine.run.pick_precisions", lambda *_: ("bfloat16", "float32"))
     monkeypatch.setattr("nst_engine.run.BROAD", 24)  # so that a run from an image has two scales, too
     style = nst.load_image(nst.IMAGES / "style" / "great_wave.jpg", 64, "cpu")
-    task = nst.Task(nst.load_image(IMAGE, 128, "cpu"), style, ("conv1_1",), {"conv1_1": 1.0}, 1.0, 1e3)
-
-    def made():
-        return Run(task, init=init, evaluations=200, vgg=vgg)
-
-    run, states, history = made(), [], []
+    task = nst.Task(nst.load_image(IMAGE, 128, "cpu"), style, ("conv1_1",), {"conv1_1": 1.0}, 1.0, style_weight)
+    run, states, history = nst.Run(task, init=init, vgg=vgg), [], []
     while step := run.step():
         states.append(run.state_dict())
         history.append(step)
     stages = [(state["stage"], state["precision"]) for state in states]
-    assert {("coarse", "bfloat16"), ("rough", "bfloat16"), ("fine", "bfloat16")} <= {*stages, ("fine", "bfloat16")}
-    changes = [k for k in range(1, len(stages)) if stages[k] != stages[k - 1]]
-    assert len(changes) > 1
-    for stop in changes:
-        again = made()
-        again.load_state_dict(states[stop - 1])
-        rest, image = finish(again)
+    stops = [1 + max(k for k in range(len(stages)) if stages[k] == stage) for stage in BEFORE]  # the last of each
+    stops.append(stops[-1] + 1)
+    assert [*dict.fromkeys(stages)] == [*BEFORE, end] == [stages[stop - 1] for stop in stops]
+    for stop in stops:
+        rest, image = finish(nst.Run(task, init=init, vgg=vgg), states[stop - 1])
         assert history[:stop] + rest == history and torch.equal(image, run.image)
 
 
 def test_a_state_is_not_changed_by_the_steps_that_follow(vgg, monkeypatch):
     monkeypatch.setattr(nst_engine.memory, "MOST", 6)
-    run = reconstruction(vgg, precision="float32")
-    for _ in range(24):  # from here on each update takes the place of a correction pair
+    run = reconstruction(vgg)
+    for _ in range(20):  # from here on each update takes the place of a correction pair
         run.step()
     state = run.state_dict()
     copy = {name: value.clone() if torch.is_tensor(value) else value for name, value in state.items()}
-    expected = finish(run)
-    again = reconstruction(vgg, precision="float32")
-    again.load_state_dict(state)
+    assert len(copy["optimiser.slots"]) == 6
+    expected, (rest, image) = finish(run), finish(reconstruction(vgg), state)
     assert all(torch.equal(state[k], v) if torch.is_tensor(v) else state[k] == v for k, v in copy.items())
-    rest, image = finish(again)
     assert rest == expected[0] and torch.equal(image, expected[1])
 
 
@@ -119,10 +111,9 @@ def test_a_state_of_another_shape_is_refused(vgg, refuses):
 
 def test_on_a_machine_with_less_memory_the_newest_pairs_go_on(vgg):
     """The step that follows is that of an optimiser which never had more."""
-    run = reconstruction(vgg, precision="float32")
+    run, again = reconstruction(vgg), reconstruction(vgg)
     while len(run.state_dict()["optimiser.slots"]) < 12 or len(run.scales) > 1:
         run.step()
-    again = reconstruction(vgg, precision="float32")
     again.budget_bytes = (190 + 3 * 5.5 * 24) * 52 * 69  # for five pairs
     again.load_state_dict(run.state_dict())
     found, before = again.state_dict(), run.state_dict()
@@ -137,20 +128,14 @@ def test_on_a_machine_with_less_memory_the_newest_pairs_go_on(vgg):
 def test_a_run_interrupted_anywhere_has_the_state_of_before_or_after_an_evaluation(vgg, monkeypatch):
     """In the evaluation, the update, the preconditioner, the preparation of a scale; also with a full history."""
     monkeypatch.setattr(nst_engine.memory, "MOST", 4)
-
-    def made():
-        return reconstruction(vgg, size=48, evaluations=21, precision="float32")
-
-    run = made()
+    runs = (reconstruction(vgg, size=48, evaluations=18) for _ in range(49))
+    run = next(runs)
     with Interruption(None, ROOT / "nst_engine") as undisturbed:
         history, image = finish(run)
-    assert len(run.state_dict()["optimiser.slots"]) == 4 and len(history) == 21
+    assert len(run.state_dict()["optimiser.slots"]) == 4 and len(history) == 18
     for place in middles(undisturbed.count, 24):
-        run = made()
-        with contextlib.suppress(KeyboardInterrupt):
-            with Interruption(place, ROOT / "nst_engine"):
-                finish(run)
-        again = made()
-        again.load_state_dict(run.state_dict())
-        rest, found = finish(again)
+        run = next(runs)
+        with contextlib.suppress(KeyboardInterrupt), Interruption(place, ROOT / "nst_engine"):
+            finish(run)
+        rest, found = finish(next(runs), run.state_dict())
         assert rest == history[len(history) - len(rest) :] and torch.equal(found, image), place

@@ -2,11 +2,11 @@
 
 import itertools
 import runpy
-import shutil
 import signal
 import sys
 import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -21,10 +21,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def program(tmp_path, monkeypatch):
-    """The program's names, in an empty folder with a photograph of 192 x 128 pixels and a painting."""
+    """The program's names, in an empty folder with a photograph of 96 x 64 pixels and a painting; two scales."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(nst_utils.Task, "smallest_side", 32)
     for name, source in {"photo.jpg": "content/chenonceau.jpg", "painting.jpg": "style/starry_night.jpg"}.items():
-        Image.open(ROOT / "images" / source).resize((192, 128)).save(name)
+        Image.open(ROOT / "images" / source).resize((96, 64)).save(name)
     return runpy.run_path(str(ROOT / "tools" / "stylise.py"))
 
 
@@ -49,7 +50,7 @@ def run(program, monkeypatch):
                     raise KeyboardInterrupt
 
         monkeypatch.setitem(program["main"].__globals__, "tqdm", Bar)
-        words = ["photo.jpg", "painting.jpg", "--size", "128", "--evaluations", "12", "--device", "cpu", *arguments]
+        words = ["photo.jpg", "painting.jpg", "--size", "64", "--evaluations", "12", "--device", "cpu", *arguments]
         monkeypatch.setattr(sys, "argv", ["stylise.py", *words])
         program["main"]()
         return seen
@@ -60,72 +61,70 @@ def run(program, monkeypatch):
 
 
 def test_a_picture_is_made_and_no_file_is_written_over(run, capsys):
-    assert run() == ["96 x 64"] * 4 + ["192 x 128"] * 8
-    assert Image.open("photo_painting.png").size == (192, 128)
+    """The bar goes by pixels. A run that is terminated is an interrupted one."""
+    assert run() == ["48 x 32"] * 4 + ["96 x 64"] * 8
+    assert Image.open("photo_painting.png").size == (96, 64)
     assert sorted(path.name for path in Path().iterdir()) == ["painting.jpg", "photo.jpg", "photo_painting.png"]
-    assert "192 x 128 pixels whole, history size 20" in capsys.readouterr().out
+    assert "96 x 64 pixels whole, history size 20" in capsys.readouterr().out
+    assert run.done == [round((min(k, 4) + 4 * max(0, k - 4)) / 36, 3) for k in range(1, 13)]
+    assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
     with pytest.raises(SystemExit, match="'photo_painting.png' is there already: give another name with --output"):
         run()
 
 
-@pytest.mark.parametrize("stop, init", [(1, "noise"), (3, "noise"), (4, "noise"), (7, "content"), (12, "content")])
-def test_an_interrupted_run_goes_on_as_if_it_had_not_been(stop, init, run):
+@pytest.mark.parametrize("init, stops", [("noise", (1, 3, 4)), ("content", (7, 12))])
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(init, stops, run):
     """At a coarse scale, between two scales, at the last one and after the last evaluation: nothing is done twice."""
     whole = run("--init", init, "--output", "whole.png")
-    with pytest.raises(SystemExit, match="interrupted: the same command goes on from here"):
-        run("--init", init, "--output", "parts.png", stop=stop)
-    shape = (96, 64) if stop <= 4 and init == "noise" else (192, 128)
-    assert Path("parts.safetensors").exists() and Image.open("parts.png").size == shape
-    assert run("--init", init, "--output", "parts.png") == whole[stop:]
-    assert not Path("parts.safetensors").exists()
-    assert Path("parts.png").read_bytes() == Path("whole.png").read_bytes()
+    for stop in stops:
+        with pytest.raises(SystemExit, match="interrupted: the same command goes on from here"):
+            run("--init", init, "--output", "parts.png", stop=stop)
+        assert Path("parts.safetensors").exists()
+        assert Image.open("parts.png").size == ((48, 32) if init == "noise" else (96, 64))
+        assert run("--init", init, "--output", "parts.png") == whole[stop:]
+        assert not Path("parts.safetensors").exists()
+        assert Path("parts.png").read_bytes() == Path("whole.png").read_bytes()
+        Path("parts.png").unlink()
 
 
 def test_a_run_that_is_interrupted_anywhere_loses_nothing(run, capsys):
-    """In an evaluation, in the preparation of a scale, while it saves: the same command then makes the same image."""
+    """In an evaluation, in the preparation of a scale, while it saves: the same command then makes the same image.
+
+    Before the run begins there is nothing to go on from.
+    """
     code = ROOT / "nst_engine", ROOT / "nst_utils.py", ROOT / "tools"
+    with Interruption(1, code[0] / "images.py"), pytest.raises(SystemExit, match="begins again, nothing is saved"):
+        run()
+    assert len(list(Path().iterdir())) == 2
     with Interruption(None, *code) as undisturbed:
         run("--output", "whole.png", "--evaluations", "6")
     for place in middles(undisturbed.count, 8):
-        with Interruption(place, *code):
-            with pytest.raises(SystemExit, match="interrupted: the same command"):
-                run("--output", "parts.png", "--evaluations", "6")
+        with Interruption(place, *code), pytest.raises(SystemExit, match="interrupted: the same command"):
+            run("--output", "parts.png", "--evaluations", "6")
         run("--output", "parts.png", "--evaluations", "6")
         assert Path("parts.png").read_bytes() == Path("whole.png").read_bytes(), place
         assert {path.name for path in Path().iterdir()} == {"painting.jpg", "photo.jpg", "whole.png", "parts.png"}
         Path("parts.png").unlink()
 
 
-def test_before_a_run_begins_there_is_nothing_to_go_on_from(run):
-    with Interruption(1, ROOT / "nst_engine" / "images.py"):
-        with pytest.raises(SystemExit, match="interrupted: the same command begins again, nothing is saved"):
-            run()
-    assert len(list(Path().iterdir())) == 2
-
-
-def test_a_run_of_other_settings_or_none_is_refused_and_kept(run):
+def test_a_run_that_cannot_be_read_or_saved_is_kept(run, program, monkeypatch):
     with pytest.raises(SystemExit):
         run(stop=3)
-    kept = Path("photo_painting.safetensors").read_bytes()
-    for other in ("--seed=1", "--size=96", "--style-size=64", "--style-weight=1e3", "--init=content"):
+    path = Path("photo_painting.safetensors")
+    kept = path.read_bytes()
+    for other in ("--seed=1", "--size=48", "--style-size=32", "--style-weight=1e3", "--init=content"):
         with pytest.raises(SystemExit, match="is of other settings.*: give these, or move it away"):
             run(other)
+    assert path.read_bytes() == kept
     for content in (kept[:1000], b"", b"nonsense"):
-        Path("photo_painting.safetensors").write_bytes(content)
+        path.write_bytes(content)
         with pytest.raises(SystemExit, match="'photo_painting.safetensors' is damaged, or not a run: move it away"):
             run()
-        assert Path("photo_painting.safetensors").read_bytes() == content
-    save_file({"a": torch.ones(1)}, "photo_painting.safetensors")
+        assert path.read_bytes() == content
+    save_file({"a": torch.ones(1)}, path)
     with pytest.raises(SystemExit, match="is not a run of this program"):
         run()
-    Path("photo_painting.safetensors").write_bytes(kept)
-    assert len(run()) == 9
-
-
-def test_a_full_disk_leaves_the_files_of_before(run, program, monkeypatch):
-    with pytest.raises(SystemExit):
-        run(stop=3)
-    shutil.copy("photo_painting.safetensors", "before")
+    path.write_bytes(kept)
 
     def full(tensors, path, about):
         Path(path).write_bytes(b"half")
@@ -135,51 +134,28 @@ def test_a_full_disk_leaves_the_files_of_before(run, program, monkeypatch):
         patch.setitem(program["main"].__globals__, "save_file", full)
         with pytest.raises(SystemExit, match="cannot be written, and is as it was: No space left on device"):
             run(stop=2)
-    assert Path("photo_painting.safetensors").read_bytes() == Path("before").read_bytes()
-    assert len(list(Path().iterdir())) == 5
+    assert path.read_bytes() == kept and len(list(Path().iterdir())) == 4
     assert len(run()) == 9
-
-
-def left(run):
-    return run.state_dict()["left"]
-
-
-def test_the_picture_is_saved_on_the_way(run, program, monkeypatch):
-    times = []
-    monkeypatch.setitem(program["main"].__globals__, "SECONDS", -1)
-    saving = program["save"]
-    monkeypatch.setitem(program["main"].__globals__, "save", lambda *rest: times.append(left(rest[1])) or saving(*rest))
-    run()
-    assert times == [*range(11, -1, -1)]
 
 
 def test_the_picture_is_saved_when_half_a_minute_has_passed(run, program, monkeypatch):
     """By a clock that goes on by twelve seconds at each look."""
-    clock, times = types.SimpleNamespace(monotonic=itertools.count(0, 12).__next__), []
-    monkeypatch.setitem(program["main"].__globals__, "time", clock)
-    monkeypatch.setitem(program["main"].__globals__, "save", lambda options, run: times.append(left(run)))
+    names, times = program["main"].__globals__, []
+    monkeypatch.setitem(names, "time", types.SimpleNamespace(monotonic=itertools.count(0, 12).__next__))
+    saving = program["save"]
+    monkeypatch.setitem(
+        names, "save", lambda options, run: times.append(run.state_dict()["left"]) or saving(options, run)
+    )
     run()
     assert times == [9, 6, 3, 0]
 
 
-def test_the_bar_goes_by_pixels_and_a_terminated_run_is_an_interrupted_one(run):
-    run()
-    assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
-    assert run.done == [round((min(k, 4) + 4 * max(0, k - 4)) / 36, 3) for k in range(1, 13)]
-
-
-def test_a_painting_may_have_another_size(run, monkeypatch):
-    sizes, load = [], nst_utils.load_image
-    monkeypatch.setattr(
-        nst_utils, "load_image", lambda path, size, device: sizes.append(size) or load(path, size, device)
-    )
-    run("--style-size", "64", "--evaluations", "1")
-    assert sizes == [128, 64]
-
-
-def test_more_pixels_than_the_photograph_has_are_said(run, capsys):
-    run("--size", "160", "--evaluations", "1")
-    assert "photo.jpg is 128 pixels wide or high: enlarged to 160 it has no more detail" in capsys.readouterr().out
+def test_a_painting_may_have_another_size_and_more_pixels_than_the_photograph_has_are_said(run, monkeypatch, capsys):
+    load = mock.Mock(wraps=nst_utils.load_image)
+    monkeypatch.setattr(nst_utils, "load_image", load)
+    run("--size", "80", "--style-size", "72", "--evaluations", "1")
+    assert [call.args[1] for call in load.mock_calls] == [80, 72]
+    assert "photo.jpg is 64 pixels wide or high: enlarged to 80 it has no more detail" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
