@@ -41,10 +41,7 @@ def jupyterlab(home):
     environment = (
         os.environ
         | {name: str(home / name.lower()) for name in own}
-        | {
-            "HOME": str(home),
-            "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
-        }
+        | {"HOME": str(home), "JUPYTERLAB_SETTINGS_DIR": str(home / "settings")}
     )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
