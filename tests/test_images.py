@@ -21,9 +21,6 @@ def pixel(image, row=0, column=0):
     return (image[0, :, row, column] * 255).round().int().tolist()
 
 
-# --- Reading -------------------------------------------------------------------------------------
-
-
 def palette_image():
     image = Image.new("P", (6, 4), 1)
     image.putpalette([0, 0, 0, 10, 200, 30])
@@ -242,9 +239,6 @@ def test_the_device_is_one_this_machine_has():
     assert torch.ones(1, device=pick_device()).item() == 1
 
 
-# --- Writing and scaling -------------------------------------------------------------------------
-
-
 def test_to_pil_rounds_and_clamps_and_leaves_the_image_alone():
     image = torch.tensor([-0.5, 0.4999 / 255, 0.5001 / 255, 1.7]).view(1, 1, 2, 2).repeat(1, 3, 1, 1).requires_grad_()
     before = image.detach().clone()
@@ -259,9 +253,6 @@ def test_resize_keeps_range_and_does_nothing_at_the_same_shape():
         scaled = resize(stripes, shape)
         assert scaled.shape == (1, 3, *shape) and scaled.min() >= 0 and scaled.max() <= 1
     assert resize(stripes, (5, 6)).mean().item() == pytest.approx(0.5, abs=0.05)
-
-
-# --- Differences ---------------------------------------------------------------------------------
 
 
 def test_difference_map_compares_what_is_displayed():

@@ -100,9 +100,6 @@ def test_losses_at_the_target_are_zero():
     assert style_loss(maps, gram_matrices(maps)).item() == 0
 
 
-# --- The engine's fast forms -----------------------------------------------------------------------
-
-
 def finite_differences(function, maps, step=1e-4):
     """Central differences of a float64 function, element by element."""
     gradients = {name: torch.zeros_like(feature_map) for name, feature_map in maps.items()}
@@ -213,8 +210,6 @@ def test_statistics_of_tiles_add_up_to_those_of_the_whole_and_their_halo_has_no_
     torch.testing.assert_close([a + b for a, b in zip(*parts)], expected)
     torch.testing.assert_close(gradient, whole["a"].grad)
 
-
-# --- The objective -------------------------------------------------------------------------------
 
 CONTENT_LAYERS, STYLE_LAYERS = ("conv1_2",), ("relu1_1", "conv2_1")
 

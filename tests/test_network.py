@@ -96,9 +96,6 @@ def relative_error(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-# --- Names ---------------------------------------------------------------------------------------
-
-
 def test_the_sixteen_convolutions():
     assert CONVOLUTIONS == tuple(f"conv{b}_{i}" for b, n in BLOCKS.items() for i in range(1, n + 1))
     assert RELUS == tuple(f"relu{b}_{i}" for b, n in BLOCKS.items() for i in range(1, n + 1))
@@ -130,9 +127,6 @@ def test_the_deepest_layer_is_the_last_in_the_network():
     assert deepest(["relu1_2", "conv2_1", "conv1_1"]) == "conv2_1"
     assert deepest(["relu3_4", "conv3_4"]) == "relu3_4"
     assert deepest(["conv_16", "conv5_3"]) == "conv5_4"
-
-
-# --- Feature maps --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS + RELUS)
@@ -229,9 +223,6 @@ def test_an_image_too_small_for_a_layer_is_refused(name, smallest, vgg, picture,
     if smallest > 1:
         with refuses(ValueError, f"a {smallest + 3}x{smallest - 1} image is too small for {layer_name(name)}"):
             features(vgg, picture(smallest + 3, smallest - 1), [name])
-
-
-# --- Weights -------------------------------------------------------------------------------------
 
 
 def test_the_weight_file_is_the_one_we_know(oxford_file):

@@ -84,6 +84,7 @@ def test_refused_steps_are_halved_then_the_correction_pairs_are_discarded_then_t
         steps = torch.stack(trials)[:, (trials[0] > 0) & (trials[0] < 1)] - seen[5][(trials[0] > 0) & (trials[0] < 1)]
         assert steps.any()
         torch.testing.assert_close(steps[1:], steps[:-1] / 2, atol=1e-6, rtol=1e-3)
+    assert not torch.allclose(seen[6], seen[6 + MAX_HALVINGS], atol=1e-3)  # another direction, without the pairs
 
 
 @pytest.mark.parametrize("start, target", [(even(0.25), even(0.25)), (SCALES.round() % 2, SCALES.round() % 2 * 3 - 1)])
@@ -120,6 +121,22 @@ def drawn_pairs(count):
     """Correction pairs of a quadratic, (count, 2, 27)."""
     s = torch.randn(count, 27, generator=torch.Generator().manual_seed(0))
     return torch.stack([s, s @ coupled()[0]], dim=1)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_a_pair_of_hardly_any_curvature_is_dropped_and_a_full_history_loses_its_oldest_alone(scale):
+    """Curvature is a cosine, 1e-4 or more, whatever the lengths of the step and of the gradient's change."""
+    optimiser, used, found = ProjectedLBFGS(SCALES, SCALES.mul, 2), [], None
+    one, other = torch.eye(27)[:2]
+    for cosine in (0.5e-4, 2e-4, 2e-4, 0.0, 2e-4):
+        found = updated(optimiser, [(one / scale, scale * (cosine * one + other))], found)
+        used.append(len(found.slots))
+    assert used == [0, 1, 2, 2, 2]
+
+
+def test_an_infinite_first_loss_is_named(refuses):
+    with refuses(ValueError, "the loss of the first image is inf"):
+        begin(Iterate(even(0.5)), [math.inf, 7.0], even(1.0))
 
 
 def test_l_bfgs_equals_the_textbook_recursion():

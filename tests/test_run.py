@@ -92,9 +92,6 @@ def without_gradient(output):
     return output.detach() + 0 * output
 
 
-# --- Scales --------------------------------------------------------------------------------------
-
-
 def test_each_scale_has_its_evaluations(start, picture):
     task = Task(picture(96, 108), None, ("conv1_1",))
     run, expected = start(task, evaluations=10), [(24, 27)] * 2 + [(48, 54)] * 2 + [(96, 108)] * 6
@@ -175,9 +172,6 @@ def test_a_run_makes_nothing_twice(in_both, picture, made):
     assert made().tolist() == [2, 3, 3, 2]
 
 
-# --- The start, the first step, the best image -----------------------------------------------------
-
-
 def test_an_image_to_start_from_is_scaled_but_to_no_less_than_512_pixels_a_side(start, picture):
     task, init = Task(picture(30, 36), None, ("conv1_1",)), picture(40, 90, 1)
     torch.testing.assert_close(start(task, init=init).image, resize(init, (30, 36)))
@@ -242,9 +236,6 @@ def test_the_image_is_the_best_so_far_and_a_retargeted_run_begins_with_that(star
     assert run.step().total == pytest.approx(2 * total) and torch.equal(run.image.flatten(), image)
 
 
-# --- Precisions ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "slow, done, precisions",
     [
@@ -285,9 +276,6 @@ def test_gradient_cosine_is_in_the_metric_of_the_preconditioner():
     assert gradient_cosine(up, aside, lambda x: x) == pytest.approx(0.6)
     assert gradient_cosine(up, aside, weights.mul) == pytest.approx(3 / 57**0.5)
     assert gradient_cosine(up, -2 * up, weights.mul) == pytest.approx(-1)
-
-
-# --- Other tasks on the way ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -164,9 +164,6 @@ def test_every_planned_tile_has_pixels_and_fits(halo, stride):
         assert largest_window(planned) <= max(memory, (stride + 2 * halo) ** 2)
 
 
-# --- Several processes ---------------------------------------------------------------------------
-
-
 class Ranks:
     """Stands in for torch.distributed: the processes one after the other, and what they all-reduce."""
 
@@ -247,9 +244,6 @@ def test_processes_find_the_loss_and_gradient_that_one_finds(tmp_path):
     for each in (found, found_by_other):
         torch.testing.assert_close(each[0], losses, rtol=1e-5, atol=0)
         torch.testing.assert_close(each[1], gradient, rtol=0, atol=1e-5 * gradient.abs().max().item())
-
-
-# --- Whole runs ----------------------------------------------------------------------------------
 
 
 def test_a_run_in_tiles_is_that_on_the_whole(vgg, content, style):
