@@ -175,7 +175,7 @@ def test_correction_pairs_serve_the_next_objective():
     assert warm_loss - best < 0.5 * (cold_loss - best)
 
 
-@pytest.mark.parametrize("history_size", [5, 9, 12])
+@pytest.mark.parametrize("history_size", [5, 8, 9, 12])
 def test_correction_pairs_can_be_stored_and_loaded(history_size):
     """Exactly into a history of the same size or a larger; into a smaller as if it had seen the newest pairs only."""
     pairs, stored = drawn_pairs(16), ProjectedLBFGS(SCALES, SCALES.mul, 9)
