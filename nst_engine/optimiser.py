@@ -124,22 +124,22 @@ class ProjectedLBFGS:
         iterate, size = self.update(iterate), self.history_size
         slots = list(iterate.slots)
         state = {name: getattr(iterate, name) for name in ("x", "gradient", "losses", "halvings", "slots")}
-        state |= {"s": self.history[slots], "y": self.history[[size + slot for slot in slots]]}
         if slots:
             chosen = np.ix_(slots, slots)
+            state |= {"s": self.history[slots], "y": self.history[[size + slot for slot in slots]]}
             state |= {"sy": torch.from_numpy(iterate.sy[chosen]), "yy": torch.from_numpy(iterate.yy[chosen])}
         return {name: value for name, value in state.items() if value is not None}
 
     def load_state_dict(self, state: dict) -> Iterate:
         """The iterate of a `state_dict`, whose correction pairs, or the newest of them, are put into the history."""
         size, newest, to = self.history_size, slice(-self.history_size, None), self.history
-        slots = list(state["slots"])[newest]
-        if slots and max(slots) >= size:  # from a longer history
-            slots = list(range(len(slots)))
-        to[slots], to[[size + slot for slot in slots]] = state["s"][newest].to(to), state["y"][newest].to(to)
-        products = np.zeros((2, size, size))
-        for matrix, name in zip(products, ("sy", "yy")) if slots else ():
-            matrix[np.ix_(slots, slots)] = state[name][newest, newest].numpy()
+        slots, products = list(state["slots"])[newest], np.zeros((2, size, size))
+        if slots:
+            if max(slots) >= size:  # from a longer history
+                slots = list(range(len(slots)))
+            to[slots], to[[size + slot for slot in slots]] = state["s"][newest].to(to), state["y"][newest].to(to)
+            for matrix, name in zip(products, ("sy", "yy")):
+                matrix[np.ix_(slots, slots)] = state[name][newest, newest].numpy()
         found = {name: state[name].to(to) for name in ("x", "gradient") if name in state}
         plain = {"losses": state.get("losses"), "halvings": state["halvings"], "slots": tuple(slots)}
         return Iterate(**found, **plain, sy=products[0], yy=products[1])

@@ -1,6 +1,7 @@
 """A run that is stopped, or interrupted anywhere, and goes on from its state is the run that was left alone."""
 
 import contextlib
+import itertools
 import json
 import subprocess
 import sys
@@ -139,3 +140,22 @@ def test_a_run_interrupted_anywhere_has_the_state_of_before_or_after_an_evaluati
             finish(run)
         rest, found = finish(next(runs), run.state_dict())
         assert rest == history[len(history) - len(rest) :] and torch.equal(found, image), place
+
+
+def test_a_step_to_the_next_scale_interrupted_at_any_line_is_done_again(vgg):
+    """Also where the state is of the new scale already and the optimiser still of the old one."""
+    run = reconstruction(vgg, 48, 4)
+    history, _ = finish(run)
+    coarse = [step.shape for step in history].count((24, 32))
+    for number in itertools.count(1):
+        run = reconstruction(vgg, 48, 4)
+        for _ in range(coarse):
+            run.step()
+        with contextlib.suppress(KeyboardInterrupt), Interruption(number, ROOT / "nst_engine" / "run.py") as place:
+            run.step()
+        again, state = reconstruction(vgg, 48, 4), run.state_dict()
+        again.load_state_dict(state)
+        assert again.step() == history[4 - state["left"]], number
+        if place.count < number:
+            break
+    assert number > 30

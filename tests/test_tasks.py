@@ -28,9 +28,6 @@ def non_increasing(losses, tolerance=0.0):
     return all(after <= (1 + tolerance) * before for before, after in itertools.pairwise(losses))
 
 
-# --- Whole runs ----------------------------------------------------------------------------------
-
-
 def test_a_transfer_gives_its_image_and_every_step_of_its_scales(settings):
     content, calls = nst.load_image(CASTLE, 128, "cpu")[..., :150], []
     options = {"content_weight": 2.0, "style_weight": 3e3, "callback": lambda *seen: calls.append(seen)}
@@ -240,9 +237,6 @@ def test_defaults_are_the_assignments(settings, style, picture):
     assert inspect.signature(nst.Run).parameters["evaluations"].default == 225
 
 
-# --- Interrupts, and the bar -----------------------------------------------------------------------
-
-
 def test_an_interrupt_returns_the_best_picture_so_far(settings, content, style):
     seen = []
 
@@ -295,9 +289,6 @@ def test_the_bar_is_there_unless_it_is_not_wanted(settings, content, monkeypatch
         if not progress:
             monkeypatch.setenv("TQDM_DISABLE", "1")
     assert [call.kwargs["disable"] for call in bar.call_args_list] == [False, True, True]
-
-
-# --- Bad input -----------------------------------------------------------------------------------
 
 
 class Elsewhere(torch.Tensor):

@@ -85,9 +85,6 @@ def steps(painter, settings, count, start=None):
     return step
 
 
-# --- The painter ---------------------------------------------------------------------------------
-
-
 def test_a_step_is_one_evaluation_and_every_weight_reaches_its_losses_and_the_curves(watched, vgg):
     painter, weights = Painter(watched.vgg), {"conv1_1": 0.5, "conv3_1": 2.0}
     settings = TRANSFER._replace(content_weight=3.0, style_weight=5e3, layer_weights=tuple(weights.items()))
@@ -235,9 +232,6 @@ def test_the_chart_shows_the_total_and_both_weighted_losses(monkeypatch):
     both = {"total": [9, 5], "content × its weight": [6, 4], "style × its weight": [3, 1]}
     assert curves == [both, {"total": [9, 5]}]
     assert {axes.get_yscale() for figure in figures for axes in figure.axes} == {"log"}
-
-
-# --- The panel -----------------------------------------------------------------------------------
 
 
 class StandIn:
@@ -571,9 +565,6 @@ def test_uploads_of_one_name_do_not_meet(panel):
     panel.uploaders["style"].value = uploaded("mine.jpg", night[:999])
     assert "'mine.jpg' is not a picture" in says(panel).replace("&#x27;", "'")
     assert panel.choices["style"].value == changed and changed.read_bytes() == night
-
-
-# --- The panel with the real painter ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
