@@ -154,9 +154,9 @@ def work(run, options, first):
 
 def main():
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
-    options = parse(sys.argv[1:])
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    options, several = None, int(os.environ.get("WORLD_SIZE", 1)) > 1
     try:
+        options = parse(sys.argv[1:])
         if several:
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -165,7 +165,7 @@ def main():
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        saved = options.output.with_suffix(".safetensors").exists()
+        saved = options and options.output.with_suffix(".safetensors").exists()
         sys.exit(f"interrupted: the same command {'goes on from here' if saved else 'begins again, nothing is saved'}")
     except RuntimeError as error:
         if not several:
