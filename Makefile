@@ -20,8 +20,8 @@ test: check  ## check, and the notebooks executed again and compared
 test-browser: $(VENV)/installed  ## the panel in JupyterLab, driven by Chromium; screenshots in test-artifacts/
 	$(BIN)/pytest -m browser -rs
 
-lab: $(VENV)/installed  ## open JupyterLab
-	$(BIN)/jupyter lab notebooks
+lab: $(VENV)/installed  ## open JupyterLab, which takes uploads of up to 200 MB
+	$(BIN)/jupyter lab --ServerApp.tornado_settings='{"websocket_max_message_size": 300000000}' notebooks
 
 notebooks: $(VENV)/installed  ## execute the notebooks and store their outputs, to be committed
 	$(BIN)/python tools/run_notebooks.py --store

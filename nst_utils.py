@@ -22,8 +22,19 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nst_engine.checks import as_layers, as_task, as_whole, check_feature_map
+from nst_engine.errors import UserError
 from nst_engine.figures import display_figure, plot_losses, show_images
-from nst_engine.images import IMAGES, Difference, difference_map, difference_numbers, load_image, resize, to_pil
+from nst_engine.files import file_version, joint_stem, write_new, write_numbered
+from nst_engine.images import (
+    IMAGES,
+    Difference,
+    difference_map,
+    difference_numbers,
+    is_picture,
+    load_image,
+    resize,
+    to_pil,
+)  # fmt: skip
 from nst_engine.layers import CONVOLUTIONS, FIRST_FIVE, RELUS, layer_name
 from nst_engine.network import features, load_vgg19
 from nst_engine.objective import Task
@@ -35,7 +46,8 @@ __all__ = [
     "CONVOLUTIONS", "RELUS", "FIRST_FIVE", "layer_name", "load_vgg19", "features",
     "gram_matrix", "gram_matrices", "content_loss", "style_loss", "make_objective",
     "Task", "Run", "Step", "Result", "optimise", "reconstruct_content", "synthesize_texture", "transfer_style",
-    "show_images", "plot_losses", "display_figure", "as_task", "as_whole", "as_layers",
+    "show_images", "plot_losses", "display_figure", "UserError", "as_task", "as_whole", "as_layers",
+    "is_picture", "file_version", "joint_stem", "write_new", "write_numbered",
 ]
 # fmt: on
 
@@ -46,7 +58,7 @@ def gram_matrix(feature_map: Tensor) -> Tensor:
     """Gram matrix of a feature map (1, C, h, w): (C, C), `F F^T / (C h w)` with F the (C, h w) rows.
 
     Which channels are active together, averaged over positions. Unlike Gatys et al. ([texture], equation 1), who sum.
-    Raises ValueError for anything but one image's feature map.
+    Raises UserError for anything but one image's feature map.
     """
     check_feature_map(feature_map)
     rows = feature_map[0].flatten(1)
@@ -123,7 +135,7 @@ def optimise(
     options: those of `Run`, which documents them: init="noise", seed=0, evaluations=225, coarse_to_fine=True, vgg,
     precision, memory. progress: show a bar. callback(image, step): called after each evaluation with a copy of the best
     image so far at its scale and precision, and the `Step`. An interrupt (the notebook's stop button) ends the run and
-    returns that image; no further run of the same cell begins. Raises ValueError for bad input, and for a size that
+    returns that image; no further run of the same cell begins. Raises UserError for bad input, and for a size that
     the device has no memory for.
     """
     if current_cell() in _interrupted:

@@ -9,15 +9,16 @@ A moved slider: `Controls.settings` -> `Painter.step` -> `Run.retarget` -> `Run.
 
 import asyncio
 import functools
+import hashlib
 import io
-import itertools
 import json
 import math
+import os
 import re
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from html import escape
 from pathlib import Path
@@ -53,8 +54,9 @@ class Painter:
     """A run on images by path, whose settings may change between one evaluation and the next, and its loss curves."""
 
     def __init__(self, vgg: nn.Sequential):
-        self.vgg, self.load = vgg, functools.lru_cache(maxsize=2)(nst.load_image)  # the content and the style
-        self.run = self.settings = None
+        self.vgg = vgg
+        self.read = functools.lru_cache(maxsize=2)(lambda path, version, *options: nst.load_image(path, *options))
+        self.run = self.asked = None  # asked: the settings that the run has, and the versions of their files
         self.first = self.start = None  # the image that the run began with, and (kind, seed) of that beginning
         self.layers = ()  # of the style, since the start
         self.last = None  # the latest `Step`
@@ -66,11 +68,13 @@ class Painter:
         start: None to go on from the present image, or where to begin again: ("noise", seed), ("content", 0) or
         ("present", 0). Raises what `nst_utils` raises for bad input.
         """
-        if start or settings != self.settings:
+        asked = settings, *map(nst.file_version, filter(None, (settings.content, settings.style)))
+        if start or asked != self.asked:
             self.change(settings, start)
+            self.asked = asked
         step = self.run.step()
         if step is None:
-            self.settings = None
+            self.asked = None
         else:
             self.last = step
             self.curves.append((step.total, settings.content_weight * step.content, settings.style_weight * step.style))
@@ -82,7 +86,7 @@ class Painter:
         if start or not self.run:
             kind, seed = start or ("noise", 0)
             if kind == "present" and not self.run:
-                raise ValueError("there is no present image to start from yet: choose noise or content")
+                raise nst.UserError("there is no present image to start from yet: choose noise or content")
             init = self.run.image if kind == "present" else kind
             self.run = nst.Run(task, init=init, seed=seed, coarse_to_fine=kind == "noise", vgg=self.vgg)
             self.first, self.start, self.curves = self.run.image, (kind, seed), []
@@ -90,12 +94,13 @@ class Painter:
             self.run = nst.Run(task, init=self.run.image, coarse_to_fine=False, vgg=self.vgg)
         else:
             self.run.retarget(task)
-        self.settings, self.layers = settings, tuple(task.style_layers)
+        self.layers = tuple(task.style_layers)
 
     def task(self, settings: Settings, layers: tuple) -> nst.Task:
         """layers: of the style, which stay though their weight has become 0: another set would be prepared anew."""
         content, style = (
-            path and self.load(path, settings.size, self.vgg.mean.device) for path in (settings.content, settings.style)
+            path and self.read(path, nst.file_version(path), settings.size, self.vgg.mean.device)
+            for path in (settings.content, settings.style)
         )
         weights = dict(settings.layer_weights) if settings.style else {}
         style_layers = {name: weights.get(name, 0.0) for name in (*layers, *weights) if weights}
@@ -129,9 +134,18 @@ def draw_losses(curves: list[tuple]) -> bytes:
 WRAP = {"flex_flow": "row wrap", "width": "100%"}
 
 
-def stored(kind: str) -> list[tuple[str, Path]]:
-    """[(name, path)] of the images in images/content or images/style."""
-    return [(path.stem.replace("_", " "), path) for path in sorted((nst.IMAGES / kind).glob("*.*"))]
+def stored(kind: str) -> list[Path]:
+    """The images in images/content or images/style."""
+    return [path for path in sorted((nst.IMAGES / kind).glob("*")) if nst.is_picture(path)]
+
+
+def labelled_once(paths: Iterable[Path]) -> list[tuple[str, Path]]:
+    """[(label, path)] for a Dropdown; files of one name have labels of their own, and the last keeps its name."""
+    labels = {}
+    for path in reversed([*paths]):
+        names = path.stem.replace("_", " "), path.name, *(f"{path.name} ({k})" for k in range(2, 1000))
+        labels[next(name for name in names if name not in labels)] = path
+    return [*labels.items()][::-1]
 
 
 def in_order(layers: Iterable[str]) -> list[str]:
@@ -182,7 +196,8 @@ class Controls:
         self.choices, self.uploaders = {}, {}
         for kind in roles:
             path, upload = getattr(opening, kind), {"accept": "image/*", "layout": {"width": "160px"}}
-            options = [*(dict(stored(kind)) | {path.stem.replace("_", " "): path}).items()]
+            paths = stored(kind)
+            options = labelled_once(paths if path in paths else [path, *paths])
             self.choices[kind] = labelled(kind, "Dropdown", {"options": options, "value": path})
             self.uploaders[kind] = widgets.FileUpload(description=f"Upload {kind}", **upload)
         self.size.value = opening.size
@@ -194,6 +209,14 @@ class Controls:
         content = [self.content_layer] if "content" in self.choices else []
         style = [*self.layer_weights.values()] if "style" in self.choices else []
         return [*self.choices.values(), *weights, *content, *style, self.size]
+
+    def offer(self, kind: str, path: Path) -> None:
+        """Choose an image, which is offered first in its list if it is not there yet."""
+        control = self.choices[kind]
+        paths = [offered for _, offered in control.options]
+        if path not in paths:
+            control.options = labelled_once([path, *paths])  # a new list has its first image chosen
+        control.value = path
 
     def settings(self) -> Settings:
         content, style = (getattr(self.choices.get(kind), "value", None) for kind in ("content", "style"))
@@ -254,7 +277,9 @@ def lay_out(controls: Controls, display: Display, buttons: Iterable[widgets.Butt
     left = widgets.VBox(pictures, layout={"width": "400px", "max_width": "100%", "margin": "0 16px 0 0"})
     chosen, others = controls.inputs()[: len(controls.choices)], controls.inputs()[len(controls.choices) :]
     uploads = widgets.HBox([*controls.uploaders.values()], layout=WRAP)
-    rows = [*chosen, uploads, *others, controls.start_from, controls.seed, controls.compare]
+    folders = " or ".join(f"images/{kind}" for kind in controls.uploaders)
+    limit = widgets.HTML(f"<small>Files of more than 10 MB: put them into {folders}, and run this cell again.</small>")
+    rows = [*chosen, uploads, limit, *others, controls.start_from, controls.seed, controls.compare]
     right = widgets.VBox(rows, layout={"width": "360px", "max_width": "100%"})
     return widgets.VBox(
         [widgets.HBox([*buttons], layout=WRAP), display.status, widgets.HBox([left, right], layout=WRAP)]
@@ -281,6 +306,28 @@ STATES = {
 }
 
 
+def action(method: Callable) -> Callable:
+    """A method of `Studio` by which the user acts: an error becomes a note, and a note lives until the next action."""
+
+    @functools.wraps(method)
+    def guarded(self, *arguments):
+        outermost, self.acting = not self.acting, True
+        try:
+            if outermost and self.note:
+                self.tell(note="")
+            method(self, *arguments)
+        except Exception as error:
+            self.tell(note=sentence(error))
+        finally:
+            self.acting = not outermost
+
+    return guarded
+
+
+def sentence(error: Exception) -> str:
+    return str(error) if isinstance(error, nst.UserError) else f"{type(error).__name__}: {error}"
+
+
 class Studio:
     """The panel: controls, the living picture, and the loop that moves it. Made by `style_studio`.
 
@@ -292,12 +339,14 @@ class Studio:
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="style-studio")
         self.painter, self.uploads = painter, tempfile.TemporaryDirectory(prefix="style-studio-")
         self.state, self.turns = "ready", None  # the loop's asyncio task
+        self.note, self.acting = "", False  # in the status line; whether an action is under way
+        self.drawn = {}  # {kind: (path, version) of the image among the inputs}
         self.shown, self.snapshot = None, None  # the last Frame, and an image that was kept
         self.single, self.restarting, self.presses = False, False, 0  # what the last button asked for
         self.moments, self.last_chart = deque(maxlen=20), -math.inf
         self.controls = Controls(opening)
         self.display = Display(self.controls.choices)
-        self.choices, self.uploaders, self.reset = self.controls.choices, self.controls.uploaders, self.controls.reset
+        self.choices, self.uploaders = self.controls.choices, self.controls.uploaders
         self.content_weight, self.style_weight = self.controls.content_weight, self.controls.style_weight
         self.layer_weights = self.controls.layer_weights
         self.status, self.buttons = self.display.status, {}
@@ -307,39 +356,46 @@ class Studio:
             self.buttons[label] = button
         for control in self.controls.inputs():
             control.observe(lambda _: self.moved(), "value")
-        for kind, control in self.choices.items():
-            control.observe(lambda _, kind=kind: self.draw_input(kind), "value")
-            self.uploaders[kind].observe(lambda _, kind=kind: self.take_upload(kind), "value")
-            self.draw_input(kind)
+        for control in (self.controls.start_from, self.controls.seed, self.controls.compare):
+            control.observe(lambda _: self.chosen(), "value")
+        for kind, uploader in self.uploaders.items():
+            uploader.observe(lambda _, kind=kind: self.take_upload(kind), "value")
+        self.draw_inputs()
         self.view = lay_out(self.controls, self.display, self.buttons.values())
         self.tell()
 
     # What the buttons do
 
+    @action
     def start(self) -> None:
         """Go on from the present image until paused or until the run is done."""
         self.loop.call_soon_threadsafe(self.set_going, False)
 
+    @action
     def step(self) -> None:
         """One evaluation of the network."""
         self.loop.call_soon_threadsafe(self.set_going, True)
 
+    @action
     def pause(self) -> None:
         """Stop; what is on display stays. An evaluation under way ends unseen."""
         if self.state == "running":
             self.tell("paused")
 
+    @action
     def restart(self) -> None:
         """Begin again from the chosen start."""
         self.restarting = True
         self.start()
 
+    @action
     def keep(self) -> None:
         """Keep the image on display for the difference map."""
         if self.shown:
             self.snapshot, self.controls.compare.value = self.shown.image, "the snapshot"
             self.tell(note="this image is kept: the difference map shows what changes from here")
 
+    @action
     def save(self) -> None:
         """Write the image on display to saved/, as a PNG file with the settings in its text field "settings"."""
         if not self.shown:
@@ -350,11 +406,18 @@ class Studio:
         about |= {"layer_weights": dict(settings.layer_weights), "start": start, "seed": seed}
         text = PngInfo()
         text.add_text("settings", json.dumps(about | {"losses": self.shown.step._asdict()}, default=str))
-        Path("saved").mkdir(exist_ok=True)
-        stem = "_".join(path.stem for path in names.values())
-        path = next(path for k in itertools.count(1) if not (path := Path("saved", f"{stem}_{k:03}.png")).exists())
-        nst.to_pil(self.shown.image).save(path, pnginfo=text)
-        self.tell(note=f"saved {path}")
+        buffer, stem = io.BytesIO(), nst.joint_stem(*names.values())
+        nst.to_pil(self.shown.image).save(buffer, "png", pnginfo=text)
+        try:
+            self.tell(note=f"saved {nst.write_numbered(Path('saved'), stem, '.png', buffer.getvalue())}")
+        except OSError as error:
+            problem = f"cannot be saved in {str(Path('saved').absolute())!r}: {error.strerror}"
+            raise nst.UserError(f"the image {problem}") from error
+
+    @action
+    def reset(self) -> None:
+        """Go back to the layers and weights that the panel opened with."""
+        self.controls.reset()
 
     def close(self) -> None:
         """Stop and take the panel away; no thread, task, widget or image stays behind."""
@@ -365,28 +428,43 @@ class Studio:
         for widget in [*tree(self.view)]:
             widget.close()
 
+    @action
     def take_upload(self, kind: str) -> None:
         """Offer the uploaded images, each in a folder of its own, and choose the last."""
-        for file in self.uploaders[kind].value:
-            name = re.sub(r"[^\w.-]+", " ", Path(file["name"]).name).strip(" .")[-60:] or "picture"
-            path = Path(tempfile.mkdtemp(dir=self.uploads.name)) / name
-            path.write_bytes(file["content"])
+        uploader = self.uploaders[kind]
+        files, uploader.value = uploader.value, ()  # so that the same file may come again
+        for file in files:
+            content = bytes(file["content"])
+            stem, suffix = os.path.splitext(re.sub(r"[^\w.-]+", " ", Path(file["name"]).name).strip(" ."))
+            folder = Path(self.uploads.name, hashlib.sha256(content).hexdigest())
+            path = folder / f"{nst.joint_stem(Path(stem or 'picture'))}{suffix[:10]}"
+            folder.mkdir(exist_ok=True)
+            path.write_bytes(content)
             try:
                 nst.load_image(path, 32, "cpu")
-            except ValueError as error:
-                self.tell(note=str(error).replace(str(path), file["name"]))
+            except nst.UserError as error:
+                self.tell(note=str(error).replace(repr(str(path)), repr(file["name"])))
                 continue
-            control = self.choices[kind]
-            control.options = list((dict(control.options) | {path.stem: path}).items())
-            control.value = path
+            self.controls.offer(kind, path)
 
-    def draw_input(self, kind: str) -> None:
-        self.display.inputs[kind].value = jpeg(nst.load_image(self.choices[kind].value, 130, "cpu"))
-
+    @action
     def moved(self) -> None:
         """A control was moved: a panel that had finished goes on."""
+        self.draw_inputs()
         if self.state == "done":
             self.start()
+
+    @action
+    def chosen(self) -> None:
+        """Another start or comparison was chosen, which the next step or restart asks for."""
+
+    def draw_inputs(self) -> None:
+        """Show the inputs, those that have been chosen or written anew."""
+        for kind, control in self.choices.items():
+            wanted = control.value, nst.file_version(control.value)
+            if self.drawn.get(kind) != wanted:
+                self.display.inputs[kind].value = jpeg(nst.load_image(control.value, 130, "cpu"))
+                self.drawn[kind] = wanted
 
     # The loop
 
@@ -410,6 +488,7 @@ class Studio:
                 start = chosen if self.restarting or not self.shown else None
                 self.restarting, presses = False, self.presses
                 asked = self.controls.settings(), start, self.controls.compare.value, self.single
+                self.draw_inputs()
                 frame, finished = await self.loop.run_in_executor(self.worker, self.turn, *asked)
                 if self.state != "running":
                     return
@@ -420,7 +499,7 @@ class Studio:
                 self.tell("done" if finished else "paused" if self.single else None)
         except Exception as error:  # nothing else would ever show it
             if self.state != "closed":
-                self.tell("paused", note=f"{type(error).__name__}: {error}")
+                self.tell("paused", note=sentence(error))
 
     def turn(self, settings: Settings, start: tuple | None, compare: str, single: bool) -> tuple[Frame, bool]:
         """On the worker's thread: evaluations for as long as a frame lasts, at least one.
@@ -447,9 +526,10 @@ class Studio:
         about = image, painter.last, settings, painter.start, len(painter.curves)
         return Frame(*about, jpeg(image), difference, mean, chart)
 
-    def tell(self, state: str | None = None, note: str = "") -> None:
-        """Change to `state`, and say in the status line what goes on."""
+    def tell(self, state: str | None = None, note: str | None = None) -> None:
+        """Change to `state`, and say in the status line what goes on; by default state and note stay."""
         self.state = state or self.state
+        self.note = self.note if note is None else note
         running = self.state == "running"
         for name, button in self.buttons.items():
             off = {"Start": running, "Step": running, "Pause": not running}
@@ -466,7 +546,7 @@ class Studio:
                 numbers += f" · {rate:.1f} evaluations a second"
         self.status.value = (
             f'<div role="status" aria-live="polite" data-state="{self.state}" style="line-height:1.4">'
-            f"<b>{STATES[self.state]}</b> {escape(note)}<br>{numbers}</div>"
+            f"<b>{STATES[self.state]}</b> {escape(self.note)}<br>{numbers}</div>"
         )
 
     def _ipython_display_(self):
@@ -493,23 +573,25 @@ def style_studio(
     alone, texture synthesis. size: shorter side in pixels. content_layer, style_layers (a name or several, each of
     weight 1), content_weight, style_weight: what the controls open at, and Reset returns to. vgg: from `load_vgg19`,
     which is the default. It closes the panel that was open before, so that running a cell again leaves nothing behind.
-    To be called in a notebook, as the last line of a cell. Raises FileNotFoundError or ValueError for bad input.
+    To be called in a notebook, as the last line of a cell. Raises UserError for bad input.
     """
     if content is None and style is None:
-        raise ValueError("content and style are both None: give the path of at least one image")
+        raise nst.UserError("content and style are both None: give the path of at least one image")
     size = nst.as_whole(size, "size", " of pixels")
-    content, style = (None if path is None else Path(path) for path in (content, style))
-    images = [path and nst.load_image(path, 32, "cpu") for path in (content, style)]
+    images = [None if path is None else nst.load_image(path, 32, "cpu") for path in (content, style)]
+    content, style = (None if path is None else Path(os.path.abspath(path)) for path in (content, style))
     content_layer = nst.layer_name(content_layer)
     layer_weights = tuple((nst.layer_name(name), 1.0) for name in nst.as_layers(style_layers))
     layers = (content_layer,) if content else (), dict(layer_weights) if style else {}
     task = nst.as_task(nst.Task(*images, *layers, content_weight, style_weight))
     if style and not task.style_weight:
-        raise ValueError(f"style_weight is {style_weight!r}: the panel's slider begins above 0: give more or no style")
+        raise nst.UserError(
+            f"style_weight is {style_weight!r}: the panel's slider begins above 0: give more or no style"
+        )
     try:
         asyncio.get_running_loop()
     except RuntimeError as error:
-        raise ValueError("no event loop runs here: call style_studio in a cell of a notebook") from error
+        raise nst.UserError("no event loop runs here: call style_studio in a cell of a notebook") from error
     while _open:
         _open.pop().close()
     opening = Settings(content, style, size, content_layer, task.content_weight, task.style_weight, layer_weights)

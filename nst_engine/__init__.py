@@ -10,13 +10,20 @@ prior.py        what natural images have in common: preconditioner, noise to sta
 tiles.py        loss and gradient of an image tile by tile; ranks may share the tiles
 evaluation.py   in which precision, and as a CUDA graph
 memory.py       what a run takes and what the device has
+container.py    what a container leaves of memory and processors
 network.py      VGG-19 with its weights; the feature maps of an image
 weights.py      how weights are read: packaged, torchvision's, a file
 layers.py       the names of VGG-19's layers
 images.py       load, save, resize and compare images; the device they are on
 checks.py       arguments: brought to one form, or refused in one sentence
+errors.py       what the user can mend, as an exception of its own
+files.py        paths as the user gives them, and writing without loss
 modes.py        torch's global modes, put aside while the engine computes
 figures.py      images, difference maps and loss curves, drawn
 
 Papers in brackets are named in `nst_utils` or at the top of the file that has them.
 """
+
+from .container import limit_threads
+
+limit_threads()

@@ -8,28 +8,41 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from .errors import UserError
 from .layers import Shape, as_names, layer_name
 
 LARGEST_WEIGHT = 1e12  # squares of the gradient must stay within float32
 
 
-def as_image(image, name: str) -> Tensor:
-    """`image` in float32, without a graph. Raises ValueError unless it is (1, 3, H, W), floating, in [0, 1]."""
+def check_image(image, name: str, lowest: float = 0.0, highest: float = 1.0) -> None:
+    """Raise UserError unless it is a tensor (1, 3, H, W), floating, of finite values from `lowest` to `highest`."""
     shaped = torch.is_tensor(image) and image.dim() == 4 and image.shape[:2] == (1, 3) and image.numel()
     if not (shaped and image.is_floating_point()):
         found = f"{tuple(image.shape)} {image.dtype}" if torch.is_tensor(image) else type(image).__name__
-        raise ValueError(f"{name} is {found}: an image is a float tensor (1, 3, H, W), as load_image gives it")
-    if not ((image >= 0) & (image <= 1)).all():
-        raise ValueError(f"{name} has values outside [0, 1] or not finite: an image holds RGB in [0, 1]")
+        raise UserError(f"{name} is {found}: an image is a float tensor (1, 3, H, W), as load_image gives it")
+    if not ((image >= lowest) & (image <= highest)).all():
+        limits = f"outside [{lowest:g}, {highest:g}] or not finite"
+        raise UserError(f"{name} has values {limits}: an image holds RGB in [0, 1]")
+
+
+def check_shown(image, name: str) -> None:
+    """`check_image` for what is shown or evaluated, and not yet clamped: values a little outside [0, 1] may pass."""
+    check_image(image, name, lowest=-1.0, highest=2.0)
+
+
+def as_image(image, name: str) -> Tensor:
+    """`image` in float32, without a graph. Raises UserError as `check_image` does."""
+    check_image(image, name)
     if image.requires_grad or image.is_inference():
         image = image.detach().clone()
     return image.float()
 
 
-def check_feature_map(feature_map: Tensor) -> None:
-    """Raise ValueError unless it is a feature map of one image: (1, C, h, w)."""
-    if feature_map.dim() != 4 or len(feature_map) != 1:
-        raise ValueError(f"the feature map is {tuple(feature_map.shape)}: one image's is (1, C, h, w)")
+def check_feature_map(feature_map) -> None:
+    """Raise UserError unless it is a feature map of one image: (1, C, h, w)."""
+    if not torch.is_tensor(feature_map) or feature_map.dim() != 4 or len(feature_map) != 1:
+        found = tuple(feature_map.shape) if torch.is_tensor(feature_map) else type(feature_map).__name__
+        raise UserError(f"the feature map is {found}: one image's is (1, C, h, w)")
 
 
 def as_whole(value, name: str, unit: str = "") -> int:
@@ -39,7 +52,7 @@ def as_whole(value, name: str, unit: str = "") -> int:
     except TypeError:
         number = 0
     if number < 1:
-        raise ValueError(f"{name} is {value!r}: it must be a whole number{unit}, 1 or more")
+        raise UserError(f"{name} is {value!r}: it must be a whole number{unit}, 1 or more")
     return number
 
 
@@ -49,14 +62,14 @@ def as_shape(shape) -> Shape:
         height, width = shape
         return as_whole(height, "height"), as_whole(width, "width")
     except (TypeError, ValueError) as error:
-        raise ValueError(f"shape is {shape!r}: it must be (height, width), two whole numbers, 1 or more") from error
+        raise UserError(f"shape is {shape!r}: it must be (height, width), two whole numbers, 1 or more") from error
 
 
 def as_number(value, name: str, smallest: float, largest: float, what: str) -> float:
     """A number of any library, from `smallest` to `largest`, as a float; `what` says so in words."""
     scalar = isinstance(value, numbers.Real) or (torch.is_tensor(value) and value.dim() == 0 and value.isreal())
     if not (scalar and smallest <= float(value) <= largest):
-        raise ValueError(f"{name} is {value!r}: it must be a finite number{what}")
+        raise UserError(f"{name} is {value!r}: it must be a finite number{what}")
     return float(value)
 
 
@@ -71,17 +84,17 @@ def as_memory(value) -> float | None:
 
 
 def as_layers(layers: str | Iterable[str]) -> tuple[str, ...]:
-    """One layer's name, or several, as a tuple. Raises ValueError for unknown names and for a layer named twice."""
+    """One layer's name, or several, as a tuple. Raises UserError for unknown names and for a layer named twice."""
     layers = as_names(layers)
     names = [layer_name(name) for name in layers]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"layers are {layers!r}: {name} is among them twice, and each may be named once")
+            raise UserError(f"layers are {layers!r}: {name} is among them twice, and each may be named once")
     return layers
 
 
 def as_task(task):
-    """The `Task` with float32 images, and floats as weights. Raises ValueError if it has nothing to match."""
+    """The `Task` with float32 images, and floats as weights. Raises UserError if it has nothing to match."""
     checked = task
     for name, layers in (("content", task.content_layers), ("style", task.style_layers)):
         if layers or getattr(task, name) is not None:
@@ -90,14 +103,14 @@ def as_task(task):
         checked = checked._replace(**{f"{name}_weight": weight})
     content, style, content_layers, style_layers, *weights = checked
     if None not in (content, style) and str(content.device) != str(style.device):
-        raise ValueError(f"content is on {content.device} and style on {style.device}: bring both to one device")
+        raise UserError(f"content is on {content.device} and style on {style.device}: bring both to one device")
     content_layers = as_layers(content_layers)
     style_layers = {name: as_weight(style_layers[name], f"weight of {name}") for name in as_layers(style_layers)}
     if not (content_layers or style_layers):
-        raise ValueError("no layers given: name at least one, such as 'conv1_2'")
+        raise UserError("no layers given: name at least one, such as 'conv1_2'")
     if not (content_layers and weights[0] or any(style_layers.values()) and weights[1]):
         given = f"content_weight is {task.content_weight} and style_weight {task.style_weight}"
-        raise ValueError(f"{given}, and every layer named has weight 0: give one that has layers a weight above 0")
+        raise UserError(f"{given}, and every layer named has weight 0: give one that has layers a weight above 0")
     return checked._replace(content_layers=content_layers, style_layers=style_layers)
 
 
@@ -105,10 +118,10 @@ def as_start(init, seed, task) -> tuple[Tensor | None, int]:
     """(the image to start from, or None for noise; the seed) from the options `init` and `seed`."""
     starts = {"noise": None} if task.content is None else {"noise": None, "content": task.content}
     if isinstance(init, str) and init not in starts:
-        raise ValueError(f"unknown init {init!r}: use {' or '.join(map(repr, starts))} or an image to start from")
+        raise UserError(f"unknown init {init!r}: use {' or '.join(map(repr, starts))} or an image to start from")
     try:
         seed = operator.index(seed)
         torch.Generator().manual_seed(seed)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"seed is {seed!r}: it must be a whole number of at most 64 bits") from error
+        raise UserError(f"seed is {seed!r}: it must be a whole number of at most 64 bits") from error
     return (starts[init] if isinstance(init, str) else as_image(init, "init")), seed

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .errors import UserError
 from .tiles import Objective, losses_and_gradient
 
 RELATIVE_TOLERANCE = {"float32": 0.0, "bfloat16": 0.01}  # how well a loss is known in this precision
@@ -22,7 +23,7 @@ def pick_precisions(device: torch.device, precision: str | None = None) -> tuple
     """
     if precision is not None:
         if precision not in RELATIVE_TOLERANCE:
-            raise ValueError(f"unknown precision {precision!r}: use 'bfloat16' or 'float32'")
+            raise UserError(f"unknown precision {precision!r}: use 'bfloat16' or 'float32'")
         return (precision,)
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)

@@ -5,22 +5,31 @@ import io
 import itertools
 from collections.abc import Iterable, Mapping
 
+import torch
 from IPython.display import publish_display_data
 from matplotlib.figure import Figure
 
+from .checks import as_whole, check_shown
+from .errors import UserError
 from .images import to_pil
 
 
 def show_images(images: Iterable, titles: list | None = None, columns: int | None = None, width: float = 2.6) -> Figure:
     """Draw images (1, 3, H, W), or single maps (H, W) in false colour, in a grid; return the Figure.
 
-    columns: by default one row; width: of a panel, in inches. None in `images` leaves that place empty.
+    columns: by default one row; width: of a panel, in inches. None in `images` leaves that place empty. Raises
+    UserError for what is neither.
     """
     images = list(images)
+    for k, image in enumerate(images):
+        if torch.is_tensor(image) and image.dim() == 2 and image.numel():
+            continue
+        if image is not None:
+            check_shown(image, f"images[{k}]")
     titles = list(titles or [""] * len(images))
     if not any(image is not None for image in images) or len(titles) != len(images):
-        raise ValueError(f"there are {len(images)} images and {len(titles)} titles: give one or more, and each a title")
-    columns = columns or len(images)
+        raise UserError(f"there are {len(images)} images and {len(titles)} titles: give one or more, and each a title")
+    columns = len(images) if columns is None else as_whole(columns, "columns")
     heights = []  # of the rows in inches: the tallest image, and room for the title's lines
     for k in range(0, len(images), columns):
         shapes = [image.shape[-2:] for image in images[k : k + columns] if image is not None]

@@ -1,7 +1,9 @@
 """Images: float32 tensors of shape (1, 3, H, W), RGB, with values in [0, 1]. Read, written, resized, compared."""
 
+import contextlib
 import io
 import math
+import re
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -9,10 +11,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms
 from torch import Tensor
 
-from .checks import as_whole
+from .checks import as_shape, as_whole, check_shown
+from .errors import UserError
+from .files import as_file, reason
 from .layers import Shape
 
 IMAGES = Path(__file__).resolve().parent.parent / "images"
@@ -21,112 +25,209 @@ IMAGES = Path(__file__).resolve().parent.parent / "images"
 def pick_device(device: str | torch.device | None = None) -> torch.device:
     """`device` as a torch.device; by default the best here: CUDA, then Apple's MPS, then CPU.
 
-    "cuda" becomes "cuda:0", so that a device has one name. A GPU that the installed torch cannot run is passed over
-    with a warning. Raises ValueError for a device that this machine lacks.
+    "cuda" becomes "cuda:0", so that a device has one name. A GPU that the installed torch cannot run, or that has no
+    memory left, is passed over with a warning. Raises UserError for a device that this machine lacks, or that is full.
     """
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     here = [kind for kind, available in present.items() if available]
     if device is None:
-        while not can_compute(here[0]):
-            warnings.warn(f"the installed torch cannot use {here.pop(0)!r}, which is passed over", stacklevel=2)
+        while problem := problem_of(here[0]):
+            name = here.pop(0)
+            why = f"{name!r} has no memory left" if problem == "full" else f"the installed torch cannot use {name!r}"
+            warnings.warn(f"{why}, which is passed over", stacklevel=2)
         device = here[0]
-    elif not can_compute(device):
-        raise ValueError(f"unknown device {device!r}: this machine has {', '.join(here)}")
+    elif problem := problem_of(device):
+        if problem == "full":
+            raise UserError(f"device {device!r} has no memory left: end what else runs on it, or use 'cpu'")
+        raise UserError(f"unknown device {device!r}: this machine has {', '.join(here)}")
     chosen = torch.device(device)
     return torch.device("cuda", torch.cuda.current_device()) if str(chosen) == "cuda" else chosen
 
 
-def can_compute(device: str | torch.device) -> bool:
-    """Whether the installed torch computes on `device`: a GPU may be there and torch have no code for it."""
+def problem_of(device: str | torch.device) -> str | None:
+    """None if torch computes on `device`, "full" or "unknown": a GPU may be there and torch have no code for it."""
     try:
         torch.zeros(1, device=torch.device(device)).add(1).item()
-    except (RuntimeError, AssertionError, TypeError, ImportError):
-        return False
-    return True
+    except (RuntimeError, AssertionError, TypeError, ImportError) as error:
+        return "full" if re.search("out of memory", str(error)) else "unknown"
+    return None
 
+
+# --- Reading -------------------------------------------------------------------------------------
 
 # What cameras, phones, browsers and paint programs write. Pillow knows more, some by starting other programs.
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "PPM", "JPEG2000")
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "PPM", "JPEG2000", "HEIF")
+MOST_PIXELS = 180_000_000  # of an image at the size that is asked for
+HEIC = re.compile(rb"....ftyp(hei[cfmsx]|hev[cmx]|mif1|msf1)", re.DOTALL)
+# By EXIF's orientation, how the image is turned to stand as the camera was held.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+PROFILED = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}  # a profile's colours, and Pillow's mode for them
 
 
 def load_image(path: str | Path, size: int = 256, device: str | torch.device | None = None) -> Tensor:
     """Read an image file as float32 (1, 3, H, W), RGB in [0, 1], its shorter side `size` pixels.
 
     Camera rotation (EXIF) is applied, every colour mode becomes RGB, colours with a profile become sRGB, transparency
-    is laid over white. Raises FileNotFoundError if there is no such file, ValueError if it is no image or too large.
+    is laid over white. Raises MissingFileError if there is no such file, UserError if it cannot be read or is no image,
+    or if the result would have more than 180 million pixels.
     """
-    path, device, size = Path(path), pick_device(device), as_whole(size, "size", " of pixels")
-    if not path.is_file():
-        raise FileNotFoundError(f"no picture at {str(path)!r}: give the path of an image file")
+    path, device, size = as_file(path, "picture"), pick_device(device), as_whole(size, "size", " of pixels")
     try:
-        with Image.open(path, formats=FORMATS) as file:
-            picture = to_srgb(to_8_bits(ImageOps.exif_transpose(file)))
-    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{str(path)!r} is not a picture that can be read: use a JPEG or PNG file") from error
+        picture = decode(path)
+    except Exception as error:  # decoders raise whatever their authors thought of
+        raise UserError(f"{str(path)!r} {what_is_wrong(path, error)}") from error
+    picture = to_srgb(picture)
     scale = size / min(picture.size)
     sides = [max(size, round(side * scale)) for side in picture.size]
-    if math.prod(sides) > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"{str(path)!r} would be {sides[0]} x {sides[1]} pixels at size {size}: that is too large")
+    if math.prod(sides) > MOST_PIXELS:
+        raise UserError(f"{str(path)!r} would be {sides[0]} x {sides[1]} pixels at size {size}: that is too large")
     picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     pixels = np.array(picture.resize(sides, Image.Resampling.LANCZOS))
     return (torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255).to(device)
 
 
+def readable_formats() -> list[str]:
+    """Those of `FORMATS` that this Pillow reads."""
+    with contextlib.suppress(ImportError):  # photographs of iPhones, where the package for them is installed
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def decode(path: Path) -> Image.Image:
+    """The image in a file, of 8 bits and standing as the camera was held."""
+    with Image.open(path, formats=readable_formats()) as file:
+        file.load()
+        orientation = 1
+        with contextlib.suppress(Exception):  # an entry that is damaged: nothing else of EXIF is used
+            orientation = file.getexif().get(0x0112)
+        picture = to_8_bits(file)
+        return picture.transpose(TURNS[orientation]) if orientation in TURNS else picture.copy()
+
+
+def what_is_wrong(path: Path, error: Exception) -> str:
+    """Why a file could not be decoded, as the end of a sentence that begins with its path."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return "has too many pixels: scale it down, or raise Pillow's limit, Image.MAX_IMAGE_PIXELS"
+    if isinstance(error, MemoryError):
+        return "has too many pixels for the memory that is free: scale it down"
+    if isinstance(error, OSError) and error.errno:
+        return f"cannot be read: {reason(error)}"
+    with open(path, "rb") as file:
+        head = file.read(32)
+    if HEIC.match(head):
+        return "is a HEIC photograph: convert it to JPEG, or run 'pip install pillow-heif'"
+    if not any(accepts and accepts(head) is True for _, accepts in map(Image.OPEN.get, readable_formats())):
+        return "is not a picture in a format that is read here: use a JPEG or PNG file"
+    return "is cut off or damaged: copy or download it again"
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file begins as a picture that `load_image` reads; hidden files are none."""
+    try:
+        with Image.open(path, formats=readable_formats()):
+            return not path.name.startswith(".")
+    except Exception as error:
+        return isinstance(error, Image.DecompressionBombError)  # one of too many pixels
+
+
 def to_8_bits(picture: Image.Image) -> Image.Image:
-    """An image of 16 bits, or of floating point in [0, 1], scaled to 8 bits; Pillow would clip its values."""
+    """An image of 16 bits, or of floating point in [0, 1], scaled to 8 bits; Pillow would clip its values.
+
+    With its colour profile and its transparency.
+    """
+    transparent = picture.info.get("transparency")
     if picture.mode[0] not in "IF":
+        if isinstance(transparent, tuple) and max(transparent) > 255:  # the colour of 16 bits that is transparent
+            picture.info["transparency"] = tuple(value // 256 for value in transparent)
         return picture
     values = np.asarray(picture).astype(np.float64)
+    opaque = values != transparent
     if picture.mode != "F":
         values = values // 257
     elif values.max() <= 1:
         values = np.round(values * 255)
     if not (values.min() >= 0 and values.max() <= 255):
-        raise ValueError("neither of 8 or 16 bits nor of floating point in [0, 1]")
-    return Image.fromarray(values.astype(np.uint8))
+        raise UserError("has values that are neither of 8 or 16 bits nor of floating point in [0, 1]")
+    grey = Image.fromarray(values.astype(np.uint8))
+    if transparent is not None:
+        grey.putalpha(Image.fromarray(opaque).convert("L"))
+    grey.info = {name: value for name, value in picture.info.items() if name != "transparency"}
+    return grey
 
 
 def to_srgb(picture: Image.Image) -> Image.Image:
     """Any colour mode -> RGBA in sRGB, by the image's own colour profile if it has one."""
-    rgba = picture.convert("RGBA")
-    profile = picture.info.get("icc_profile")
-    if profile:
-        colours = picture if picture.mode in ("L", "CMYK") else picture.convert("RGB")
-        try:
-            profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            colours = ImageCms.profileToProfile(colours, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
-        except (OSError, ImageCms.PyCMSError):
-            warnings.warn("the picture's colour profile is damaged or of other colours: it is left aside", stacklevel=4)
-        else:
-            colours.putalpha(rgba.getchannel("A"))
-            rgba = colours
-    return rgba
+    rgba, embedded = picture.convert("RGBA"), picture.info.get("icc_profile")
+    if not embedded:
+        return rgba
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(embedded))
+        mode, own = PROFILED[profile.profile.xcolor_space.strip()], Image.getmodebase(picture.mode)
+        if mode not in ({"CMYK"} if picture.mode == "CMYK" else {own, "RGB"}):
+            raise ValueError("the profile is of other colours")
+        srgb = ImageCms.createProfile("sRGB")
+        colours = ImageCms.profileToProfile(picture.convert(mode), profile, srgb, outputMode="RGB")
+    except (OSError, ValueError, TypeError, KeyError, ImageCms.PyCMSError):
+        warnings.warn("the picture's colour profile is damaged or of other colours: it is left aside", stacklevel=3)
+        return rgba
+    colours.putalpha(rgba.getchannel("A"))
+    return colours
+
+
+# --- Writing, resizing, comparing ----------------------------------------------------------------
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """An image (1, 3, H, W) as an 8-bit RGB image of Pillow's; values are clamped to [0, 1] first."""
+    """An image (1, 3, H, W) as an 8-bit RGB image of Pillow's; values, from -1 to 2, are clamped to [0, 1] first.
+
+    Raises UserError for anything else.
+    """
+    check_shown(image, "image")
     pixels = image.detach()[0].float().clamp(0, 1).mul(255).round().byte()
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
 def resize(image: Tensor, shape: Shape) -> Tensor:
-    """Scale an image to `shape` = (height, width): bicubic, antialiased, values clamped to [0, 1]."""
-    if tuple(image.shape[-2:]) == tuple(shape):
+    """Scale an image to `shape` = (height, width): bicubic, antialiased, values clamped to [0, 1].
+
+    Raises UserError for what is no image or no shape.
+    """
+    check_shown(image, "image")
+    shape = as_shape(shape)
+    if tuple(image.shape[-2:]) == shape:
         return image
-    return F.interpolate(image, tuple(shape), mode="bicubic", antialias=True).clamp(0, 1)
+    return F.interpolate(image, shape, mode="bicubic", antialias=True).clamp(0, 1)
 
 
 def difference_map(a: Tensor, b: Tensor) -> Tensor:
-    """Absolute difference of two images per pixel and channel, (1, 3, H, W) in [0, 1]."""
+    """Absolute difference of two images per pixel and channel, (1, 3, H, W) in [0, 1].
+
+    Values from -1 to 2 are clamped to [0, 1] first. Raises UserError for other values, and for images of two shapes.
+    """
+    check_shown(a, "the first image")
+    check_shown(b, "the second image")
     if a.shape != b.shape:
-        raise ValueError(f"images of shapes {tuple(a.shape)} and {tuple(b.shape)}: a difference needs equal shapes")
+        raise UserError(f"images of shapes {tuple(a.shape)} and {tuple(b.shape)}: a difference needs equal shapes")
+    return _gap(a, b)
+
+
+def _gap(a, b):
     return (a.clamp(0, 1) - b.clamp(0, 1)).abs()
 
 
 def share_changed(a: Tensor, b: Tensor) -> float:
     """The share of pixels, in [0, 1], in which two images differ by at least 1/255 in some channel."""
     # Two 8-bit values one step apart can differ by a hair less than 1/255 once they are float32.
-    changed = difference_map(a, b).amax(dim=1) >= 0.9995 / 255
+    changed = _gap(a, b).amax(dim=1) >= 0.9995 / 255
     return changed.count_nonzero().item() / changed.numel()
 
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable
 
+from .errors import UserError
+
 Shape = tuple[int, int]  # (height, width)
 
 CONVOLUTIONS = tuple(f"conv{block}_{i}" for block, n in enumerate((2, 2, 4, 4, 4), 1) for i in range(1, n + 1))
@@ -14,10 +16,10 @@ FIRST_FIVE = CONVOLUTIONS[:5]  # conv1_1, conv1_2, conv2_1, conv2_2, conv3_1
 def layer_name(name: str) -> str:
     """The papers' name of a layer: `conv3_1` is returned as it is, the assignment's `conv_5` as `conv3_1`.
 
-    Raises ValueError for a layer that VGG-19 does not have.
+    Raises UserError for a layer that VGG-19 does not have.
     """
     if name not in (*LAYERS, *COUNTED):
-        raise ValueError(f"unknown layer {name!r}: use conv1_1 ... conv5_4, relu1_1 ... relu5_4 or conv_1 ... conv_16")
+        raise UserError(f"unknown layer {name!r}: use conv1_1 ... conv5_4, relu1_1 ... relu5_4 or conv_1 ... conv_16")
     return COUNTED.get(name, name)
 
 
@@ -42,8 +44,8 @@ def deepest(layers: Iterable[str]) -> str:
 
 
 def check_size(shape: Shape, layers: Iterable[str]) -> None:
-    """Raise ValueError if an image of `shape` has a side shorter than the stride of one of `layers`."""
+    """Raise UserError if an image of `shape` has a side shorter than the stride of one of `layers`."""
     for name in layers:
         if min(shape) < stride(name):
             least = f"each side needs {stride(name)} pixels or more"
-            raise ValueError(f"a {shape[0]}x{shape[1]} image is too small for {layer_name(name)}: {least}")
+            raise UserError(f"a {shape[0]}x{shape[1]} image is too small for {layer_name(name)}: {least}")

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import psutil
 import torch
 
+from .container import memory_left
+from .errors import UserError
 from .layers import Shape
 
 # Bytes per pixel of the image: images, gradients, direction and preconditioner during an evaluation; the same during
@@ -51,12 +53,12 @@ def budget_of(device: torch.device, memory: float | None = None, processes: int 
     """How many bytes a run may allocate on `device`, so that the process has `memory` GiB in all, or what is free.
 
     Nine tenths of what is given, four fifths of what is free, since what a run takes is an estimate; where `processes`
-    share what is free, this one's part. Raises ValueError if that much is in use already.
+    share what is free, this one's part. Raises UserError if that much is in use already.
     """
     if memory is not None:
         used = used_memory(device)
         if memory * 2**30 <= used:
-            raise ValueError(f"memory is {memory}: that is too few GiB, since {used / 2**30:.2f} are in use already")
+            raise UserError(f"memory is {memory}: that is too few GiB, since {used / 2**30:.2f} are in use already")
         return int(0.9 * (memory * 2**30 - used))
     return int(0.8 * free_memory(device) / (1 if device.type == "cuda" else processes))
 
@@ -64,7 +66,8 @@ def budget_of(device: torch.device, memory: float | None = None, processes: int 
 def used_memory(device: torch.device) -> int:
     """How many bytes this process has on `device`."""
     if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
+        torch.cuda.empty_cache()  # what its allocator has reserved is the process's, whether in use or not
+        return torch.cuda.memory_reserved(device)
     if device.type == "mps":
         return torch.mps.current_allocated_memory()
     return psutil.Process().memory_info().rss
@@ -77,12 +80,12 @@ def free_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0] + cached
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
-    return psutil.virtual_memory().available
+    return int(min(psutil.virtual_memory().available, memory_left()))
 
 
 @contextlib.contextmanager
 def fitting(shape: Shape, budget_bytes: float, constant: float, device: torch.device) -> Iterator[None]:
-    """Turn too little memory into a ValueError that names the size that fits: before work begins where it is foreseen,
+    """Turn too little memory into a UserError that names the size that fits: before work begins where it is foreseen,
     and where it is not, when the device refuses.
 
     An image of `shape` needs at least so many bytes per pixel as an update with the fewest pairs, and `constant` bytes
@@ -97,13 +100,13 @@ def fitting(shape: Shape, budget_bytes: float, constant: float, device: torch.de
         return f"{device} has memory for about {int(min(shape) * math.sqrt(share))} pixels along the shorter side"
 
     if share <= 0:
-        raise ValueError(f"{budget_bytes / 2**20:.1f} MiB of memory is too little: {constant / 2**20:.1f} is the least")
+        raise UserError(f"{budget_bytes / 2**20:.1f} MiB of memory is too little: {constant / 2**20:.1f} is the least")
     if share < 1:
         needed = per_pixel * height * width + constant
-        raise ValueError(f"an image of {height} x {width} needs about {needed / 2**30:.1f} GiB: {advice(share)}")
+        raise UserError(f"an image of {height} x {width} needs about {needed / 2**30:.1f} GiB: {advice(share)}")
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError on CUDA, which is one too, and no class of its own elsewhere
         if not re.search("out of memory|allocate memory", str(error)):
             raise
-        raise ValueError(f"out of memory for an image of {height} x {width}: {advice(min(share, 0.5))}") from error
+        raise UserError(f"out of memory for an image of {height} x {width}: {advice(min(share, 0.5))}") from error

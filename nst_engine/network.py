@@ -3,6 +3,7 @@
 import copy
 import functools
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,10 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 
+from .checks import check_shown
+from .errors import UserError
+from .files import as_file, file_version
 from .images import pick_device
 from .layers import LAYERS, Shape, as_names, check_size, layer_name, stride
 from .modes import default_modes
-from .weights import convolutions_of, read_weights
+from .weights import NAMED, convolutions_of, read_weights
 
 
 @default_modes()
@@ -24,23 +28,23 @@ def load_vgg19(weights: str | Path = "oxford", device: str | torch.device | None
     weights: "oxford" (the authors' own, from a package, no download), "torchvision" (downloaded once) or the path of a
     weight file in either format. The network is an nn.Sequential of conv1_1, relu1_1, ..., pool5 with a buffer `mean`,
     the colour to subtract from an image; `features` does that. Each call gives a network of its own. Raises
-    FileNotFoundError if the weights cannot be had, ValueError if they are not VGG-19's.
+    MissingFileError if the weights cannot be had, UserError if they are not VGG-19's.
     """
-    path = Path(weights)
-    written = path.stat().st_mtime_ns if path.is_file() else None  # a file that has changed is read again
-    return build_vgg19(*_read(str(weights), written)).to(pick_device(device))
+    named = isinstance(weights, str) and weights in NAMED
+    source = weights if named else os.path.abspath(as_file(weights, "weights"))
+    return build_vgg19(*_read(source, None if named else file_version(source))).to(pick_device(device))
 
 
 @functools.lru_cache(maxsize=4)
-def _read(weights, written=None):
-    """({convolution: (weight, bias)}, mean) of the weights, which are read and checked once."""
+def _read(weights, version):
+    """({convolution: (weight, bias)}, mean) of the weights, which are read and checked once for a version of a file."""
     try:
         convolutions, mean = convolutions_of(read_weights(weights))
         vgg = build_vgg19(convolutions, mean)
     except (KeyError, RuntimeError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"the weights {weights!r} are not VGG-19's in Oxford's or torchvision's format") from error
+        raise UserError(f"the weights {weights!r} are not VGG-19's in Oxford's or torchvision's format") from error
     if not all(parameter.isfinite().all() and parameter.any() for parameter in vgg.parameters()):
-        raise ValueError(f"the weights {weights!r} are damaged: some are not finite, or a layer is all zeros")
+        raise UserError(f"the weights {weights!r} are damaged: some are not finite, or a layer is all zeros")
     return convolutions, mean
 
 
@@ -83,13 +87,20 @@ def cut_network(vgg: nn.Sequential, last: str, device: torch.device, precision: 
 def features(vgg: nn.Sequential, image: Tensor, layers: str | Iterable[str]) -> dict[str, Tensor]:
     """Feature maps of an image at `layers`, a name or several: {name as given: (1, C, h, w)}.
 
-    conv* are before, relu* after ReLU. Block b sees the image halved b - 1 times, so a side shorter than 2^(b-1) pixels
-    is a ValueError, as is an image on another device than the network. On NVIDIA's GPUs float32 is from then on what
-    it says, and not TF32, which has the precision of float16.
+    image: (1, 3, H, W), RGB in [0, 1], or a little outside while it is being optimised. conv* are before, relu* after
+    ReLU. Block b sees the image halved b - 1 times, so a side shorter than 2^(b-1) pixels is a UserError, as is what is
+    no image, or one on another device than the network. On NVIDIA's GPUs float32 is from then on what it says, and not
+    TF32, which has the precision of float16.
     """
+    if torch.is_tensor(image) and image.device != vgg.mean.device:
+        raise UserError(f"the image is on {image.device} and the network on {vgg.mean.device}: bring both to one")
+    check_shown(image, "image")
+    return feature_maps(vgg, image, layers)
+
+
+def feature_maps(vgg: nn.Sequential, image: Tensor, layers: str | Iterable[str]) -> dict[str, Tensor]:
+    """`features` without a look at the image's values, for which a GPU would have to wait."""
     layers = as_names(layers)
-    if image.device != vgg.mean.device:
-        raise ValueError(f"the image is on {image.device} and the network on {vgg.mean.device}: bring both to one")
     if image.device.type == "cuda":
         torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "ieee"
     names = [layer_name(name) for name in layers]

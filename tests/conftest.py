@@ -11,6 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, not an installed copy
 
 import nst_utils  # noqa: E402
+from nst_utils import UserError  # noqa: E402
 
 torch.set_num_threads(1)  # the pictures are small: where others share the cores, two threads wait for each other
 
@@ -38,10 +39,10 @@ def settings(vgg):
 
 @pytest.fixture
 def refuses():
-    """`with refuses(error, value)`: exactly that exception, its message one sentence that names the value."""
+    """`with refuses(value)`: exactly that exception, its message one sentence that names the value."""
 
     @contextlib.contextmanager
-    def check(error, value):
+    def check(value, error=UserError):
         with pytest.raises(error, match=re.escape(value)) as caught:
             yield
         message = str(caught.value)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
+from nst_engine.errors import MissingFileError
 from nst_engine.images import pick_device
 from nst_utils import IMAGES, difference_map, difference_numbers, load_image, resize, to_pil
 
@@ -103,7 +104,7 @@ def test_the_default_size_is_256():
 
 def test_a_missing_image_and_a_folder_are_named(tmp_path, refuses):
     for path in (tmp_path / "absent.jpg", tmp_path):
-        with refuses(FileNotFoundError, str(path)):
+        with refuses(str(path), MissingFileError):
             load_image(path)
 
 
@@ -115,7 +116,7 @@ def test_a_file_that_is_no_image_is_named(tmp_path, refuses):
     truncated = tmp_path / "truncated.jpg"
     truncated.write_bytes(whole[: len(whole) // 2])
     for path in (text, empty, truncated):
-        with refuses(ValueError, str(path)):
+        with refuses(str(path)):
             load_image(path)
 
 
@@ -124,7 +125,7 @@ def test_values_that_have_no_known_white_are_refused(value, tmp_path, refuses):
     """32-bit and floating-point TIFF: neither clipped nor wrapped around."""
     values = np.array([[0, value], [1, 2]], np.float32 if isinstance(value, np.floating) else np.int32)
     path = saved(tmp_path, Image.fromarray(values), ".tif")
-    with refuses(ValueError, str(path)):
+    with refuses(str(path)):
         load_image(path)
 
 
@@ -132,14 +133,14 @@ def test_a_format_that_would_start_another_program_is_refused(tmp_path, monkeypa
     """Ghostscript, for one."""
     path = saved(tmp_path, Image.new("RGB", (6, 4)), ".eps")
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", None)
-    with refuses(ValueError, f"{str(path)!r} is not a"):
+    with refuses(f"{str(path)!r} is not a"):
         load_image(path)
 
 
 def test_an_image_that_would_become_too_long_is_refused(tmp_path, refuses):
     path = saved(tmp_path, Image.new("RGB", (10000, 1)))
     assert load_image(path, size=4, device="cpu").shape == (1, 3, 4, 40000)
-    with refuses(ValueError, "would be 2560000 x 256 pixels at size 256"):
+    with refuses("would be 2560000 x 256 pixels at size 256"):
         load_image(path)
 
 
@@ -182,7 +183,7 @@ def test_a_broken_avif_is_named(tmp_path, refuses):
     path = saved(tmp_path, Image.effect_noise((32, 32), 90).convert("RGB"), ".avif")
     head, tail = path.read_bytes().split(b"mdat", 1)
     path.write_bytes(head + b"mdat" + bytes(len(tail)))
-    with refuses(ValueError, str(path)):
+    with refuses(str(path)):
         load_image(path)
 
 
@@ -193,13 +194,13 @@ def test_what_is_too_fine_for_a_smaller_image_is_averaged_not_sampled():
 
 @pytest.mark.parametrize("size", [0, -3, 2.5, "256", None, True])
 def test_a_bad_size_is_named(size, refuses):
-    with refuses(ValueError, f"size is {size!r}"):
+    with refuses(f"size is {size!r}"):
         load_image(IMAGES / "content" / "chenonceau.jpg", size)
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "tpu", "meta", "", 3.5])
 def test_an_unknown_device_is_named(device, refuses):
-    with refuses(ValueError, f"unknown device {device!r}"):
+    with refuses(f"unknown device {device!r}"):
         pick_device(device)
 
 
@@ -230,7 +231,7 @@ def test_a_gpu_that_this_torch_cannot_run_is_passed_over(monkeypatch, refuses):
     monkeypatch.setattr(torch, "zeros", no_code_for)
     with pytest.warns(UserWarning, match="^the installed torch cannot use 'cuda', which is passed over$"):
         assert pick_device() == torch.device("cpu")
-    with refuses(ValueError, "unknown device 'cuda'"):
+    with refuses("unknown device 'cuda'"):
         pick_device("cuda")
 
 
@@ -282,5 +283,5 @@ def test_less_than_one_8_bit_step_does_not_count():
 
 def test_different_shapes_have_no_difference(refuses, picture):
     for difference in (difference_map, difference_numbers):
-        with refuses(ValueError, "(1, 3, 4, 5) and (1, 3, 5, 4)"):
+        with refuses("(1, 3, 4, 5) and (1, 3, 5, 4)"):
             difference(picture(4, 5), picture(5, 4))

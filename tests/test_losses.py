@@ -50,7 +50,7 @@ def test_gram_is_the_papers_sum(shape):
 
 @pytest.mark.parametrize("shape", [(2, 5, 3, 4), (5, 3, 4), (5, 12)])
 def test_gram_of_anything_but_one_feature_map_is_refused(shape, refuses):
-    with refuses(ValueError, f"the feature map is {shape}"):
+    with refuses(f"the feature map is {shape}"):
         gram_matrix(torch.ones(shape))
 
 

@@ -135,7 +135,7 @@ def test_a_pair_of_hardly_any_curvature_is_dropped_and_a_full_history_loses_its_
 
 
 def test_an_infinite_first_loss_is_named(refuses):
-    with refuses(ValueError, "the loss of the first image is inf"):
+    with refuses("the loss of the first image is inf"):
         begin(Iterate(even(0.5)), [math.inf, 7.0], even(1.0))
 
 

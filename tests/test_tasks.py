@@ -350,7 +350,7 @@ def test_bad_input_is_named_in_one_sentence(sentence, task, options, settings, c
         "texture": (nst.synthesize_texture, {"style": style}),
         "transfer": (nst.transfer_style, {"content": content, "style": style}),
     }[task]
-    with refuses(ValueError, sentence):
+    with refuses(sentence):
         helper(**(pictures | settings | options))
 
 
@@ -360,9 +360,9 @@ def test_a_bad_task_is_named_in_one_sentence(settings, content, style, refuses):
         ({"conv1_2": 1.0, "conv_2": 1.0}, TWICE),
         *[({"conv1_1": 1.0, "conv2_1": bad}, f"weight of conv2_1 is {bad!r}") for bad in (-1.0, math.inf, "1")],
     ):
-        with refuses(ValueError, sentence):
+        with refuses(sentence):
             nst.optimise(nst.Task(content, style, ("conv1_2",), layers), (8, 8), **settings)
-    with refuses(ValueError, "content is str"):  # though it has no layers
+    with refuses("content is str"):  # though it has no layers
         nst.optimise(nst.Task("a.jpg", style, (), {"conv1_1": 1.0}), **settings)
 
 
@@ -370,5 +370,5 @@ def test_an_infinite_first_loss_is_refused(settings, content, refuses):
     """A network may answer with any numbers."""
     vgg = copy.deepcopy(settings["vgg"])
     vgg.conv2_1.weight.mul_(1e25)
-    with refuses(ValueError, "the loss of the first image is inf"):
+    with refuses("the loss of the first image is inf"):
         nst.reconstruct_content(content, "conv2_1", **(settings | {"vgg": vgg}))

@@ -207,7 +207,7 @@ def test_an_image_of_fewer_tiles_than_processes_is_refused(monkeypatch, refuses)
     Ranks(monkeypatch, 4)
     assert len(plan_tiles((8, 7), 1e12, 1.0, 4, 4)[0]) == 4
     Ranks(monkeypatch, 5)
-    with refuses(ValueError, "an image of 8 x 7 is too small to share among 5 processes"):
+    with refuses("an image of 8 x 7 is too small to share among 5 processes"):
         plan_tiles((8, 7), 1e12, 1.0, 4, 4)
 
 
@@ -264,7 +264,7 @@ def test_a_run_in_tiles_is_that_on_the_whole(vgg, content, style):
 
 @pytest.mark.parametrize("memory", [0, -1.0, math.nan, math.inf, "4"])
 def test_a_bad_budget_is_named(memory, settings, content, style, refuses):
-    with refuses(ValueError, f"memory is {memory!r}"):
+    with refuses(f"memory is {memory!r}"):
         transfer_style(content, style, memory=memory, **settings)
 
 

@@ -25,6 +25,7 @@ from PIL import Image
 import nst_utils as nst
 import nst_widgets
 from nst_engine.convergence import TOLERANCE
+from nst_engine.errors import MissingFileError, UserError
 from nst_widgets import Painter, Settings, Studio, style_studio
 
 CASTLE, NIGHT = nst.IMAGES / "content" / "chenonceau.jpg", nst.IMAGES / "style" / "starry_night.jpg"
@@ -196,7 +197,7 @@ def test_it_ends_when_progress_is_slow_and_then_may_go_on(painter):
 def test_weights_that_are_all_zero_are_refused_and_the_image_stays(painter, refuses):
     steps(painter, TRANSFER, 2)
     before = painter.run.image
-    with refuses(ValueError, "every layer named has weight 0"):
+    with refuses("every layer named has weight 0"):
         painter.step(TRANSFER._replace(content_weight=0.0, layer_weights=()))
     assert torch.equal(painter.run.image, before) and len(painter.curves) == 2
     assert painter.step(TRANSFER) is not None
@@ -708,5 +709,5 @@ def test_another_style_layer_has_a_slider_in_the_networks_order(studio):
     ],
 )
 def test_a_panel_that_cannot_be_is_refused_in_a_sentence(options, sentence, vgg, refuses):
-    with refuses(FileNotFoundError if sentence.startswith("no picture") else ValueError, sentence):
+    with refuses(sentence, MissingFileError if sentence.startswith("no picture") else UserError):
         style_studio(**({"content": CASTLE, "style": NIGHT, "vgg": vgg} | options))

@@ -5,6 +5,8 @@ same command goes on from there. For several devices or processes: torchrun --np
 """
 
 import argparse
+import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -14,8 +16,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from PIL import Image
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -40,7 +44,8 @@ def parse(arguments):
     parser.add_argument("--memory", type=float, help="GiB that a process may take; by default what is free")
     parser.add_argument("--device", help="by default the best here")
     options = parser.parse_args(arguments)
-    options.output = options.output or Path(f"{options.content.stem}_{options.style.stem}.png")
+    options.output = options.output or Path(f"{nst.joint_stem(options.content, options.style)}.png")
+    options.state = options.output.with_suffix(".safetensors")
     return options
 
 
@@ -48,9 +53,34 @@ def parse(arguments):
 
 
 def settings_of(options):
-    """What a run that goes on must have in common with the one before, as text."""
-    names = ("content", "style", "size", "style_size", "style_weight", "init", "seed", "evaluations")
-    return json.dumps({name: str(getattr(options, name)) for name in names})
+    """What a run must have in common with the one that it continues, {option: text}; of the images, what they hold."""
+    names = ("size", "style_size", "style_weight", "init", "seed", "evaluations")
+    images = {name: hashlib.sha256(getattr(options, name).read_bytes()).hexdigest() for name in ("content", "style")}
+    return images | {name: str(getattr(options, name)) for name in names} | {"output": options.output.name}
+
+
+@contextlib.contextmanager
+def alone(options):
+    """Have the output to oneself, until the end of this process, however it ends."""
+    if options.output.suffix.lower() != ".png":
+        raise nst.UserError(f"--output is {str(options.output)!r}: give a name that ends in .png")
+    if not options.output.parent.is_dir():
+        raise nst.UserError(f"--output is {str(options.output)!r}: there is no folder {str(options.output.parent)!r}")
+    path = options.state.with_name(f".{options.state.name}.lock")
+    lock = FileLock(path, timeout=0)
+    try:
+        try:
+            lock.acquire()
+        except Timeout as error:
+            problem = "another run is making it: give another name with --output"
+            raise nst.UserError(f"{str(options.output)!r}: {problem}") from error
+        except OSError as error:
+            raise nst.UserError(f"{str(options.output)!r} cannot be written: {error.strerror}") from error
+        yield
+    finally:
+        if lock.is_locked:
+            path.unlink(missing_ok=True)
+        lock.release()
 
 
 def write(path, save):
@@ -60,12 +90,13 @@ def write(path, save):
         save(aside)
         os.replace(aside, path)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{str(path)!r} cannot be written, and is as it was: {error}") from error
+        why = getattr(error, "strerror", None) or error
+        raise nst.UserError(f"{str(path)!r} cannot be written, and is as it was: {why}") from error
     finally:
         aside.unlink(missing_ok=True)
 
 
-def save(options, run):
+def save(options, run, settings):
     """Save the image, and beside it the state of the run."""
     state = run.state_dict()
     tensors, places = {}, set()
@@ -74,32 +105,48 @@ def save(options, run):
             tensors[name] = value.cpu().clone() if value.data_ptr() in places else value.cpu()
             places.add(value.data_ptr())
     plain = {name: value for name, value in state.items() if name not in tensors}
-    about = {"settings": settings_of(options), "state": json.dumps(plain)}
-    write(options.output.with_suffix(".safetensors"), lambda path: save_file(tensors, path, about))
+    about = {"settings": json.dumps(settings), "state": json.dumps(plain)}
+    write(options.state, lambda path: save_file(tensors, path, about))
     write(options.output, lambda path: nst.to_pil(run.image).save(path, format="PNG"))
 
 
-def read(options):
-    """The state of the run that is to go on, or None."""
-    if options.output.suffix.lower() != ".png":
-        raise ValueError(f"--output is {str(options.output)!r}: give a name that ends in .png")
-    if not options.output.parent.is_dir():
-        raise ValueError(f"--output is {str(options.output)!r}: there is no folder {str(options.output.parent)!r}")
-    path = options.output.with_suffix(".safetensors")
-    if not path.exists():
+def begin(options, settings):
+    """Make the file of a run that has no evaluations yet: what cannot be written is said before the work."""
+    try:
+        nst.write_new(options.state, to_bytes({}, {"settings": json.dumps(settings)}))
+    except OSError as error:
+        raise nst.UserError(f"{str(options.state)!r} cannot be written: {error.strerror}") from error
+
+
+def read(options, settings):
+    """The state of the run that is to go on, empty if it has no evaluations yet; None if there is no run."""
+    if not options.state.exists():
         if options.output.exists():
-            raise ValueError(f"{str(options.output)!r} is there already: give another name with --output")
+            raise nst.UserError(f"{str(options.output)!r} is there already: give another name with --output")
         return None
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(options.state, "pt") as file:
             about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{str(path)!r} is damaged, or not a run: move it away to begin anew") from error
-    if not {"settings", "state"} <= about.keys():
-        raise ValueError(f"{str(path)!r} is not a run of this program: move it away to begin anew")
-    if about["settings"] != settings_of(options):
-        raise ValueError(f"{str(path)!r} is of other settings, {about['settings']}: give these, or move it away")
-    return tensors | json.loads(about["state"])
+        before, state = (json.loads(about.get(name, "{}")) for name in ("settings", "state"))
+    except (OSError, SafetensorError, ValueError) as error:
+        problem = "is damaged, or not a run: move it away to begin anew"
+        raise nst.UserError(f"{str(options.state)!r} {problem}") from error
+    if not before:
+        raise nst.UserError(f"{str(options.state)!r} is not a run of this program: move it away to begin anew")
+    others = " and ".join(
+        f"another {name} image" if name in ("content", "style") else f"--{name.replace('_', '-')} {before.get(name)}"
+        for name, value in settings.items()
+        if before.get(name) != value
+    )
+    if others:
+        raise nst.UserError(f"{str(options.state)!r} is of other settings, {others}: give these, or move it away")
+    return tensors | state
+
+
+def say(text):
+    """Print a line; a terminal that has gone ends no run."""
+    with contextlib.suppress(OSError):
+        tqdm.write(text)
 
 
 def warn_of_size(options):
@@ -107,7 +154,7 @@ def warn_of_size(options):
     with Image.open(options.content) as file:
         side = min(file.size)
     if side < options.size:
-        print(f"{options.content} is {side} pixels wide or high: enlarged to {options.size} it has no more detail")
+        say(f"{options.content} is {side} pixels wide or high: enlarged to {options.size} it has no more detail")
 
 
 # --- The run -------------------------------------------------------------------------------------
@@ -115,45 +162,58 @@ def warn_of_size(options):
 
 def stylise(options, first):
     """Make the image; first: whether this process is the one that prints and saves."""
-    begun = read(options)
     content = nst.load_image(options.content, options.size, options.device)
-    if first:
-        warn_of_size(options)
-    style = nst.load_image(options.style, options.style_size or options.size, options.device)
-    task = nst.Task(content, style, ("conv1_2",), LAYERS, 1.0, options.style_weight)
-    run = nst.Run(task, init=options.init, seed=options.seed, evaluations=options.evaluations, memory=options.memory)
-    if begun:
-        run.load_state_dict(begun)
-    try:
-        work(run, options, first)
+    size = options.size if options.style_size is None else options.style_size
+    style, settings = nst.load_image(options.style, size, options.device), settings_of(options)
+    with alone(options) if first else contextlib.nullcontext():
+        begun = read(options, settings)
+        task = nst.Task(content, style, ("conv1_2",), LAYERS, 1.0, options.style_weight)
+        limits = {"evaluations": options.evaluations, "memory": options.memory}
+        run = nst.Run(task, init=options.init, seed=options.seed, **limits)
+        if options.memory and content.device.type == "cuda":  # of the whole process, so not the engine's to set
+            share = options.memory * 2**30 / torch.cuda.get_device_properties(content.device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, share), content.device)
+        if begun:
+            run.load_state_dict(begun)
+        if dist.is_initialized():
+            dist.barrier()  # all have read
+        if first and begun is None:
+            begin(options, settings)
         if first:
-            write(options.output, lambda path: nst.to_pil(nst.resize(run.image, run.shape)).save(path, format="PNG"))
-            options.output.with_suffix(".safetensors").unlink(missing_ok=True)
-            print(f"{options.output}: {run.shape[1]} x {run.shape[0]} pixels")
-    except BaseException:  # an interrupt, or another process that has died
-        if first:
-            save(options, run)
-        raise
+            warn_of_size(options)
+        try:
+            work(run, options, settings, first)
+            if first:
+                image = nst.to_pil(nst.resize(run.image, run.shape))
+                write(options.output, lambda path: image.save(path, format="PNG"))
+                options.state.unlink(missing_ok=True)
+                say(f"{options.output}: {run.shape[1]} x {run.shape[0]} pixels")
+        except BaseException:  # an interrupt, or another process that has died
+            if first:
+                save(options, run, settings)
+            raise
 
 
-def work(run, options, first):
+def work(run, options, settings, first):
     """Step after step, with a bar and a save every half minute."""
     saved, described = time.monotonic(), False
     with tqdm(total=run.pixels_left / 1e6, unit="Mpx", bar_format=BAR, disable=not first, dynamic_ncols=True) as bar:
         while step := run.step():
             if first and not described and step.shape == run.shape:
-                bar.write(run.describe())
+                say(run.describe())
                 described = True
             pixels = step.shape[0] * step.shape[1] / 1e6
             bar.update(min(pixels, bar.total - bar.n))  # what a coarse scale spares goes to the last
             bar.set_postfix_str(f"{step.shape[1]} x {step.shape[0]}, loss {step.total:.4g}")
             if first and time.monotonic() - saved > SECONDS:
-                save(options, run)
+                save(options, run, settings)
                 saved = time.monotonic()
 
 
 def main():
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+    with contextlib.suppress(AttributeError):  # a name that this terminal cannot show is shown by its codes
+        sys.stdout.reconfigure(errors="backslashreplace")
     options, several = None, int(os.environ.get("WORLD_SIZE", 1)) > 1
     try:
         options = parse(sys.argv[1:])
@@ -162,10 +222,10 @@ def main():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         stylise(options, not several or dist.get_rank() == 0)
-    except (ValueError, FileNotFoundError) as error:
+    except nst.UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        saved = options and options.output.with_suffix(".safetensors").exists()
+        saved = options and options.state.exists()
         sys.exit(f"interrupted: the same command {'goes on from here' if saved else 'begins again, nothing is saved'}")
     except RuntimeError as error:
         if not several:
