@@ -435,9 +435,9 @@ class Studio:
         files, uploader.value = uploader.value, ()  # so that the same file may come again
         for file in files:
             content = bytes(file["content"])
-            stem, suffix = os.path.splitext(re.sub(r"[^\w.-]+", " ", Path(file["name"]).name).strip(" ."))
+            name = Path(re.sub(r"[^\w.-]+", " ", Path(file["name"]).name).strip(" .") or "picture")
             folder = Path(self.uploads.name, hashlib.sha256(content).hexdigest())
-            path = folder / f"{nst.joint_stem(Path(stem or 'picture'))}{suffix[:10]}"
+            path = folder / (nst.joint_stem(name) + name.suffix[:10])
             folder.mkdir(exist_ok=True)
             path.write_bytes(content)
             try:

@@ -26,11 +26,11 @@ def groups(controller: str) -> Iterator[Path]:
                 yield from (root / folder for folder in (inner, *inner.parents))
 
 
-def number(file: Path, index: int = 0) -> float:
-    """One of the numbers in a file; infinite where there is none, or no limit."""
+def number(file: Path, index: int = 0, absent: float = math.inf) -> float:
+    """One of the numbers in a file; infinite for "max", which is no limit; `absent` where there is none."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         return float(file.read_text().split()[index].replace("max", "inf"))
-    return math.inf
+    return absent
 
 
 def memory_left() -> float:
@@ -41,9 +41,8 @@ def memory_left() -> float:
             ("memory.max", "memory.current", "inactive_file"),
             ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
         ):
-            most = number(group / limit)
-            if most < math.inf:
-                left = min(left, most - number(group / used) + statistic(group / "memory.stat", cached))
+            in_use = number(group / used, absent=0) - statistic(group / "memory.stat", cached)
+            left = min(left, number(group / limit) - in_use)
     return max(0.0, left)
 
 

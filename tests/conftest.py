@@ -1,8 +1,10 @@
 """Fixtures for all tests: the network, small pictures, and a check of error messages."""
 
 import contextlib
+import os
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,27 @@ def refuses():
         assert not re.search(r"\w\. [A-Z]", message), "more than one sentence"
 
     return check
+
+
+@pytest.fixture
+def as_nobody():
+    """`with as_nobody() as folder`: an empty folder, where permissions hold; for a superuser they do not."""
+
+    @contextlib.contextmanager
+    def become():
+        if not hasattr(os, "geteuid"):
+            pytest.skip("the permissions of POSIX")
+        with tempfile.TemporaryDirectory() as folder:
+            user = os.geteuid()
+            if user == 0:
+                os.chown(folder, 65534, 65534)
+                os.seteuid(65534)
+            try:
+                yield Path(folder)
+            finally:
+                os.seteuid(user)
+
+    return become
 
 
 def random_picture(height, width, seed=0):

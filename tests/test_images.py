@@ -1,14 +1,29 @@
+import contextlib
 import math
+import struct
+import warnings
+import zlib
+from unittest import mock
 
 import numpy as np
 import PIL.features
 import pytest
 import torch
 from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngImageFile
 
 from nst_engine.errors import MissingFileError
-from nst_engine.images import pick_device
-from nst_utils import IMAGES, difference_map, difference_numbers, load_image, resize, to_pil
+from nst_engine.images import is_picture, pick_device
+from nst_utils import (
+    IMAGES,
+    difference_map,
+    difference_numbers,
+    features,
+    load_image,
+    resize,
+    show_images,
+    to_pil,
+)  # fmt: skip
 
 
 def saved(folder, image, suffix=".png", **options):
@@ -70,14 +85,57 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
     assert (read[0, 1] * 255).round().int().tolist() == [[0, 1, 128], [255, 254, 0]]
 
 
-def test_camera_rotation_is_applied(tmp_path):
-    image = Image.new("RGB", (4, 2), "white")
-    image.putpixel((0, 0), (255, 0, 0))
+CORNERS = {1: "abcd", 2: "badc", 3: "dcba", 4: "cdab", 5: "acbd", 6: "cadb", 7: "dbca", 8: "bdac"}  # by rows
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".webp"])
+@pytest.mark.parametrize("orientation", [*CORNERS, 0, 9])
+def test_camera_rotation_is_applied(orientation, suffix, tmp_path):
+    """All eight; what is none leaves the image as it is stored."""
+    colours = {"a": (255, 0, 0), "b": (0, 255, 0), "c": (0, 0, 255), "d": (0, 0, 0)}
+    image = Image.new("RGB", (32, 16))
+    for k, colour in enumerate(colours.values()):
+        image.paste(colour, (16 * (k % 2), 8 * (k // 2), 16 + 16 * (k % 2), 8 + 8 * (k // 2)))
     exif = Image.Exif()
-    exif[274] = 6  # stored on its side: turn clockwise to display, so that top left becomes top right
-    read = load_image(saved(tmp_path, image, exif=exif), size=2, device="cpu")
-    assert read.shape == (1, 3, 4, 2)
-    assert pixel(read, 0, 1) == [255, 0, 0] and pixel(read, 0, 0) == [255, 255, 255]
+    exif[0x0112] = orientation
+    path = saved(tmp_path, image, suffix, exif=exif, **({"quality": 100} if suffix != ".tif" else {}))
+    read = load_image(path, size=16, device="cpu")
+    assert read.shape == (1, 3, *((32, 16) if orientation in (5, 6, 7, 8) else (16, 32)))
+    height, width = read.shape[-2:]
+    corners = [pixel(read, row * (height - 5) + 2, column * (width - 5) + 2) for row in (0, 1) for column in (0, 1)]
+    expected = CORNERS.get(orientation, "abcd")
+    assert np.abs(np.array(corners) - [colours[name] for name in expected]).max() < 40
+
+
+def entry(tag, kind, count, value):
+    return struct.pack("<2HI", tag, kind, count) + value.ljust(4, b"\0")
+
+
+TURN = entry(0x112, 3, 1, struct.pack("<H", 6))
+ODD_EXIF = {
+    "a resolution of -1/0": (entry(0x11A, 10, 1, struct.pack("<I", 38)), struct.pack("<2i", -1, 0)),
+    "a table that is cut off": (b"\x1a\x01\x05", b""),
+    "a value beyond the end": (entry(0x11A, 5, 7, struct.pack("<I", 60000)), b""),
+    "a text where a number belongs": (entry(0x11A, 2, 4, b"abc\0"), b""),
+    "a type that is none": (entry(0x11A, 99, 1, b"\xff" * 4), b""),
+    "a table of photography that is none": (entry(0x8769, 4, 1, struct.pack("<I", 3)), b""),
+}
+
+
+@pytest.mark.parametrize("odd", ODD_EXIF)
+def test_an_odd_entry_of_exif_leaves_a_sound_picture_and_its_rotation(odd, tmp_path):
+    more, values = ODD_EXIF[odd]
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + TURN + more + bytes(4) * bool(values) + values
+    for suffix in (".jpg", ".png", ".webp"):
+        path = saved(tmp_path, Image.new("RGB", (40, 30), "red"), suffix, exif=exif)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of corrupt EXIF
+            assert load_image(path, 16, "cpu").shape == (1, 3, 21, 16)
+
+
+def test_an_orientation_that_is_no_number_turns_nothing(tmp_path):
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0" + entry(0x112, 2, 2, b"6\0") + bytes(4)
+    assert load_image(saved(tmp_path, Image.new("RGB", (40, 30)), ".jpg", exif=exif), 16).shape == (1, 3, 16, 21)
 
 
 def test_pixels_and_channels_arrive_unchanged_and_are_written_so(tmp_path):
@@ -104,20 +162,112 @@ def test_the_default_size_is_256():
 
 def test_a_missing_image_and_a_folder_are_named(tmp_path, refuses):
     for path in (tmp_path / "absent.jpg", tmp_path):
-        with refuses(str(path), MissingFileError):
+        with refuses(f"no picture at {str(path)!r}", MissingFileError):
+            load_image(path)
+    for path in (None, b"a.jpg", 3):
+        with refuses(f"no picture at {path!r}"):
             load_image(path)
 
 
-def test_a_file_that_is_no_image_is_named(tmp_path, refuses):
-    text, empty = tmp_path / "text.jpg", tmp_path / "empty.png"
-    text.write_text("not a picture")
-    empty.touch()
-    whole = saved(tmp_path, Image.effect_noise((64, 64), 90), ".jpg").read_bytes()
-    truncated = tmp_path / "truncated.jpg"
-    truncated.write_bytes(whole[: len(whole) // 2])
-    for path in (text, empty, truncated):
-        with refuses(str(path)):
+def written_as(suffix, **options):
+    """A function: the bytes of a picture in the format of this suffix."""
+
+    def made(folder):
+        return saved(folder, Image.effect_noise((90, 70), 90).convert("RGB"), suffix, **options).read_bytes()
+
+    return made
+
+
+def half_of(suffix):
+    return lambda folder: (whole := written_as(suffix)(folder))[: len(whole) // 2]
+
+
+WRONG = {
+    "text": (lambda _: b"not a picture", "is not a picture in a format that is read here: use a JPEG or PNG file"),
+    "nothing": (lambda _: b"", "is not a picture in a format"),
+    "another image format": (written_as(".tga"), "is not a picture in a format"),
+    "HEIC": (lambda _: b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 99, "is a HEIC photograph: convert it to JPEG"),
+    "HEIC, as others write it": (lambda _: b"\0\0\0\x18ftypmif1\0\0\0\0miafheic" + b"\n" * 99, "is a HEIC photograph"),
+    **{
+        f"half of a {suffix}": (half_of(suffix), "is cut off or damaged: copy or download it again")
+        for suffix in (".jpg", ".png", ".webp", ".tif", ".bmp", ".gif", ".ppm", ".jp2")
+    },
+    "a head alone": (lambda folder: written_as(".jpg")(folder)[:40], "is cut off or damaged"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.filterwarnings("ignore:Truncated File Read")
+def test_why_a_file_is_no_image_is_said(wrong, tmp_path, refuses):
+    make, why = WRONG[wrong]
+    path = tmp_path / "photograph.jpg"
+    path.write_bytes(make(tmp_path))
+    with refuses(f"{str(path)!r} {why}"):
+        load_image(path)
+    assert not is_picture(path) or why.startswith("is cut off")
+
+
+def test_a_file_without_permission_is_said(as_nobody, refuses):
+    with as_nobody() as folder:
+        path = saved(folder, Image.new("RGB", (6, 4)))
+        path.chmod(0)
+        with refuses(f"{str(path)!r} cannot be read: Permission denied"):
             load_image(path)
+
+
+@pytest.mark.parametrize("limit", [None, 20, 10**9])
+def test_pillows_limit_is_its_users(limit, tmp_path, monkeypatch, refuses):
+    """Lifted, as is often done, it is no longer one; where it holds, it is said what is too large."""
+    path = saved(tmp_path, Image.new("RGB", (9, 7)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with refuses(f"{str(path)!r} has too many pixels") if limit == 20 else contextlib.nullcontext():
+        assert load_image(path, 14, "cpu").shape == (1, 3, 14, 18)
+    assert is_picture(path)
+
+
+@pytest.mark.parametrize("category", [None, Image.DecompressionBombWarning])
+def test_a_warning_of_many_pixels_may_be_an_error(category, tmp_path, monkeypatch, refuses):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
+    path = saved(tmp_path, Image.new("RGB", (9, 7)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if category else "ignore", Image.DecompressionBombWarning)
+        with refuses("has too many pixels") if category else contextlib.nullcontext():
+            assert load_image(path, 7, "cpu").shape == (1, 3, 7, 9)
+
+
+def test_a_decoder_may_raise_what_it_likes(tmp_path, monkeypatch, refuses):
+    path = saved(tmp_path, Image.new("RGB", (9, 7)))
+    for error in (
+        struct.error("x"),
+        ZeroDivisionError(),
+        IndexError("y"),
+        AssertionError(),
+        EOFError(),
+        RecursionError(),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(PngImageFile, "load", mock.Mock(side_effect=error))
+            with refuses(f"{str(path)!r} is cut off or damaged"):
+                load_image(path)
+    monkeypatch.setattr(PngImageFile, "load", mock.Mock(side_effect=MemoryError))
+    with refuses(f"{str(path)!r} has too many pixels for the memory that is free"):
+        load_image(path)
+
+
+def test_formats_are_those_that_this_pillow_has(tmp_path, monkeypatch, refuses):
+    path = saved(tmp_path, Image.new("RGB", (6, 4)))
+    monkeypatch.delitem(Image.OPEN, "AVIF", raising=False)
+    assert load_image(path, 4, "cpu").shape == (1, 3, 4, 6)
+    monkeypatch.delitem(Image.OPEN, "PNG")
+    with refuses("is not a picture in a format that is read here"):
+        load_image(path)
+
+
+def test_hidden_files_and_folders_are_no_pictures(tmp_path):
+    path = saved(tmp_path, Image.new("RGB", (6, 4)))
+    assert is_picture(path) and not is_picture(tmp_path) and not is_picture(tmp_path / "absent.png")
+    assert is_picture(path.rename(tmp_path / "without a suffix"))
+    assert not is_picture((tmp_path / "without a suffix").rename(tmp_path / ".hidden.png"))
 
 
 @pytest.mark.parametrize("value", [70000, -1, np.float32(300), np.float32(-0.1), np.float32("nan")])
@@ -160,15 +310,108 @@ def test_colours_with_a_profile_become_srgb(mode, alpha, tmp_path):
     assert pixel(load_image(path, size=4, device="cpu")) == pytest.approx(expected, abs=12)
 
 
-@pytest.mark.parametrize("mode, given", [("CMYK", "CMYK"), ("L", "L"), ("LA", "RGB"), ("P", "RGB")])
-def test_a_profile_is_given_the_colours_that_it_is_of(mode, given, tmp_path, monkeypatch):
-    """Ink and grey as they are; where they go from there is the library's business."""
+def profile_of(space):
+    """sRGB's profile, in which another space is named."""
+    data = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    return data[:16] + space + data[20:]
+
+
+@pytest.mark.parametrize(
+    "mode, space, given",
+    [
+        *[(mode, b"GRAY", "L") for mode in ("1", "L", "LA", "I;16")],
+        *[(mode, b"RGB ", "RGB") for mode in ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")],
+        ("CMYK", b"CMYK", "CMYK"),
+        *[(mode, b"GRAY", None) for mode in ("RGB", "RGBA", "P", "CMYK")],
+        *[(mode, b"CMYK", None) for mode in ("L", "RGB", "P")],
+        ("CMYK", b"RGB ", None),
+        ("RGB", b"XYZ ", None),
+    ],
+)
+def test_a_profile_is_given_the_colours_that_it_is_of(mode, space, given, tmp_path, monkeypatch):
+    """Or left aside with a warning, if they would have to be guessed: None. What it does is the library's business."""
     modes = []
     monkeypatch.setattr(
         ImageCms, "profileToProfile", lambda image, *_, **__: modes.append(image.mode) or image.convert("RGB")
     )
-    load_image(saved(tmp_path, Image.new(mode, (6, 4)), ".tif", icc_profile=profile_with_red_and_green_exchanged()))
-    assert modes == [given]
+    path = saved(tmp_path, Image.new(mode, (6, 4)), ".tif" if mode == "CMYK" else ".png", icc_profile=profile_of(space))
+    with (
+        contextlib.nullcontext() if given else pytest.warns(UserWarning, match="damaged or of other colours") as caught
+    ):
+        load_image(path)
+    assert modes == [given] * bool(given) and (given or caught[0].filename == __file__)
+
+
+def linear_grey_profile():
+    """A profile of grey without the usual gamma, after ICC.1: header, table of tags, white point and curve."""
+
+    def xyz(*values):
+        return struct.pack(">3i", *(round(65536 * value) for value in values))
+
+    white = xyz(0.9642, 1, 0.8249)
+    tags = {
+        b"desc": b"desc" + struct.pack(">4xI", 2) + b"g\0" + bytes(80),
+        b"wtpt": b"XYZ \0\0\0\0" + white,
+        b"kTRC": b"curv" + struct.pack(">4xIH2x", 1, 256),
+    }
+    table, body = struct.pack(">I", len(tags)), b""
+    for name, content in tags.items():
+        content += bytes(-len(content) % 4)
+        table += name + struct.pack(">2I", 132 + 12 * len(tags) + len(body), len(content))
+        body += content
+    head = struct.pack(
+        ">I4x4s12s12x4s28x12s48x", 128 + len(table + body), b"\x02\x10\0\0", b"mntrGRAYXYZ ", b"acsp", white
+    )
+    return head + table + body
+
+
+def in_16_bits(value):
+    return Image.fromarray(np.full((4, 6), value, np.uint16))
+
+
+@pytest.mark.parametrize(
+    "image, expected",
+    [
+        (Image.new("L", (6, 4), 55), 128),
+        (in_16_bits(55 * 257), 128),
+        (Image.new("LA", (6, 4), (55, 255)), 128),
+        (Image.new("LA", (6, 4), (55, 0)), 255),
+        (Image.new("1", (6, 4), 1), 255),
+        (Image.new("1", (6, 4), 0), 0),
+    ],
+)
+def test_grey_with_a_profile_becomes_srgb(image, expected, tmp_path, recwarn):
+    path = saved(tmp_path, image, icc_profile=linear_grey_profile())
+    assert pixel(load_image(path, 4, "cpu")) == pytest.approx([expected] * 3, abs=2) and not recwarn.list
+
+
+def png_of_16_bits(values, transparent):
+    """Grey (H, W) or colours (H, W, 3), of which one is transparent; Pillow writes no such colours."""
+    values = np.asarray(values, ">u2")
+    height, width, channels = (*values.shape, 1)[:3]
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    header = struct.pack(">2I5B", width, height, 16, 2 if channels == 3 else 0, 0, 0, 0)
+    chunks = {b"IHDR": header, b"tRNS": np.asarray(transparent, ">u2").tobytes(), b"IDAT": zlib.compress(rows)}
+    parts = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in {**chunks, b"IEND": b""}.items()
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def test_in_16_bits_one_grey_may_be_transparent_and_its_neighbour_not(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(png_of_16_bits([[20560, 20561, 0], [40000, 65535, 20560]], 20560))
+    read = load_image(path, 2, "cpu")
+    assert [pixel(read, 0, k)[0] for k in range(3)] == [255, 80, 0]
+    assert [pixel(read, 1, k)[0] for k in range(3)] == [155, 255, 255]
+
+
+def test_in_16_bits_one_colour_may_be_transparent(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(png_of_16_bits([[[1000, 20000, 300], [60000, 0, 100]]], (1000, 20000, 300)))
+    read = load_image(path, 1, "cpu")
+    assert [pixel(read, 0, k) for k in range(2)] == [[255, 255, 255], [234, 0, 0]]
 
 
 def test_a_damaged_profile_is_left_aside_with_a_warning(tmp_path):
@@ -235,6 +478,21 @@ def test_a_gpu_that_this_torch_cannot_run_is_passed_over(monkeypatch, refuses):
         pick_device("cuda")
 
 
+def test_a_full_gpu_is_no_unknown_device(monkeypatch, refuses):
+    def full(n, device):
+        if device.type == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+        return torch.ones(n)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "zeros", full)
+    with refuses("device 'cuda' has no memory left: end what else runs on it, or use 'cpu'"):
+        pick_device("cuda")
+    with pytest.warns(UserWarning, match="^'cuda' has no memory left, which is passed over$"):
+        assert pick_device() == torch.device("cpu")
+
+
 def test_the_device_is_one_this_machine_has():
     assert pick_device("cpu") == torch.device("cpu")
     assert torch.ones(1, device=pick_device()).item() == 1
@@ -274,6 +532,56 @@ def test_one_8_bit_step_in_one_channel_counts_as_a_pixel():
             assert numbers.share == 1 / 20, value
             assert numbers.mean == pytest.approx(1 / 255 / 60, rel=1e-4)
             assert numbers.psnr == pytest.approx(10 * math.log10(60 * 255**2), abs=1e-3)
+
+
+NO_IMAGES = {
+    "no tensor": (np.zeros((1, 3, 4, 5), np.float32), "is ndarray: an image is a float tensor (1, 3, H, W)"),
+    "a picture of Pillow's": (Image.new("RGB", (6, 4)), "is Image: an image"),
+    "no first dimension": (torch.zeros(3, 4, 5), "is (3, 4, 5) torch.float32"),
+    "two images": (torch.zeros(2, 3, 4, 5), "is (2, 3, 4, 5)"),
+    "four channels": (torch.zeros(1, 4, 5, 6), "is (1, 4, 5, 6)"),
+    "no pixels": (torch.zeros(1, 3, 0, 6), "is (1, 3, 0, 6)"),
+    "bytes": (torch.zeros(1, 3, 4, 5, dtype=torch.uint8), "is (1, 3, 4, 5) torch.uint8"),
+    "complex": (torch.zeros(1, 3, 4, 5, dtype=torch.complex64), "is (1, 3, 4, 5) torch.complex64"),
+    "to 255": (torch.full((1, 3, 4, 5), 255.0), "has values outside [-1, 2] or not finite"),
+    "without their mean": (torch.full((1, 3, 4, 5), -1.1), "has values outside [-1, 2]"),
+    "not a number": (
+        torch.zeros(1, 3, 4, 5).index_fill(3, torch.tensor(2), math.nan),
+        "has values outside [-1, 2] or not",
+    ),
+    "endless": (torch.full((1, 3, 4, 5), math.inf), "has values outside [-1, 2] or not"),
+}
+
+
+@pytest.mark.parametrize("case", NO_IMAGES)
+def test_what_is_no_image_is_refused_at_every_door(case, vgg, picture, refuses):
+    value, sentence = NO_IMAGES[case]
+    good = picture(4, 5)
+    doors = {
+        "image ": [lambda: to_pil(value), lambda: resize(value, (4, 5)), lambda: features(vgg, value, "conv1_1")],
+        "the first image ": [lambda: difference_map(value, good), lambda: difference_numbers(value, good)],
+        "the second image ": [lambda: difference_map(good, value), lambda: difference_numbers(good, value)],
+        "images[1] ": [lambda: show_images([good, value, None])],
+    }
+    for name, uses in doors.items():
+        for use in uses:
+            with refuses(name + sentence):
+                use()
+
+
+def test_a_little_outside_is_taken_and_a_graph_too(vgg):
+    image = torch.tensor([-1.0, -0.2, 0.5, 1.1, 1.7, 2.0]).view(1, 1, 2, 3).repeat(1, 3, 1, 1).requires_grad_()
+    assert np.asarray(to_pil(image))[0, :, 0].tolist() == [0, 0, 128]
+    assert difference_map(image, image + 0.0).max() == 0
+    assert show_images([image, image[0, 0]]) and resize(image, (5, 7)).requires_grad
+    features(vgg, image, "conv1_1")["conv1_1"].sum().backward()
+    assert image.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("shape", [20, None, (5,), (4, 5, 6), (0, 3), (2.5, 3), "45", (torch.nan, 3)])
+def test_what_is_no_shape_is_refused(shape, picture, refuses):
+    with refuses(f"shape is {shape!r}: it must be (height, width)"):
+        resize(picture(4, 5), shape)
 
 
 def test_less_than_one_8_bit_step_does_not_count():

@@ -1,13 +1,16 @@
 """Too little memory is foreseen where it can be, and answered in one sentence; freed memory is kept."""
 
 import ctypes
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from nst_engine import memory
 from nst_engine import run as run_module
+from nst_engine.container import limit_threads
 from nst_engine.memory import FEWEST, IN_EVALUATION, IN_UPDATE, MOST, PAIR, fitting
 from nst_engine.network import cut_network, memory_per_pixel
 from nst_engine.objective import Task
@@ -16,7 +19,7 @@ from nst_engine.run import Run
 from nst_engine.tiles import cut_tiles, largest_window
 from nst_utils import reconstruct_content, synthesize_texture
 
-CPU = torch.device("cpu")
+CPU, ROOT = torch.device("cpu"), Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -63,6 +66,127 @@ def test_other_errors_pass():
 def test_what_is_free_is_what_this_machine_has():
     assert 1e6 < memory.free_memory(CPU) < 1e14
     assert 1e6 < memory.budget_of(CPU) < 0.9 * memory.free_memory(CPU)
+
+
+GIB = 2**30
+
+
+@pytest.fixture
+def container(tmp_path, monkeypatch):
+    """container(membership, {file: text}): this process in control groups; returns what they leave, and processors."""
+
+    def enter(membership, files):
+        (tmp_path / "membership").write_text(membership)
+        for name, text in files.items():
+            path = tmp_path / "groups" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{text}\n")
+        monkeypatch.setattr(module, "CGROUPS", tmp_path / "groups")
+        monkeypatch.setattr(module, "MEMBERSHIP", tmp_path / "membership")
+        return module.memory_left(), module.processors()
+
+    module = sys.modules["nst_engine.container"]
+    return enter
+
+
+SECOND = {
+    "memory.max": 6 * GIB, "memory.current": 4 * GIB, "memory.stat": f"anon 7\ninactive_file {GIB}\nfile 5",
+    "cpu.max": "250000 100000",
+}  # fmt: skip
+FIRST = {
+    "memory/memory.limit_in_bytes": 7 * GIB, "memory/memory.usage_in_bytes": 4 * GIB,
+    "memory/memory.stat": f"inactive_file 3\ntotal_inactive_file {GIB}",
+    "cpu/cpu.cfs_quota_us": 350000, "cpu/cpu.cfs_period_us": 100000,
+}  # fmt: skip
+FREE = {"memory.max": "max", "memory.current": 4 * GIB, "cpu.max": "max 100000"}
+NARROW = {"memory.max": 5 * GIB, "cpu.max": "90 60"}
+ODD = {"memory.max": "lots", "cpu.max": "", "memory.stat": "a b c"}
+HUGE = {"memory/memory.limit_in_bytes": 2**63 - 4096, "cpu/cpu.cfs_quota_us": -1, "cpu/cpu.cfs_period_us": 100000}
+
+
+def below(folder, files):
+    """Files in a group further in; of the first version, below each controller's folder."""
+    return {str(Path(name).parent / folder / Path(name).name): text for name, text in files.items()}
+
+
+ENDLESS = float("inf")
+V1 = "5:cpu,cpuacct:/{0}\n4:memory:/{0}\n3:cpuset:/\n1:name=systemd:/x\n0::/\n"
+GROUPS = {
+    "the second version, its root": ("0::/\n", SECOND, (3 * GIB, 2.5)),
+    "a group without limits in one with": ("0::/user/lab", SECOND | below("user/lab", FREE), (3 * GIB, 2.5)),
+    "a group with limits in one without": ("0::/user/lab", FREE | below("user", SECOND), (3 * GIB, 2.5)),
+    "the narrower of two": (
+        "0::/a",
+        SECOND | below("a", SECOND | {"memory.max": 5 * GIB, "cpu.max": "90 60"}),
+        (2 * GIB, 1.5),
+    ),
+    "the path outside is not seen within": ("0::/docker/0123", SECOND, (3 * GIB, 2.5)),
+    "another's group": ("0::/mine", FREE | below("other", SECOND), (ENDLESS, ENDLESS)),
+    "more used than allowed": ("0::/", SECOND | {"memory.current": 9 * GIB}, (0, 2.5)),
+    "the first version": (V1.format("docker/0123"), below("docker/0123", FIRST), (4 * GIB, 3.5)),
+    "the first version, seen from within": (V1.format("docker/0123"), FIRST, (4 * GIB, 3.5)),
+    "the first version without limits": (V1.format(""), HUGE, (2**63 - 4096, ENDLESS)),
+    "no groups": ("", {}, (ENDLESS, ENDLESS)),
+    "what nobody understands": (
+        "0::/\n",
+        {"memory.max": "lots", "cpu.max": "", "memory.stat": "a b c"},
+        (ENDLESS, ENDLESS),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GROUPS)
+def test_a_container_leaves_what_its_groups_leave(case, container):
+    membership, files, expected = GROUPS[case]
+    assert container(membership, files) == expected
+
+
+def test_what_is_free_is_the_smaller_of_machine_and_container(container):
+    container("0::/", SECOND | {"memory.max": 4 * GIB, "memory.current": 4 * GIB})
+    assert memory.free_memory(CPU) == GIB and memory.budget_of(CPU) == int(0.8 * GIB)
+    container("0::/", SECOND | {"memory.max": 2**60})
+    assert memory.free_memory(CPU) < 2**50
+
+
+@pytest.mark.parametrize("quota, threads", [("250000 100000", 3), ("50000 100000", 1), ("max 100000", 7), ("9 1", 7)])
+def test_there_are_no_more_threads_than_processors(quota, threads, container, monkeypatch):
+    container("0::/", {"cpu.max": quota})
+    now = [7]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: now[-1])
+    monkeypatch.setattr(torch, "set_num_threads", now.append)
+    limit_threads()
+    assert now[-1] == threads
+
+
+def test_threads_are_limited_where_the_package_is_imported():
+    """Before anyone computes; a user may ask for more afterwards."""
+    code = """
+import pathlib, sys
+read = pathlib.Path.read_text
+files = {"cpu.max": "100000 100000", "cgroup": "0::/"}
+pathlib.Path.read_text = lambda self, *a, **k: files.get(self.name) or read(self, *a, **k)
+import torch
+torch.set_num_threads(5)
+import nst_utils
+print(torch.get_num_threads())
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert out.stdout == "1\n", out.stderr
+
+
+@pytest.mark.parametrize("reserved, allocated", [(3 * GIB, GIB), (2 * GIB, 2 * GIB)])
+def test_on_cuda_a_budget_counts_what_is_reserved(reserved, allocated, monkeypatch, refuses):
+    """With a stand-in for the device."""
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * GIB, 16 * GIB))
+    device = torch.device("cuda", 0)
+    assert memory.budget_of(device, 10) == int(0.9 * (10 * GIB - reserved)) and emptied
+    assert memory.budget_of(device, processes=4) == int(0.8 * (5 * GIB + reserved - allocated))
+    with refuses(f"memory is 1.5: that is too few GiB, since {reserved / GIB:.2f} are in use already"):
+        memory.budget_of(device, 1.5)
 
 
 def test_processes_share_what_is_free():

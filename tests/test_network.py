@@ -1,9 +1,13 @@
 import hashlib
+import http.client
 import importlib.metadata
 import importlib.util
+import io
 import os
+import types
 import urllib.error
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -12,9 +16,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.models.vgg import cfgs, make_layers
 
-from nst_engine.errors import MissingFileError
+from nst_engine.errors import MissingFileError, UserError
 from nst_engine.layers import CONVOLUTIONS, FIRST_FIVE, RELUS, deepest, layer_name, stride
-from nst_engine.network import build_vgg19, cut_network, features, load_vgg19, map_size
+from nst_engine.network import build_vgg19, cut_network, feature_maps, features, load_vgg19, map_size
 from nst_engine.weights import OXFORD_SHA256, convolutions_of, read_weights
 from nst_utils import IMAGES, load_image
 
@@ -189,7 +193,7 @@ def test_float32_is_ieees_wherever_an_image_on_cuda_is_evaluated(device, expecte
     """And nothing is set for other devices. With fake tensors, which have a device and no values."""
     network = load_vgg19(device="cpu")
     with FakeTensorMode(allow_non_fake_inputs=True):
-        maps = features(network.to(device), torch.rand(1, 3, 8, 9, device=device), "conv1_1")
+        maps = feature_maps(network.to(device), torch.rand(1, 3, 8, 9, device=device), "conv1_1")
     assert maps["conv1_1"].device.type == device
     assert [backend.fp32_precision for backend in tf32] == [expected] * 2
 
@@ -265,26 +269,94 @@ def test_torchvisions_weights_from_its_cache(torchvision_file, image, monkeypatc
     check_torchvisions_convention(network, torchvision_file, image)
 
 
-def test_torchvisions_weights_without_internet(tmp_path, monkeypatch, refuses):
-    def unreachable(*_, **__):
-        raise urllib.error.URLError("Name or service not known")
-
+@pytest.fixture
+def torch_home(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.hub, "urlopen", unreachable)
-    with refuses("weights='oxford'", MissingFileError):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def refused(code):
+    return urllib.error.HTTPError("https://x", code, "no", {}, None)
+
+
+class Answer(io.BytesIO):
+    """A page of a server, in place of what was asked for."""
+
+    def info(self):
+        return types.SimpleNamespace(get_all=lambda _: None)
+
+
+DOWNLOADS = {
+    "no network": (
+        urllib.error.URLError("Name or service not known"),
+        "it cannot be reached (Name or service not known)",
+    ),
+    "no answer": (TimeoutError("timed out"), "it cannot be reached (timed out)"),
+    "a connection that breaks": (ConnectionResetError(104, "Connection reset by peer"), "it cannot be reached"),
+    "a page that is cut off": (http.client.IncompleteRead(b""), "it cannot be reached"),
+    "forbidden": (refused(403), "were refused by the server with 403"),
+    "a proxy": (refused(407), "were refused by the server with 407"),
+    "a full disk": (OSError(28, "No space left on device"), "cannot be stored in {home}: No space left on device"),
+    "a login": (
+        lambda *_: Answer(b"<html>Please log in</html>"),
+        "what came is another file, such as a page to log in",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DOWNLOADS)
+def test_why_torchvisions_weights_are_missing_is_said(case, torch_home, monkeypatch, refuses):
+    answer, why = DOWNLOADS[case]
+    monkeypatch.setattr(torch.hub, "urlopen", mock.Mock(side_effect=answer))
+    error = MissingFileError if "be reached" in why else UserError
+    with refuses(why.format(home=repr(str(torch_home / "hub" / "checkpoints"))), error):
+        load_vgg19("torchvision", "cpu")
+    with refuses("use weights='oxford' instead", error):
+        load_vgg19("torchvision", "cpu")
+    assert not [path for path in torch_home.rglob("*") if path.is_file()]
+
+
+def test_a_folder_that_cannot_be_written_is_said(torch_home, refuses):
+    torch_home.touch()
+    with refuses(
+        f"torchvision's weights cannot be stored in {str(torch_home / 'hub' / 'checkpoints')!r}: Not a directory"
+    ):
         load_vgg19("torchvision", "cpu")
 
 
-@pytest.mark.parametrize("damage", [b"", b"not a weight file", b"PK\x03\x04 a zip that stops"])
-def test_torchvisions_weights_damaged_in_the_cache(damage, tmp_path, monkeypatch, refuses):
-    path = tmp_path / "hub" / "checkpoints" / "vgg19-dcbb9e9d.pth"
+DAMAGED = {
+    b"": "damaged or no PyTorch weight file",
+    b"not a weight file": "damaged or no PyTorch weight file",
+    b"PK\x03\x04 a zip that stops": "damaged or no PyTorch weight file",
+    b" \n<!DOCTYPE html><title>Log in</title>": "a web page, such as one to log in",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_torchvisions_weights_damaged_in_the_cache(damage, torch_home, refuses):
+    path = torch_home / "hub" / "checkpoints" / "vgg19-dcbb9e9d.pth"
     path.parent.mkdir(parents=True)
     path.write_bytes(damage)
-    monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with refuses("torchvision's weights"):
+    with refuses(f"torchvision's weights {str(path)!r} are {DAMAGED[damage]}: delete the file"):
         load_vgg19("torchvision", "cpu")
+    with refuses(f"the weights {str(path)!r} are {DAMAGED[damage]}: fetch the file again"):
+        load_vgg19(path, "cpu")
+    assert path.read_bytes() == damage
+
+
+def test_weights_without_permission_are_said(as_nobody, refuses):
+    with as_nobody() as folder:
+        path = folder / "weights.pth"
+        path.touch(0)
+        with refuses(f"the weights {str(path)!r} cannot be read (Permission denied)"):
+            load_vgg19(path, "cpu")
+
+
+@pytest.mark.parametrize("weights", [None, 5, b"oxford", ["oxford"]])
+def test_what_is_no_path_of_weights_is_refused(weights, refuses):
+    with refuses(f"no weights at {weights!r}"):
+        load_vgg19(weights, "cpu")
 
 
 def test_oxfords_weights_without_the_package(monkeypatch, refuses):
