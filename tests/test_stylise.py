@@ -1,5 +1,6 @@
 """tools/stylise.py: one picture, and nothing lost when it is interrupted."""
 
+import io
 import itertools
 import runpy
 import signal
@@ -33,11 +34,11 @@ def program(tmp_path, monkeypatch):
 def run(program, monkeypatch):
     """A function: run it with these arguments; returns the shapes of the pictures that it evaluated.
 
-    stop: raise KeyboardInterrupt when so many are evaluated.
+    stop: raise KeyboardInterrupt when so many are evaluated. at: {number: a function to call after that evaluation}.
     """
     bar = program["tqdm"]
 
-    def running(*arguments, stop=None):
+    def running(*arguments, stop=None, at=None):
         seen, running.done = [], []
 
         class Bar(bar):
@@ -46,12 +47,14 @@ def run(program, monkeypatch):
                 seen.append(size)
                 running.done.append(round(self.n / self.total, 3))
                 running.loss = float(loss)
+                (at or {}).get(len(seen), int)()
                 if len(seen) == stop:
                     raise KeyboardInterrupt
 
         monkeypatch.setitem(program["main"].__globals__, "tqdm", Bar)
-        words = ["photo.jpg", "painting.jpg", "--size", "64", "--evaluations", "12", "--device", "cpu", *arguments]
-        monkeypatch.setattr(sys, "argv", ["stylise.py", *words])
+        words = ["--size", "64", "--evaluations", "12", "--device", "cpu", *arguments]
+        images = [] if arguments and not arguments[0].startswith("-") else ["photo.jpg", "painting.jpg"]
+        monkeypatch.setattr(sys, "argv", ["stylise.py", *images, *words])
         program["main"]()
         return seen
 
@@ -144,7 +147,7 @@ def test_the_picture_is_saved_when_half_a_minute_has_passed(run, program, monkey
     monkeypatch.setitem(names, "time", types.SimpleNamespace(monotonic=itertools.count(0, 12).__next__))
     saving = program["save"]
     monkeypatch.setitem(
-        names, "save", lambda options, run: times.append(run.state_dict()["left"]) or saving(options, run)
+        names, "save", lambda options, run, *rest: times.append(run.state_dict()["left"]) or saving(options, run, *rest)
     )
     run()
     assert times == [9, 6, 3, 0]
@@ -158,6 +161,120 @@ def test_a_painting_may_have_another_size_and_more_pixels_than_the_photograph_ha
     assert "photo.jpg is 64 pixels wide or high: enlarged to 80 it has no more detail" in capsys.readouterr().out
 
 
+def files():
+    return sorted(path.name for path in Path().iterdir())
+
+
+def test_a_second_run_of_a_picture_that_is_being_made_is_refused(run, program):
+    """With the same or other settings; neither the picture nor its run is touched, and the first one ends."""
+
+    def second():
+        before = {name: Path(name).read_bytes() for name in files()}
+        for settings in ((), ("--seed", "7")):
+            with pytest.raises(SystemExit, match="^error: 'photo_painting.png': another run is making it"):
+                run(*settings)
+        assert {name: Path(name).read_bytes() for name in files()} == before
+        assert ".photo_painting.safetensors.lock" in before
+
+    assert len(run(at={2: second, 7: second})) == 12
+    assert files() == ["painting.jpg", "photo.jpg", "photo_painting.png"]
+
+
+def test_a_run_has_its_file_from_the_beginning_and_goes_on_when_killed_before_it_was_saved(run):
+    run("--output", "whole.png")
+    kept = []
+    run("--output", "parts.png", at={1: lambda: kept.append(Path("parts.safetensors").read_bytes())})
+    Path("parts.png").unlink()
+    Path("parts.safetensors").write_bytes(kept[0])
+    Path(".parts.safetensors.lock").touch()  # as the killed one leaves it
+    with pytest.raises(SystemExit, match="is of other settings, --seed 0: give these"):
+        run("--output", "parts.png", "--seed", "1")
+    assert len(run("--output", "parts.png")) == 12
+    assert Path("parts.png").read_bytes() == Path("whole.png").read_bytes() and "parts.safetensors" not in files()
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_the_work(run, as_nobody, monkeypatch):
+    images = [str(Path(name).absolute()) for name in ("photo.jpg", "painting.jpg")]
+    content, style = (nst_utils.load_image(path, 64, "cpu") for path in images)
+    with as_nobody() as folder:
+        monkeypatch.setattr(nst_utils, "load_image", lambda path, *_: content if "photo" in str(path) else style)
+        monkeypatch.setattr(Path, "read_bytes", lambda self: b"")
+        folder.chmod(0o500)
+        with pytest.raises(SystemExit, match=f"^error: '{folder}/a.png' cannot be written: Permission denied$"):
+            run(*images, "--output", f"{folder}/a.png")
+        folder.chmod(0o700)
+        assert not [*folder.iterdir()]
+
+
+@pytest.mark.parametrize("changed", ["painting.jpg", "photo.jpg"])
+def test_a_run_does_not_go_on_with_another_image_of_the_same_name(changed, run):
+    with pytest.raises(SystemExit):
+        run(stop=2)
+    kept, image = Path("photo_painting.safetensors").read_bytes(), Path(changed).read_bytes()
+    Image.open(ROOT / "images/style/great_wave.jpg").resize((90, 66)).save(changed)
+    which = "style" if changed == "painting.jpg" else "content"
+    with pytest.raises(SystemExit, match=f"is of other settings, another {which} image: give these, or move it away"):
+        run()
+    assert Path("photo_painting.safetensors").read_bytes() == kept
+    Path("elsewhere.jpg").write_bytes(image)  # the same image by another name is the same run
+    paths = {"photo.jpg": "photo.jpg", "painting.jpg": "painting.jpg"} | {changed: "./elsewhere.jpg"}
+    assert len(run(*paths.values(), "--output", "photo_painting.png")) == 10
+
+
+def test_a_run_does_not_go_on_into_a_picture_of_another_name(run):
+    """a.png and a.PNG would share their run."""
+    with pytest.raises(SystemExit):
+        run("--output", "a.png", stop=2)
+    Path("a.PNG").write_bytes(b"mine")
+    with pytest.raises(SystemExit, match="is of other settings, --output a.png: give these"):
+        run("--output", "a.PNG")
+    assert Path("a.PNG").read_bytes() == b"mine"
+
+
+def test_long_names_and_names_that_the_terminal_cannot_show_end_no_run(run, monkeypatch):
+    names = [f"{60 * letter}.jpg" for letter in "浮世"]
+    for name in names:
+        Path("photo.jpg").rename(name) if name is names[0] else Path("painting.jpg").rename(name)
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert len(run(*names)) == 12
+    terminal.flush()
+    assert rb"\u6d6e\u6d6e" in terminal.buffer.getvalue() and rb".png: 96 x 64 pixels" in terminal.buffer.getvalue()
+    (made,) = (name for name in files() if name.endswith(".png"))
+    assert Image.open(made).size == (96, 64) and len(made.encode()) < 205
+
+
+def test_a_terminal_that_has_gone_ends_no_run(run, monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    assert len(run("--size", "66")) == 12
+    assert files() == ["painting.jpg", "photo.jpg", "photo_painting.png"]
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("a bug"), UnicodeEncodeError("ascii", "ü", 0, 1, "x"), TypeError("a bug")]
+)
+def test_an_error_of_the_code_is_not_taken_for_bad_input(error, run, monkeypatch):
+    monkeypatch.setattr(nst_utils, "Run", mock.Mock(side_effect=error))
+    with pytest.raises(type(error)) as caught:
+        run()
+    assert caught.value is error and files() == ["painting.jpg", "photo.jpg"]
+
+
+@pytest.mark.parametrize("memory, share", [(4, 0.25), (24, 1.0), (None, None)])
+def test_on_cuda_memory_is_held_to(memory, share, program, monkeypatch):
+    """With a stand-in for the device, of 16 GiB."""
+    asked, device = [], torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: mock.Mock(total_memory=16 * 2**30))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: asked.append(given))
+    program["hold_to"](memory, device)
+    program["hold_to"](memory, torch.device("cpu"))
+    assert asked == ([(share, device)] if memory else [])
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -165,6 +282,8 @@ def test_a_painting_may_have_another_size_and_more_pixels_than_the_photograph_ha
         (["--memory", "0.001"], "memory is 0.001: that is too few GiB"),
         (["--evaluations", "0"], "evaluations is 0: it must be a whole number, 1 or more"),
         (["--size", "0"], "size is 0"),
+        (["--style-size", "0"], "size is 0"),
+        (["absent.jpg", "painting.jpg"], "no picture at 'absent.jpg'"),
         (["--style-weight", "nan"], "style_weight is nan"),
         (["--output", "nowhere/a.png"], "--output is 'nowhere/a.png': there is no folder 'nowhere'"),
         (["--output", "a.jpg"], "--output is 'a.jpg': give a name that ends in .png"),

@@ -7,12 +7,16 @@ the network that it is given, which the engine's copies keep.
 
 import asyncio
 import datetime
+import html
 import io
 import json
 import math
+import re
+import shutil
 import threading
 import time
 from collections import deque
+from pathlib import Path
 from types import SimpleNamespace
 
 import ipywidgets as widgets
@@ -529,6 +533,115 @@ def test_the_images_that_go_in_are_shown(panel):
         assert difference.mean() < 10  # a JPEG; another image differs by some sixty
 
 
+def note(panel):
+    return html.unescape(re.search("</b> (.*?)<br>", says(panel))[1])
+
+
+def test_a_note_lives_until_the_next_thing_the_user_does(panel, tmp_path, monkeypatch):
+    """Not until the next frame; whatever that thing is."""
+    monkeypatch.chdir(tmp_path)
+    start(panel)
+    controls = panel.controls
+    actions = {
+        "Pause": lambda: press(panel, "Pause"),
+        "Step": lambda: (press(panel, "Step"), release(panel, 2)),
+        "Start": lambda: start(panel, 1),
+        "a weight": lambda: controls.style_weight.set_trait("value", 20.0),
+        "a layer": lambda: controls.content_layer.set_trait("value", "conv2_2"),
+        "another image": lambda: panel.choices["style"].set_trait("value", WAVE),
+        "another start": lambda: controls.start_from.set_trait("value", "content"),
+        "another seed": lambda: controls.seed.set_trait("value", 8),
+        "another comparison": lambda: controls.compare.set_trait("value", "the start"),
+        "Reset": lambda: press(panel, "Reset"),
+        "Restart": lambda: press(panel, "Restart"),
+    }
+    for k, (name, act) in enumerate(actions.items(), 1):
+        press(panel, "Save")
+        expected = f"saved {Path('saved', f'chenonceau_{panel.shown.settings.style.stem}')}"
+        assert note(panel).startswith(expected) and len([*Path("saved").iterdir()]) == k
+        if panel.state == "running":
+            release(panel, 2)
+            assert note(panel).startswith(expected), name
+        act()
+        assert note(panel) == "", name
+
+
+def test_what_goes_wrong_in_a_button_is_said_and_goes_when_it_succeeds(panel, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    start(panel)
+    press(panel, "Save")
+    assert "saved" in note(panel)
+    shutil.rmtree("saved")
+    Path("saved").touch()
+    press(panel, "Save")
+    sentence = f"the image cannot be saved in {str(tmp_path / 'saved')!r}: Not a directory"
+    assert note(panel) == sentence
+    release(panel, 3)
+    assert note(panel) == sentence and panel.state == "running" and Path("saved").read_bytes() == b""
+    Path("saved").unlink()
+    press(panel, "Save")
+    assert note(panel) == f"saved {Path('saved', 'chenonceau_starry_night_001.png')}"
+
+
+def test_a_folder_that_cannot_be_written_is_said(panel, as_nobody, monkeypatch):
+    start(panel)
+    with as_nobody() as folder:
+        monkeypatch.chdir(folder)
+        folder.chmod(0o500)
+        press(panel, "Save")
+        assert note(panel) == f"the image cannot be saved in {str(folder / 'saved')!r}: Permission denied"
+        monkeypatch.undo()
+
+
+def test_what_goes_wrong_in_a_control_is_said(panel, tmp_path):
+    """Another image that has gone, and an upload that is none: the panel goes on with what it has."""
+    start(panel)
+    gone = tmp_path / "gone.jpg"
+    shutil.copy(WAVE, gone)
+    panel.controls.offer("style", gone)
+    gone.unlink()
+    panel.choices["style"].value = NIGHT
+    panel.choices["style"].value = gone
+    assert note(panel) == f"no picture at {str(gone)!r}: give the path of a file"
+    panel.choices["style"].value = NIGHT
+    assert note(panel) == ""
+    panel.uploaders["style"].value = uploaded(7, b"")
+    unforeseen = note(panel)
+    assert unforeseen.startswith("TypeError: ")
+    release(panel, 2)
+    assert panel.state == "running" and note(panel) == unforeseen
+
+
+def test_two_panels_that_save_at_once_lose_nothing(panel, opened, clock, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    start(panel)
+    shown = panel.shown
+
+    def save(k):
+        other = SimpleNamespace(shown=shown, choices=panel.choices, acting=True, tell=lambda note: said.append(note))
+        for _ in range(15):
+            Studio.save(other)
+
+    said = []
+    threads = [threading.Thread(target=save, args=(k,)) for k in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({*said}) == len([*Path("saved").iterdir()]) == 120 and all(text.startswith("saved") for text in said)
+
+
+def test_names_of_any_length_can_be_saved(panel, tmp_path, monkeypatch):
+    """File systems count bytes, of which an ideogram has three."""
+    monkeypatch.chdir(tmp_path)
+    for kind, letter in (("content", "浮"), ("style", "é")):
+        panel.uploaders[kind].value = uploaded(f"{letter * 150}.jpg", WAVE.read_bytes())
+    start(panel)
+    press(panel, "Save")
+    (file,) = Path("saved").iterdir()
+    assert note(panel) == f"saved {file}" and file.name.startswith("浮浮") and "_éé" in file.name
+
+
 def uploaded(name, content):
     now = datetime.datetime.now(datetime.UTC)
     return ({"name": name, "type": "", "size": len(content), "content": memoryview(content), "last_modified": now},)
@@ -538,15 +651,15 @@ def test_an_upload_of_any_name_is_offered_and_a_file_that_is_no_image_is_not(pan
     choice, stems = panel.choices["style"], set()
     offered = len(choice.options)
     panel.uploaders["style"].value = uploaded("notes.txt", b"no picture")
-    assert "not a picture" in says(panel) and len(choice.options) == offered
-    names = ("..", "", ".", "\0", "a/b\0c.jpg", 300 * "x" + ".jpg", "C:\\mine.jpg", "<b>ü &.jpg", "../mine.jpg")
+    assert "'notes.txt' is not a picture" in note(panel) and len(choice.options) == offered
+    names = ("..", "a.b.jpg", "a/b\0c.jpg", 300 * "x" + ".jpg", "C:\\mine.jpg", "<b>ü &.jpg", "../mine.jpg")
     for name in names:
         before = choice.value
         panel.uploaders["style"].value = uploaded(name, WAVE.read_bytes())
         assert choice.value.read_bytes() == WAVE.read_bytes() and str(choice.value).startswith(panel.uploads.name)
         stems.add(choice.value.stem)
-        assert choice.value != before and len(choice.options) == offered + len(stems)
-    assert choice.value.name == "mine.jpg"
+        assert choice.value != before and len(choice.options) == offered + len(stems) and note(panel) == ""
+    assert choice.value.name == "mine.jpg" and "a.b" in stems
     press(panel, "Step")
     begun(panel, 1)
     assert panel.painter.calls[0][0].style == choice.value
@@ -562,10 +675,106 @@ def test_uploads_of_one_name_do_not_meet(panel):
     panel.uploaders["style"].value = uploaded("mine.jpg", night)
     changed = panel.choices["style"].value
     assert changed != style and changed.read_bytes() == night  # another path, so that nothing old is remembered
-    assert [name for name, _ in panel.choices["style"].options].count("mine") == 1
+    labels = dict(panel.choices["style"].options)
+    assert (labels["mine"], labels["mine.jpg"]) == (style, changed)
     panel.uploaders["style"].value = uploaded("mine.jpg", night[:999])
-    assert "'mine.jpg' is not a picture" in says(panel).replace("&#x27;", "'")
+    assert "'mine.jpg' is cut off or damaged" in note(panel)
     assert panel.choices["style"].value == changed and changed.read_bytes() == night
+
+
+def test_the_same_file_may_be_uploaded_again(panel):
+    choice, upload = panel.choices["content"], panel.uploaders["content"]
+    for _ in range(2):
+        upload.value = uploaded("holiday.jpg", CASTLE.read_bytes())
+        assert choice.value.name == "holiday.jpg" and upload.value == ()
+        choice.value = CASTLE
+    assert [path.name for _, path in choice.options].count("holiday.jpg") == 1
+
+
+def test_of_two_files_the_sound_one_is_taken_and_the_other_named(panel):
+    bad, good = uploaded("bad.jpg", b"x"), uploaded("good.jpg", WAVE.read_bytes())
+    for files in (bad + good, good + bad):
+        panel.choices["style"].value = NIGHT
+        panel.uploaders["style"].value = files
+        assert panel.choices["style"].value.name == "good.jpg" and "'bad.jpg' is not a picture" in note(panel)
+
+
+@pytest.fixture
+def pictures(tmp_path, monkeypatch):
+    """A folder of pictures with what else there is in one; images are read from there."""
+    folder = tmp_path / "images"
+    for kind, path in (("content", CASTLE), ("style", NIGHT)):
+        (folder / kind / ".ipynb_checkpoints").mkdir(parents=True)
+        for junk in (".DS_Store", "Thumbs.db", "notes.txt", "CREDITS.md", "Apple.jpg", "desktop.ini", "._mine.jpg"):
+            (folder / kind / junk).write_bytes(b"\0\5\x16\7 no picture")
+        shutil.copy(WAVE, folder / kind / "great_wave.jpg")
+        shutil.copy(path, folder / kind / path.name)
+        shutil.copy(WAVE, folder / kind / ".hidden.jpg")
+        Image.open(WAVE).save(folder / kind / "great_wave.png")
+    monkeypatch.setattr(nst, "IMAGES", folder)
+    return folder
+
+
+def test_pictures_alone_are_offered_each_by_a_name_of_its_own(pictures, clock, opened):
+    night = pictures / "style" / NIGHT.name
+    panel = opened(lambda: Studio(TRANSFER._replace(style=night), StandIn(clock)))
+    assert [(label, path.name) for label, path in panel.choices["style"].options] == [
+        ("great_wave.jpg", "great_wave.jpg"),
+        ("great wave", "great_wave.png"),
+        ("starry night", NIGHT.name),
+    ]
+    chosen = []
+    panel.choices["style"].observe(lambda change: chosen.append(change.new.name), "value")
+    panel.uploaders["style"].value = uploaded("great wave.jpg", NIGHT.read_bytes())
+    assert chosen == ["great wave.jpg"]  # at once, with no other in between
+    labels = [label for label, _ in panel.choices["style"].options]
+    assert len({*labels}) == len(labels) == 4 and note(panel) == ""
+    assert {path.name for _, path in panel.choices["style"].options} == {
+        "great_wave.jpg", "great_wave.png", "great wave.jpg", NIGHT.name
+    }  # fmt: skip
+
+
+def test_what_to_do_with_large_files_stands_at_the_buttons(panel, opened, clock):
+    texts = [widget.value for widget in nst_widgets.tree(panel.view) if isinstance(widget, widgets.HTML)]
+    assert any("more than 10 MB: put them into images/content or images/style" in text for text in texts)
+    panel = opened(lambda: Studio(TRANSFER._replace(content=None), StandIn(clock)))
+    texts = [widget.value for widget in nst_widgets.tree(panel.view) if isinstance(widget, widgets.HTML)]
+    assert any("put them into images/style, and run" in text for text in texts)
+
+
+def test_a_file_that_is_written_again_is_seen_by_the_run_and_among_the_inputs(painter, studio, tmp_path):
+    mine = tmp_path / "mine.jpg"
+    shutil.copy(WAVE, mine)
+    steps(painter, TRANSFER._replace(style=mine), 2)
+    before = painter.run.task.style
+    shutil.copy(NIGHT, mine)
+    painter.step(TRANSFER._replace(style=mine))
+    assert torch.equal(painter.run.task.style, nst.load_image(NIGHT, 40, "cpu")) and len(painter.curves) == 3
+    assert not torch.equal(painter.run.task.style, before)
+    panel = studio(CASTLE, mine)
+    panel.step()
+    until(panel, lambda: panel.state == "paused")
+    shown = panel.display.inputs["style"].value
+    shutil.copy(WAVE, mine)
+    panel.step()
+    until(panel, lambda: panel.state == "paused" and panel.shown.evaluations == 2)
+    assert panel.display.inputs["style"].value == nst_widgets.jpeg(nst.load_image(WAVE, 130, "cpu")) != shown
+    mine.unlink()
+    panel.step()
+    until(
+        panel,
+        lambda: panel.state == "paused" and note(panel) == f"no picture at {str(mine)!r}: give the path of a file",
+    )
+
+
+def test_a_relative_path_is_that_of_when_it_was_given(studio, tmp_path, monkeypatch):
+    shutil.copy(WAVE, tmp_path / "mine.jpg")
+    monkeypatch.chdir(tmp_path)
+    panel = studio("mine.jpg", Path("mine.jpg"))
+    monkeypatch.chdir(nst.IMAGES)
+    panel.step()
+    until(panel, lambda: panel.state == "paused")
+    assert panel.shown and note(panel) == "" and panel.choices["style"].value == tmp_path / "mine.jpg"
 
 
 @pytest.mark.parametrize(

@@ -170,9 +170,7 @@ def stylise(options, first):
         task = nst.Task(content, style, ("conv1_2",), LAYERS, 1.0, options.style_weight)
         limits = {"evaluations": options.evaluations, "memory": options.memory}
         run = nst.Run(task, init=options.init, seed=options.seed, **limits)
-        if options.memory and content.device.type == "cuda":  # of the whole process, so not the engine's to set
-            share = options.memory * 2**30 / torch.cuda.get_device_properties(content.device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, share), content.device)
+        hold_to(options.memory, content.device)
         if begun:
             run.load_state_dict(begun)
         if dist.is_initialized():
@@ -192,6 +190,13 @@ def stylise(options, first):
             if first:
                 save(options, run, settings)
             raise
+
+
+def hold_to(memory, device):
+    """Have CUDA refuse more than so many GiB, if given: to the whole process, so it is not the engine's to set."""
+    if memory and device.type == "cuda":
+        share = memory * 2**30 / torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
 
 
 def work(run, options, settings, first):
