@@ -278,7 +278,10 @@ def lay_out(controls: Controls, display: Display, buttons: Iterable[widgets.Butt
     chosen, others = controls.inputs()[: len(controls.choices)], controls.inputs()[len(controls.choices) :]
     uploads = widgets.HBox([*controls.uploaders.values()], layout=WRAP)
     folders = " or ".join(f"images/{kind}" for kind in controls.uploaders)
-    limit = widgets.HTML(f"<small>Files of more than 10 MB: put them into {folders}, and run this cell again.</small>")
+    text = f"Files of more than 10 MB: put them into {folders}, and run this cell again."
+    limit = widgets.HTML(
+        f'<div style="line-height:1.3;font-size:smaller">{text}</div>', layout={"margin": "2px 2px 6px"}
+    )
     rows = [*chosen, uploads, limit, *others, controls.start_from, controls.seed, controls.compare]
     right = widgets.VBox(rows, layout={"width": "360px", "max_width": "100%"})
     return widgets.VBox(
@@ -454,9 +457,7 @@ class Studio:
         if self.state == "done":
             self.start()
 
-    @action
-    def chosen(self) -> None:
-        """Another start or comparison was chosen, which the next step or restart asks for."""
+    chosen = action(lambda self: None)  # another start or comparison, which the next step or restart asks for
 
     def draw_inputs(self) -> None:
         """Show the inputs, those that have been chosen or written anew."""

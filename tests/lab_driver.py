@@ -50,6 +50,8 @@ def jupyterlab(home):
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser"]
     command += ["--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--ServerApp.port_retries=0"]
     command += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}"]
+    # The limit of a message, as `make lab` has it.
+    command += [re.search(r"(--ServerApp.tornado_settings)='(.*)'", (ROOT / "Makefile").read_text()).expand(r"\1=\2")]
     with open(home / "log", "w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=home)
     try:
@@ -201,6 +203,11 @@ class Notebook:
     def difference(self):
         """The mean of the difference map, as its caption says."""
         return float(self.page.get_by_text("difference map, mean").text_content().split()[-1])
+
+    def upload(self, kind, path):
+        with self.page.expect_file_chooser() as chooser:
+            self.page.locator("button", has_text=f"Upload {kind}").click()
+        chooser.value.set_files(path)
 
     def slider(self, name):
         """The handle of a slider, to be dragged or moved with the arrow keys."""
