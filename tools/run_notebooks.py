@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 import nbformat
@@ -26,6 +27,7 @@ parser.add_argument("names", nargs="*", help="only notebooks whose file name sta
 arguments = parser.parse_args()
 
 os.environ["TQDM_DISABLE"] = "1"  # the bars inside the notebooks; ours below goes by cells
+sys.stdout.reconfigure(errors="backslashreplace")  # a path that the terminal cannot show is shown by its codes
 (ROOT / "rendered").mkdir(exist_ok=True)
 for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
     if arguments.names and not path.name.startswith(tuple(arguments.names)):
