@@ -180,6 +180,16 @@ def test_an_image_to_start_from_is_scaled_but_to_no_less_than_512_pixels_a_side(
     assert start(task, (1024, 1030), init=init).scales == ((512, 515), (1024, 1030))
 
 
+def test_images_that_have_a_graph_are_taken_without_it(start, picture):
+    content, init = (picture(24, 30, seed).requires_grad_() for seed in (0, 1))
+    run = start(Task(2 * content / 2, None, ("conv1_1",)), init=1 - (1 - init))
+    for _ in range(3):
+        assert not run.image.requires_grad and not run.task.content.requires_grad
+        assert not any(torch.is_tensor(value) and value.requires_grad for value in run.state_dict().values())
+        run.step()
+    assert content.grad is init.grad is None
+
+
 def test_a_large_image_to_start_from_goes_through_scales_and_keeps_its_detail(start, picture, monkeypatch):
     """What the coarse scale changed is enlarged, and the rest is the image's own."""
     monkeypatch.setattr(nst_engine.run, "BROAD", 32)
