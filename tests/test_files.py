@@ -18,6 +18,8 @@ def test_a_path_is_a_file_or_a_sentence(what, tmp_path, monkeypatch, refuses):
     for missing in ("absent.jpg", "here.jpg/inside.jpg", "", "."):
         with refuses(f"no {what} at {str(Path(missing)) if missing == '.' else missing!r}", MissingFileError):
             as_file(missing, what)
+    with pytest.raises(FileNotFoundError):  # as Python calls it
+        as_file("absent.jpg", what)
     for value in (None, b"here.jpg", 7, ["here.jpg"], 0.5, next(os.scandir(b"."))):
         with refuses(f"no {what} at {value!r}: give the path of a file, as a str or a Path"):
             as_file(value, what)

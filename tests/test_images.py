@@ -133,9 +133,12 @@ def test_an_odd_entry_of_exif_leaves_a_sound_picture_and_its_rotation(odd, tmp_p
             assert load_image(path, 16, "cpu").shape == (1, 3, 21, 16)
 
 
-def test_an_orientation_that_is_no_number_turns_nothing(tmp_path):
-    exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0" + entry(0x112, 2, 2, b"6\0") + bytes(4)
-    assert load_image(saved(tmp_path, Image.new("RGB", (40, 30)), ".jpg", exif=exif), 16).shape == (1, 3, 16, 21)
+@pytest.mark.parametrize("head", [b"II*\0\x08\0\0\0\x01\0" + entry(0x112, 2, 2, b"6\0"), b"no EXIF", b""])
+def test_an_orientation_that_cannot_be_read_turns_nothing(head, tmp_path):
+    exif = b"Exif\0\0" + head + bytes(4)
+    for suffix in (".jpg", ".webp"):
+        path = saved(tmp_path, Image.new("RGB", (40, 30)), suffix, exif=exif)
+        assert load_image(path, 16, "cpu").shape == (1, 3, 16, 21)
 
 
 def test_pixels_and_channels_arrive_unchanged_and_are_written_so(tmp_path):
