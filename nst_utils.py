@@ -34,7 +34,7 @@ from nst_engine.images import (
     load_image,
     resize,
     to_pil,
-)  # fmt: skip
+)
 from nst_engine.layers import CONVOLUTIONS, FIRST_FIVE, RELUS, layer_name
 from nst_engine.network import features, load_vgg19
 from nst_engine.objective import Task

@@ -160,7 +160,7 @@ def to_8_bits(picture: Image.Image) -> Image.Image:
     grey = Image.fromarray(values.astype(np.uint8))
     if transparent is not None:
         grey.putalpha(Image.fromarray(opaque).convert("L"))
-    grey.info = {name: value for name, value in picture.info.items() if name != "transparency"}
+    grey.info = picture.info
     return grey
 
 
