@@ -5,6 +5,7 @@ import itertools
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,39 @@ def test_a_state_is_not_changed_by_the_steps_that_follow(vgg, monkeypatch):
     expected, (rest, image) = finish(run), finish(reconstruction(vgg), state)
     assert all(torch.equal(state[k], v) if torch.is_tensor(v) else state[k] == v for k, v in copy.items())
     assert rest == expected[0] and torch.equal(image, expected[1])
+
+
+def test_a_state_that_was_loaded_is_the_state_that_was_stored(vgg, monkeypatch):
+    """Every part of it, at each stop; also where the window and the history have lost what came first."""
+    monkeypatch.setattr(nst_engine.memory, "MOST", 3)
+    run, lost = reconstruction(vgg, evaluations=60), 0
+    while run.step():
+        state, again = run.state_dict(), reconstruction(vgg, evaluations=60)
+        again.load_state_dict(state)
+        found = again.state_dict()
+        lost += state["totals"][0] != state["first_total"] and len(state["totals"]) == 11
+        assert state.keys() == found.keys()
+        for name, value in state.items():
+            assert torch.equal(found[name], value) if torch.is_tensor(value) else found[name] == value, name
+    assert lost > 5 and {len(run.scales), len(again.scales)} == {1}
+
+
+def test_what_another_scale_needed_is_gone_when_a_state_is_loaded(vgg):
+    alive = weakref.WeakSet()
+    hook = vgg.conv1_2.register_forward_hook(lambda module, inputs, output: alive.add(output.untyped_storage()))
+    try:
+        run, other = reconstruction(vgg), reconstruction(vgg)
+        while len(run.scales) > 1:
+            run.step()
+        other.step()
+        assert alive
+        state = run.state_dict()
+        del run
+        before = len(alive)
+        other.load_state_dict(state)
+        assert len(alive) < before
+    finally:
+        hook.remove()
 
 
 def test_a_state_of_another_shape_is_refused(vgg, refuses):

@@ -240,6 +240,7 @@ def test_the_image_is_the_best_so_far_and_a_retargeted_run_begins_with_that(star
         seen.append((state["optimiser.losses"][0], state["optimiser.x"]))
         total, image = min(seen, key=lambda pair: pair[0])
         assert step.total == total and torch.equal(run.image.flatten(), image)
+        assert state["totals"][-1] == total and torch.equal(state["window"][-1:], run.image)  # the stopping rule's
     assert seen[4][0] > seen[3][0] == total < seen[2][0]
     run.image.zero_()  # a copy
     run.retarget(task._replace(content_weight=2.0))

@@ -493,6 +493,7 @@ def test_the_difference_is_to_the_start_or_to_the_snapshot(panel):
     assert panel.shown.mean == pytest.approx(1 / 50) and panel.display.difference.value  # the stand-in's images
     assert panel.display.caption.value == "difference map, mean 0.0200"
     kept = panel.shown.image
+    panel.painter.run = SimpleNamespace(image=torch.ones(1, 3, 4, 5))  # the painter's is another one by now
     press(panel, "Snapshot")
     assert panel.snapshot is kept and panel.controls.compare.value == "the snapshot"
     release(panel, 3)
