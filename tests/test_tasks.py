@@ -48,6 +48,19 @@ def test_a_transfer_gives_its_image_and_every_step_of_its_scales(settings):
     assert torch.equal(calls[-1][0], result.image)
 
 
+def test_a_callback_may_do_what_it_likes_with_the_image_and_keep_it(content, settings):
+    """It has one of its own each time."""
+    kept, steps = [], []
+    options = {"evaluations": 7, "init": 0.5 * content, **settings}
+    undisturbed = reconstruct_content(content, callback=lambda image, step: kept.append(image), **options)
+    copies = [image.clone() for image in kept]
+    disturbed = reconstruct_content(
+        content, callback=lambda image, step: steps.append(step) or image.mul_(255), **options
+    )
+    assert torch.equal(disturbed.image, undisturbed.image) and disturbed.history == undisturbed.history == steps
+    assert all(torch.equal(image, copy) for image, copy in zip(kept, copies)) and not torch.equal(kept[0], kept[-1])
+
+
 def test_the_optimiser_moves_only_to_an_image_of_smaller_loss(content, style, vgg):
     """Where the optimiser is, not what is shown, which is the best so far; by the helper's formula."""
     task = nst.Task(content, style, ("conv1_2",), dict.fromkeys(nst.FIRST_FIVE, 1.0))
