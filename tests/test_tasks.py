@@ -52,9 +52,9 @@ def test_a_callback_may_do_what_it_likes_with_the_image_and_keep_it(content, set
     """It has one of its own each time."""
     kept, steps = [], []
     options = {"evaluations": 7, "init": 0.5 * content, **settings}
-    undisturbed = reconstruct_content(content, callback=lambda image, step: kept.append(image), **options)
+    undisturbed = nst.reconstruct_content(content, callback=lambda image, step: kept.append(image), **options)
     copies = [image.clone() for image in kept]
-    disturbed = reconstruct_content(
+    disturbed = nst.reconstruct_content(
         content, callback=lambda image, step: steps.append(step) or image.mul_(255), **options
     )
     assert torch.equal(disturbed.image, undisturbed.image) and disturbed.history == undisturbed.history == steps
