@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nst_engine.checks import as_layers, as_task, as_whole, check_feature_map
-from nst_engine.errors import UserError
+from nst_engine.errors import UserError, sentence
 from nst_engine.figures import display_figure, plot_losses, show_images
 from nst_engine.files import file_version, joint_stem, write_new, write_numbered
 from nst_engine.images import (
@@ -36,7 +36,7 @@ from nst_engine.images import (
     to_pil,
 )
 from nst_engine.layers import CONVOLUTIONS, FIRST_FIVE, RELUS, layer_name
-from nst_engine.network import features, load_vgg19
+from nst_engine.network import check_network, features, load_vgg19
 from nst_engine.objective import Task
 from nst_engine.run import Run, Step
 
@@ -47,7 +47,7 @@ __all__ = [
     "gram_matrix", "gram_matrices", "content_loss", "style_loss", "make_objective",
     "Task", "Run", "Step", "Result", "optimise", "reconstruct_content", "synthesize_texture", "transfer_style",
     "show_images", "plot_losses", "display_figure", "UserError", "as_task", "as_whole", "as_layers",
-    "is_picture", "file_version", "joint_stem", "write_new", "write_numbered",
+    "check_network", "sentence", "is_picture", "file_version", "joint_stem", "write_new", "write_numbered",
 ]
 # fmt: on
 
@@ -140,6 +140,8 @@ def optimise(
     """
     if current_cell() in _interrupted:
         raise KeyboardInterrupt
+    if not (callback is None or callable(callback)):
+        raise UserError(f"callback is {callback!r}: give a function of an image and a Step")
     run = Run(task, shape, **options)
     history, start = [], time.perf_counter()
     silent = not progress or "TQDM_DISABLE" in os.environ  # which tqdm's bar for notebooks ignores

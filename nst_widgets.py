@@ -33,6 +33,7 @@ import nst_utils as nst
 
 STYLE_LAYERS = (*nst.FIRST_FIVE, "conv4_1", "conv5_1")  # the assignment's, and what Gatys et al. add below
 FRAME = 1 / 30  # seconds: no more than so many images a second are drawn
+INPUT = 130  # pixels along the shorter side of the images that go in, as they are shown
 CHART = 2.0  # seconds from one drawing of the loss curves to the next, since each takes a tenth of one
 
 # --- The optimisation ----------------------------------------------------------------------------
@@ -314,21 +315,19 @@ def action(method: Callable) -> Callable:
 
     @functools.wraps(method)
     def guarded(self, *arguments):
+        if self.state == "closed":
+            return
         outermost, self.acting = not self.acting, True
         try:
             if outermost and self.note:
                 self.tell(note="")
             method(self, *arguments)
         except Exception as error:
-            self.tell(note=sentence(error))
+            self.tell(note=nst.sentence(error))
         finally:
             self.acting = not outermost
 
     return guarded
-
-
-def sentence(error: Exception) -> str:
-    return str(error) if isinstance(error, nst.UserError) else f"{type(error).__name__}: {error}"
 
 
 class Studio:
@@ -434,19 +433,18 @@ class Studio:
     @action
     def take_upload(self, kind: str) -> None:
         """Offer the uploaded images, each in a folder of its own, and choose the last."""
-        uploader = self.uploaders[kind]
-        files, uploader.value = uploader.value, ()  # so that the same file may come again
+        files, self.uploaders[kind].value = self.uploaders[kind].value, ()  # so that the same file may come again
         for file in files:
-            content = bytes(file["content"])
-            name = Path(re.sub(r"[^\w.-]+", " ", Path(file["name"]).name).strip(" .") or "picture")
+            content, given = bytes(file["content"]), Path(file["name"]).name.encode(errors="replace").decode()
+            name = Path(re.sub(r'[\x00-\x1f<>:"/\\|?*]+', " ", given).strip(" .") or "picture")
             folder = Path(self.uploads.name, hashlib.sha256(content).hexdigest())
             path = folder / (nst.joint_stem(name) + name.suffix[:10])
             folder.mkdir(exist_ok=True)
             path.write_bytes(content)
             try:
-                nst.load_image(path, 32, "cpu")
+                nst.load_image(path, INPUT, "cpu")
             except nst.UserError as error:
-                self.tell(note=str(error).replace(repr(str(path)), repr(file["name"])))
+                self.tell(note=f"{self.note} {str(error).replace(repr(str(path)), repr(given))}".strip())
                 continue
             self.controls.offer(kind, path)
 
@@ -464,7 +462,7 @@ class Studio:
         for kind, control in self.choices.items():
             wanted = control.value, nst.file_version(control.value)
             if self.drawn.get(kind) != wanted:
-                self.display.inputs[kind].value = jpeg(nst.load_image(control.value, 130, "cpu"))
+                self.display.inputs[kind].value = jpeg(nst.load_image(control.value, INPUT, "cpu"))
                 self.drawn[kind] = wanted
 
     # The loop
@@ -500,7 +498,7 @@ class Studio:
                 self.tell("done" if finished else "paused" if self.single else None)
         except Exception as error:  # nothing else would ever show it
             if self.state != "closed":
-                self.tell("paused", note=sentence(error))
+                self.tell("paused", note=nst.sentence(error))
 
     def turn(self, settings: Settings, start: tuple | None, compare: str, single: bool) -> tuple[Frame, bool]:
         """On the worker's thread: evaluations for as long as a frame lasts, at least one.
@@ -579,6 +577,8 @@ def style_studio(
     if content is None and style is None:
         raise nst.UserError("content and style are both None: give the path of at least one image")
     size = nst.as_whole(size, "size", " of pixels")
+    if vgg is not None:
+        nst.check_network(vgg)
     images = [None if path is None else nst.load_image(path, 32, "cpu") for path in (content, style)]
     content, style = (None if path is None else Path(os.path.abspath(path)) for path in (content, style))
     content_layer = nst.layer_name(content_layer)
@@ -596,5 +596,5 @@ def style_studio(
     while _open:
         _open.pop().close()
     opening = Settings(content, style, size, content_layer, task.content_weight, task.style_weight, layer_weights)
-    _open.append(Studio(opening, Painter(vgg or nst.load_vgg19())))
+    _open.append(Studio(opening, Painter(nst.load_vgg19() if vgg is None else vgg)))
     return _open[-1]

@@ -3,26 +3,29 @@
 import numbers
 import operator
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from .errors import UserError, shown
 from .layers import Shape, as_names, layer_name
 
+FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+LARGEST_NUMBER = 10**9  # of pixels or evaluations
 LARGEST_WEIGHT = 1e12  # squares of the gradient must stay within float32
 
 
 def check_image(image, name: str, lowest: float = 0.0, highest: float = 1.0) -> None:
     """Raise UserError unless it is a tensor (1, 3, H, W), floating, of finite values from `lowest` to `highest`."""
-    shaped = torch.is_tensor(image) and image.dim() == 4 and image.shape[:2] == (1, 3) and image.numel()
-    if not (shaped and image.is_floating_point()):
-        found = f"{tuple(image.shape)} {image.dtype}" if torch.is_tensor(image) else type(image).__name__
+    plain = torch.is_tensor(image) and image.layout == torch.strided and image.device.type != "meta"
+    shaped = plain and not image.is_nested and image.dim() == 4 and image.shape[:2] == (1, 3) and image.numel()
+    if not (shaped and image.dtype in FLOATING):
+        found = f"{tuple(image.shape)} {image.dtype}" if plain and not image.is_nested else type(image).__name__
         raise UserError(f"{name} is {found}: an image is a float tensor (1, 3, H, W), as load_image gives it")
     if not ((image >= lowest) & (image <= highest)).all():
-        limits = f"outside [{lowest:g}, {highest:g}] or not finite"
-        raise UserError(f"{name} has values {limits}: an image holds RGB in [0, 1]")
+        found = f"outside [{lowest:g}, {highest:g}] or not finite, {image.min():.3g} to {image.max():.3g}"
+        raise UserError(f"{name} has values {found}: an image holds RGB in [0, 1]")
 
 
 def check_shown(image, name: str) -> None:
@@ -49,10 +52,10 @@ def as_whole(value, name: str, unit: str = "") -> int:
     """A whole number, 1 or more, of any library, as an int."""
     try:
         number = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
+    except (TypeError, ValueError, RuntimeError):  # the last two of a tensor with several values
         number = 0
-    if number < 1:
-        raise UserError(f"{name} is {value!r}: it must be a whole number{unit}, 1 or more")
+    if not 1 <= number <= LARGEST_NUMBER:
+        raise UserError(f"{name} is {shown(value)}: it must be a whole number{unit}, 1 or more and at most 1e9")
     return number
 
 
@@ -62,14 +65,14 @@ def as_shape(shape) -> Shape:
         height, width = shape
         return as_whole(height, "height"), as_whole(width, "width")
     except (TypeError, ValueError) as error:
-        raise UserError(f"shape is {shape!r}: it must be (height, width), two whole numbers, 1 or more") from error
+        raise UserError(f"shape is {shown(shape)}: it must be (height, width), two whole numbers, 1 or more") from error
 
 
 def as_number(value, name: str, smallest: float, largest: float, what: str) -> float:
     """A number of any library, from `smallest` to `largest`, as a float; `what` says so in words."""
     scalar = isinstance(value, numbers.Real) or (torch.is_tensor(value) and value.dim() == 0 and value.isreal())
-    if not (scalar and smallest <= float(value) <= largest):
-        raise UserError(f"{name} is {value!r}: it must be a finite number{what}")
+    if not (scalar and smallest <= value <= largest):
+        raise UserError(f"{name} is {shown(value)}: it must be a finite number{what}")
     return float(value)
 
 
@@ -80,7 +83,9 @@ def as_weight(value, name: str) -> float:
 
 def as_memory(value) -> float | None:
     """A number of any library, above 0, as a float; None as it is."""
-    return None if value is None else as_number(value, "memory", 1e-9, sys.float_info.max, " of GiB above 0")
+    return (
+        None if value is None else as_number(value, "memory", sys.float_info.min, sys.float_info.max, " of GiB above 0")
+    )
 
 
 def as_layers(layers: str | Iterable[str]) -> tuple[str, ...]:
@@ -95,6 +100,10 @@ def as_layers(layers: str | Iterable[str]) -> tuple[str, ...]:
 
 def as_task(task):
     """The `Task` with float32 images, and floats as weights. Raises UserError if it has nothing to match."""
+    if not all(hasattr(task, name) for name in ("content_layers", "style_layers", "_replace")):
+        raise UserError(f"task is {shown(task)}: give a Task")
+    if not isinstance(task.style_layers, Mapping):
+        task = task._replace(style_layers=dict.fromkeys(as_layers(task.style_layers), 1.0))
     checked = task
     for name, layers in (("content", task.content_layers), ("style", task.style_layers)):
         if layers or getattr(task, name) is not None:
@@ -125,3 +134,13 @@ def as_start(init, seed, task) -> tuple[Tensor | None, int]:
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"seed is {seed!r}: it must be a whole number of at most 64 bits") from error
     return (starts[init] if isinstance(init, str) else as_image(init, "init")), seed
+
+
+def as_state(state, shape: Shape) -> tuple:
+    """The scales of a `Run.state_dict`. Raises UserError unless it is one of a run of `shape`."""
+    if not isinstance(state, Mapping) or "scales" not in state:
+        raise UserError(f"the state is {shown(state)}: give what state_dict of a run has returned")
+    scales = tuple(map(tuple, state["scales"]))
+    if scales[-1] != shape:
+        raise UserError(f"the state is of an image of shape {scales[-1]}: this run's is {shape}")
+    return scales

@@ -16,14 +16,14 @@ MEMBERSHIP = Path("/proc/self/cgroup")
 
 def groups(controller: str) -> Iterator[Path]:
     """The folders of the groups that this process is in, the innermost first; a limit holds for all within it."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         for line in MEMBERSHIP.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
-            root = CGROUPS if not controllers else CGROUPS / controller
+            # Seen from within a container, the path may be the one outside; its own group is then the root.
+            inner = Path(path.lstrip("/"))
             if not controllers or controller in controllers.split(","):
-                # Seen from within a container, the path may be the one outside; its own group is then the root.
-                inner = Path(path.lstrip("/"))
-                yield from (root / folder for folder in (inner, *inner.parents))
+                for root in ("", "unified") if not controllers else (controller, controllers):
+                    yield from (CGROUPS / root / folder for folder in (inner, *inner.parents))
 
 
 def number(file: Path, index: int = 0, absent: float = math.inf) -> float:
@@ -37,19 +37,21 @@ def memory_left() -> float:
     """How many bytes may still be allocated; what the kernel caches of files makes room and does not count."""
     left = math.inf
     for group in groups("memory"):
-        for limit, used, cached in (
-            ("memory.max", "memory.current", "inactive_file"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        cached = sum(statistic(group / "memory.stat", f"{kind}_file") for kind in ("inactive", "active"))
+        for limit, used in (
+            ("memory.max", "memory.current"),
+            ("memory.high", "memory.current"),  # above it the kernel slows the group down
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
         ):
-            in_use = number(group / used, absent=0) - statistic(group / "memory.stat", cached)
-            left = min(left, number(group / limit) - in_use)
+            left = min(left, number(group / limit) - number(group / used, absent=0) + cached)
     return max(0.0, left)
 
 
 def statistic(file: Path, name: str) -> float:
-    """The number after a name in a file of lines "name number"; 0 if it is not there."""
+    """The number after a name in a file of lines "name number", of the whole group; 0 if it is not there."""
     with contextlib.suppress(OSError, ValueError):
-        return float(dict(line.split() for line in file.read_text().splitlines()).get(name, 0))
+        found = dict(line.split() for line in file.read_text().splitlines())
+        return float(found.get(f"total_{name}", found.get(name, 0)))
     return 0.0
 
 
@@ -57,10 +59,12 @@ def processors() -> float:
     """How many processors' time this process may use; infinite without a limit."""
     share = math.inf
     for group in groups("cpu"):
-        share = min(share, number(group / "cpu.max") / number(group / "cpu.max", 1))
-        quota = number(group / "cpu.cfs_quota_us")
-        if quota > 0:  # -1: no limit
-            share = min(share, quota / number(group / "cpu.cfs_period_us"))
+        for quota, period in (
+            (number(group / "cpu.max"), number(group / "cpu.max", 1)),
+            (number(group / "cpu.cfs_quota_us"), number(group / "cpu.cfs_period_us")),
+        ):
+            if quota > 0 and 0 < period < math.inf:  # -1: no limit
+                share = min(share, quota / period)
     return share
 
 

@@ -22,7 +22,7 @@ def pick_precisions(device: torch.device, precision: str | None = None) -> tuple
     the time; where its rounding hides the progress that is left, float32 takes over. Elsewhere float32 alone.
     """
     if precision is not None:
-        if precision not in RELATIVE_TOLERANCE:
+        if precision not in [*RELATIVE_TOLERANCE]:
             raise UserError(f"unknown precision {precision!r}: use 'bfloat16' or 'float32'")
         return (precision,)
     if device.type == "cuda":

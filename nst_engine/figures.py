@@ -9,7 +9,7 @@ import torch
 from IPython.display import publish_display_data
 from matplotlib.figure import Figure
 
-from .checks import as_whole, check_shown
+from .checks import as_number, as_whole, check_shown
 from .errors import UserError
 from .images import to_pil
 
@@ -22,19 +22,18 @@ def show_images(images: Iterable, titles: list | None = None, columns: int | Non
     """
     images = list(images)
     for k, image in enumerate(images):
-        if torch.is_tensor(image) and image.dim() == 2 and image.numel():
-            continue
-        if image is not None:
+        if image is not None and not (torch.is_tensor(image) and image.dim() == 2 and image.numel()):
             check_shown(image, f"images[{k}]")
     titles = list(titles or [""] * len(images))
     if not any(image is not None for image in images) or len(titles) != len(images):
         raise UserError(f"there are {len(images)} images and {len(titles)} titles: give one or more, and each a title")
+    width = as_number(width, "width", 0.1, 100, " of inches, 0.1 to 100")
     columns = len(images) if columns is None else as_whole(columns, "columns")
     heights = []  # of the rows in inches: the tallest image, and room for the title's lines
     for k in range(0, len(images), columns):
         shapes = [image.shape[-2:] for image in images[k : k + columns] if image is not None]
         lines = max(text.count("\n") + 1 if text else 0 for text in titles[k : k + columns])
-        heights.append(width * max(h / w for h, w in shapes) + 0.09 + 0.2 * lines)
+        heights.append(width * max((h / w for h, w in shapes), default=0.0) + 0.09 + 0.2 * lines)
     figure = Figure(figsize=(width * columns, sum(heights)))
     figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.04, wspace=0, hspace=0)
     grid = figure.subplots(len(heights), columns, squeeze=False, gridspec_kw={"height_ratios": heights})

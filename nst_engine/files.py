@@ -7,36 +7,36 @@ import re
 import stat
 from pathlib import Path
 
-from .errors import MissingFileError, UserError
+from .errors import MissingFileError, UserError, shown
 
 LONGEST_STEM = 200  # bytes of a file's name without its suffix: most file systems allow 255 in all
 
 
-def as_file(path, what: str) -> Path:
-    """The path of a file that exists; what: "picture" or "weights", for the sentence.
+def as_file(path, what: str, advice: str = "give the path of a file") -> Path:
+    """The path of a file that exists; what: "picture" or "weights", for the sentence, as `advice` is.
 
     Raises UserError unless `path` is a str or a Path of a file, and MissingFileError where there is none.
     """
     if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
-        raise UserError(f"no {what} at {path!r}: give the path of a file, as a str or a Path")
+        raise UserError(f"no {what} at {shown(path)}: {advice}, as a str or a Path")
     if re.match(r"\w{2,}:/", os.fspath(path)):
         raise UserError(f"no {what} at {os.fspath(path)!r}, which is an address: download the file and give its path")
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise MissingFileError(f"no {what} at {str(path)!r}: give the path of a file") from error
+        raise MissingFileError(f"no {what} at {str(path)!r}: {advice}") from error
     except (OSError, ValueError) as error:  # a name too long, a folder without permission, a null character
         raise UserError(f"no {what} can be read at {str(path)!r}: {reason(error)}") from error
     if stat.S_ISDIR(mode):
-        raise MissingFileError(f"no {what} at {str(path)!r}, which is a folder: give the path of a file")
+        raise MissingFileError(f"no {what} at {str(path)!r}, which is a folder: {advice}")
     if not stat.S_ISREG(mode):
-        raise UserError(f"no {what} at {str(path)!r}, which is a device: give the path of a file")
+        raise UserError(f"no {what} at {str(path)!r}, which is a device: {advice}")
     return Path(path)
 
 
 def reason(error: Exception) -> str:
     """Why the operating system refused, without numbers and paths."""
-    return getattr(error, "strerror", None) or str(error)
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def file_version(path: Path) -> tuple | None:
@@ -49,7 +49,8 @@ def file_version(path: Path) -> tuple | None:
 def joint_stem(*paths: Path) -> str:
     """The names of files, without their suffixes, as one name that a file system takes."""
     each = LONGEST_STEM // len(paths) - 1
-    return "_".join(os.fsencode(path.stem)[:each].decode(errors="ignore") for path in paths)
+    cut = (os.fsencode(path.stem)[:each].decode(errors="ignore") for path in paths)
+    return os.fsdecode("_".join(cut).encode())
 
 
 def write_new(path: Path, content: bytes) -> None:

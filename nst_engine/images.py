@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, UnidentifiedImageError
 from torch import Tensor
 
 from .checks import as_shape, as_whole, check_shown
@@ -77,17 +77,16 @@ def load_image(path: str | Path, size: int = 256, device: str | torch.device | N
     """
     path, device, size = as_file(path, "picture"), pick_device(device), as_whole(size, "size", " of pixels")
     try:
-        picture = decode(path)
+        picture = to_srgb(decode(path))
+        scale = size / min(picture.size)
+        sides = [max(size, round(side * scale)) for side in picture.size]
+        if math.prod(sides) > MOST_PIXELS:
+            raise UserError(f"would be {sides[0]} x {sides[1]} pixels at size {size}: that is too large")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        pixels = np.array(picture.resize(sides, Image.Resampling.LANCZOS))
+        return (torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255).to(device)
     except Exception as error:  # decoders raise whatever their authors thought of
         raise UserError(f"{str(path)!r} {what_is_wrong(path, error)}") from error
-    picture = to_srgb(picture)
-    scale = size / min(picture.size)
-    sides = [max(size, round(side * scale)) for side in picture.size]
-    if math.prod(sides) > MOST_PIXELS:
-        raise UserError(f"{str(path)!r} would be {sides[0]} x {sides[1]} pixels at size {size}: that is too large")
-    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    pixels = np.array(picture.resize(sides, Image.Resampling.LANCZOS))
-    return (torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255).to(device)
 
 
 def readable_formats() -> list[str]:
@@ -102,62 +101,69 @@ def readable_formats() -> list[str]:
 
 def decode(path: Path) -> Image.Image:
     """The image in a file, of 8 bits and standing as the camera was held."""
-    with Image.open(path, formats=readable_formats()) as file:
+    # Opened here: of a path, Pillow maps some files into memory, and turns them wrongly.
+    with open(path, "rb") as stream, Image.open(stream, formats=readable_formats()) as file:
+        deep = any(";16" in str(tile) for tile in file.tile)
         file.load()
         orientation = 1
         with contextlib.suppress(Exception):  # an entry that is damaged: nothing else of EXIF is used
             orientation = file.getexif().get(0x0112)
-        picture = to_8_bits(file)
+        picture = to_8_bits(file, deep)
         return picture.transpose(TURNS[orientation]) if orientation in TURNS else picture.copy()
 
 
 def what_is_wrong(path: Path, error: Exception) -> str:
-    """Why a file could not be decoded, as the end of a sentence that begins with its path."""
+    """Why a file could not be read, as the end of a sentence that begins with its path."""
+    text = " ".join(str(error).split())
     if isinstance(error, UserError):
-        return str(error)
+        return text
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return "has too many pixels: scale it down, or raise Pillow's limit, Image.MAX_IMAGE_PIXELS"
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", text):
         return "has too many pixels for the memory that is free: scale it down"
+    if isinstance(error, Warning):
+        return f"is read with a warning, and warnings are errors here: {text}"
     if isinstance(error, OSError) and error.errno:
         return f"cannot be read: {reason(error)}"
     with open(path, "rb") as file:
-        head = file.read(32)
-    if HEIC.match(head):
+        head = file.read(64)
+    if HEIC.match(head) and b"avif" not in head:
         return "is a HEIC photograph: convert it to JPEG, or run 'pip install pillow-heif'"
     if not any(accepts and accepts(head) is True for _, accepts in map(Image.OPEN.get, readable_formats())):
         return "is not a picture in a format that is read here: use a JPEG or PNG file"
-    return "is cut off or damaged: copy or download it again"
+    if "truncated" in text.lower():
+        return "is cut off: copy or download it again"
+    cause = "" if isinstance(error, UnidentifiedImageError) else f" ({text[:80] or type(error).__name__})"
+    return f"is cut off, damaged or of a kind that is not read here{cause}: copy it again, or save it as PNG"
 
 
 def is_picture(path: Path) -> bool:
     """Whether a file begins as a picture that `load_image` reads; hidden files are none."""
     try:
         with Image.open(path, formats=readable_formats()):
-            return not path.name.startswith(".")
+            return not Path(path).name.startswith(".")
     except Exception as error:
         return isinstance(error, Image.DecompressionBombError)  # one of too many pixels
 
 
-def to_8_bits(picture: Image.Image) -> Image.Image:
+def to_8_bits(picture: Image.Image, deep: bool) -> Image.Image:
     """An image of 16 bits, or of floating point in [0, 1], scaled to 8 bits; Pillow would clip its values.
 
-    With its colour profile and its transparency.
+    With its colour profile and its transparency. deep: whether the file has 16 bits; of colours Pillow keeps 8.
     """
     transparent = picture.info.get("transparency")
     if picture.mode[0] not in "IF":
-        if isinstance(transparent, tuple) and max(transparent) > 255:  # the colour of 16 bits that is transparent
+        if deep and isinstance(transparent, tuple):
             picture.info["transparency"] = tuple(value // 256 for value in transparent)
         return picture
     values = np.asarray(picture).astype(np.float64)
-    opaque = values != transparent
-    if picture.mode != "F":
-        values = values // 257
-    elif values.max() <= 1:
-        values = np.round(values * 255)
-    if not (values.min() >= 0 and values.max() <= 255):
-        raise UserError("has values that are neither of 8 or 16 bits nor of floating point in [0, 1]")
-    grey = Image.fromarray(values.astype(np.uint8))
+    opaque, white = values != transparent, 65535
+    if picture.mode == "F":
+        white = 1 if values.max() <= 1 else 255
+    if not (values.min() >= 0 and values.max() <= white):
+        found = f"from {values.min():g} to {values.max():g}"
+        raise UserError(f"has values {found}, neither of 8 or 16 bits nor of floating point in [0, 1]")
+    grey = Image.fromarray(np.round(values * (255 / white)).astype(np.uint8))
     if transparent is not None:
         grey.putalpha(Image.fromarray(opaque).convert("L"))
     grey.info = picture.info
@@ -172,11 +178,13 @@ def to_srgb(picture: Image.Image) -> Image.Image:
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(embedded))
         mode, own = PROFILED[profile.profile.xcolor_space.strip()], Image.getmodebase(picture.mode)
-        if mode not in ({"CMYK"} if picture.mode == "CMYK" else {own, "RGB"}):
+        red, green, blue, _ = rgba.split()
+        grey = own == "L" or red.tobytes() == green.tobytes() == blue.tobytes()
+        if (mode == "CMYK") != (picture.mode == "CMYK") or (mode == "L" and not grey):
             raise ValueError("the profile is of other colours")
         srgb = ImageCms.createProfile("sRGB")
         colours = ImageCms.profileToProfile(picture.convert(mode), profile, srgb, outputMode="RGB")
-    except (OSError, ValueError, TypeError, KeyError, ImageCms.PyCMSError):
+    except (OSError, ValueError, TypeError, KeyError, ImportError, ImageCms.PyCMSError):
         warnings.warn("the picture's colour profile is damaged or of other colours: it is left aside", stacklevel=3)
         return rgba
     colours.putalpha(rgba.getchannel("A"))
@@ -203,8 +211,12 @@ def resize(image: Tensor, shape: Shape) -> Tensor:
     """
     check_shown(image, "image")
     shape = as_shape(shape)
+    if math.prod(shape) > MOST_PIXELS:
+        raise UserError(f"shape is {shape}: that is too large")
     if tuple(image.shape[-2:]) == shape:
         return image
+    if image.dtype in (torch.float16, torch.bfloat16):  # of which torch resizes none on a CPU
+        image = image.float()
     return F.interpolate(image, shape, mode="bicubic", antialias=True).clamp(0, 1)
 
 
@@ -217,6 +229,8 @@ def difference_map(a: Tensor, b: Tensor) -> Tensor:
     check_shown(b, "the second image")
     if a.shape != b.shape:
         raise UserError(f"images of shapes {tuple(a.shape)} and {tuple(b.shape)}: a difference needs equal shapes")
+    if a.device != b.device:
+        raise UserError(f"images on {a.device} and {b.device}: a difference needs both on one device")
     return _gap(a, b)
 
 

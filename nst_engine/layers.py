@@ -18,14 +18,14 @@ def layer_name(name: str) -> str:
 
     Raises UserError for a layer that VGG-19 does not have.
     """
-    if name not in (*LAYERS, *COUNTED):
+    if not isinstance(name, str) or name not in (*LAYERS, *COUNTED):
         raise UserError(f"unknown layer {name!r}: use conv1_1 ... conv5_4, relu1_1 ... relu5_4 or conv_1 ... conv_16")
     return COUNTED.get(name, name)
 
 
 def as_names(layers: str | Iterable[str]) -> tuple[str, ...]:
     """One layer's name, or several, as a tuple."""
-    return tuple(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else (layers,)
+    return tuple(layers) if isinstance(layers, Iterable) and not isinstance(layers, str | bytes) else (layers,)
 
 
 def block(name: str) -> int:

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 
 from .checks import check_shown
-from .errors import UserError
+from .errors import UserError, shown
 from .files import as_file, file_version
 from .images import pick_device
 from .layers import LAYERS, Shape, as_names, check_size, layer_name, stride
 from .modes import default_modes
-from .weights import NAMED, convolutions_of, read_weights
+from .weights import ADVICE, NAMED, convolutions_of, place_of, read_weights
 
 
 @default_modes()
@@ -31,7 +31,7 @@ def load_vgg19(weights: str | Path = "oxford", device: str | torch.device | None
     MissingFileError if the weights cannot be had, UserError if they are not VGG-19's.
     """
     named = isinstance(weights, str) and weights in NAMED
-    source = weights if named else os.path.abspath(as_file(weights, "weights"))
+    source = weights if named else os.path.abspath(as_file(weights, "weights", ADVICE))
     return build_vgg19(*_read(source, None if named else file_version(source))).to(pick_device(device))
 
 
@@ -42,9 +42,9 @@ def _read(weights, version):
         convolutions, mean = convolutions_of(read_weights(weights))
         vgg = build_vgg19(convolutions, mean)
     except (KeyError, RuntimeError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(f"the weights {weights!r} are not VGG-19's in Oxford's or torchvision's format") from error
+        raise UserError(f"the weights {place_of(weights)!r} are not VGG-19's: {ADVICE}") from error
     if not all(parameter.isfinite().all() and parameter.any() for parameter in vgg.parameters()):
-        raise UserError(f"the weights {weights!r} are damaged: some are not finite, or a layer is all zeros")
+        raise UserError(f"the weights {place_of(weights)!r} are damaged: some are not finite, or a layer is all zeros")
     return convolutions, mean
 
 
@@ -71,6 +71,12 @@ def build_vgg19(convolutions: dict, mean: Tensor) -> nn.Sequential:
     return vgg.eval().requires_grad_(False)
 
 
+def check_network(vgg) -> None:
+    """Raise UserError unless it is a network from `load_vgg19`."""
+    if not (isinstance(vgg, nn.Module) and hasattr(vgg, "conv1_1") and hasattr(vgg, "mean")):
+        raise UserError(f"vgg is {shown(vgg)}: give a network from load_vgg19")
+
+
 def cut_network(vgg: nn.Sequential, last: str, device: torch.device, precision: str) -> nn.Sequential:
     """A copy of `vgg` that ends with the layer `last`, on `device`, in "float32", "bfloat16" or "float64".
 
@@ -92,6 +98,7 @@ def features(vgg: nn.Sequential, image: Tensor, layers: str | Iterable[str]) -> 
     no image, or one on another device than the network. On NVIDIA's GPUs float32 is from then on what it says, and not
     TF32, which has the precision of float16.
     """
+    check_network(vgg)
     if torch.is_tensor(image) and image.device != vgg.mean.device:
         raise UserError(f"the image is on {image.device} and the network on {vgg.mean.device}: bring both to one")
     check_shown(image, "image")

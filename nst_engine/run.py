@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .checks import as_memory, as_shape, as_start, as_task, as_whole
+from .checks import as_memory, as_shape, as_start, as_state, as_task, as_whole
 from .convergence import Window
 from .errors import UserError
 from .evaluation import RELATIVE_TOLERANCE, evaluator, pick_precisions
@@ -19,7 +19,7 @@ from .images import resize
 from .layers import Shape, block, check_size, deepest
 from .memory import budget_of, divide_budget, fitting, keep_freed_memory
 from .modes import default_modes
-from .network import cut_network, first_kernels, load_vgg19
+from .network import check_network, cut_network, first_kernels, load_vgg19
 from .objective import Task, least_memory, objective_of, tiles_of
 from .optimiser import Iterate, ProjectedLBFGS, begin
 from .prior import PRIOR_WEIGHTS, draw_noise, enlarge, enlarge_change, spectral_preconditioner
@@ -84,8 +84,9 @@ class Run:
         init, self.seed = as_start(init, seed, self.task)
         self.precisions = pick_precisions(self.device, precision)  # at full size one after another, the faster first
         keep_freed_memory()
+        self.vgg, self._weights = load_vgg19(device=self.device) if vgg is None else vgg, self.task.weights
+        check_network(self.vgg)
         self.budget_bytes = all_reduce_min(budget_of(self.device, as_memory(memory), world_size()), self.device)
-        self.vgg, self._weights = vgg or load_vgg19(device=self.device), self.task.weights
         # What is made once: by (deepest layer, precision), (scale, precision), (scale, weight of the prior).
         self._networks, self._evaluators, self._optimisers = {}, {}, {}
         with self._fitting():
@@ -183,9 +184,7 @@ class Run:
 
         The next steps are those that the other run would have taken. Raises UserError for a state of another shape.
         """
-        scales = tuple(map(tuple, state["scales"]))
-        if scales[-1] != self.shape:
-            raise UserError(f"the state is of an image of shape {scales[-1]}: this run's is {self.shape}")
+        scales = as_state(state, self.shape)
         of_optimiser = {name.removeprefix(OPTIMISER): state[name] for name in state if name.startswith(OPTIMISER)}
         with self._fitting():
             iterate = self._optimiser(scales[0]).load_state_dict(of_optimiser)

@@ -1,5 +1,6 @@
 """How weights are read: VGG-19's convolutions [VGG] from a package, from torchvision or from a file."""
 
+import errno
 import hashlib
 import http.client
 import importlib.metadata
@@ -22,12 +23,22 @@ OXFORD_FILE = "vgg19_weights_tf_dim_ordering_tf_kernels_notop_q.bin"
 OXFORD_SHA256 = "c34748d2a8b1ad0a651c18a3addff1b0189af7f070cdaaa0dced0db6150b6af6"
 
 
+ADVICE = "use 'oxford', 'torchvision' or the path of a file in either format"
+
+
+def place_of(weights: str) -> str:
+    """Where the weights are that are called so: the path of a file, "oxford" or torchvision's file in torch's cache."""
+    if weights != "torchvision":
+        return weights
+    return str(Path(torch.hub.get_dir(), "checkpoints", Path(VGG19_Weights.IMAGENET1K_V1.url).name))
+
+
 def read_weights(weights: str) -> dict:
     """The state dict behind "oxford", "torchvision" or the path of a file in either format.
 
     Raises MissingFileError if there is none, UserError if it cannot be had or is damaged.
     """
-    return NAMED[weights]() if weights in NAMED else _read(as_file(weights, "weights"))
+    return NAMED[weights]() if weights in NAMED else _read(as_file(weights, "weights", ADVICE))
 
 
 def convolutions_of(state: dict) -> tuple[dict, torch.Tensor]:
@@ -38,7 +49,7 @@ def convolutions_of(state: dict) -> tuple[dict, torch.Tensor]:
 def _read(path, whose="the weights", remedy="fetch the file again"):
     try:
         with open(path, "rb") as file:
-            if file.read(64).lstrip().startswith(b"<"):
+            if file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
                 raise ValueError("a web page")
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
@@ -66,22 +77,24 @@ def _packaged_oxford():
 
 def _cached_torchvision():
     source = VGG19_Weights.IMAGENET1K_V1
-    path = Path(torch.hub.get_dir(), "checkpoints", Path(source.url).name)
-    advice = "use weights='oxford' instead, which need no download"
+    path = Path(place_of("torchvision"))
+    advice = "try again later, or use weights='oxford', which need no download"
     if path.is_file():
         return _read(path, "torchvision's weights", "delete the file, so that it is downloaded again")
     try:
         return source.get_state_dict(progress=True, check_hash=True)
     except urllib.error.HTTPError as error:
         raise UserError(f"torchvision's weights were refused by the server with {error.code}: {advice}") from error
-    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
-        why = f"they need the internet once, and it cannot be reached ({getattr(error, 'reason', error)})"
+    except (OSError, http.client.HTTPException) as error:
+        if getattr(error, "filename", None) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            why = f"cannot be stored in {str(path.parent)!r}: {reason(error)}"
+            raise UserError(f"torchvision's weights {why}: {advice}") from error
+        why = (
+            f"they need the internet once, and it cannot be reached ({getattr(error, 'reason', None) or reason(error)})"
+        )
         raise MissingFileError(f"torchvision's weights are missing: {why}: {advice}") from error
-    except OSError as error:
-        why = reason(error)
-        raise UserError(f"torchvision's weights cannot be stored in {str(path.parent)!r}: {why}: {advice}") from error
     except RuntimeError as error:
-        why = "what came is another file, such as a page to log in"
+        why = "what came is cut off, or another file, such as a page to log in"
         raise UserError(f"torchvision's weights could not be downloaded: {why}: {advice}") from error
 
 

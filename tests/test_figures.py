@@ -74,6 +74,13 @@ def test_nothing_to_show_or_another_number_of_titles_is_refused(images, names, p
         show_images(images, names)
 
 
+def test_a_row_may_be_empty_and_a_width_is_of_inches(refuses):
+    assert len(show_images([plain([1.0, 0.0, 0.0]), None, None, None], columns=2).axes) == 4
+    for width in (0, -1, "a", float("nan")):
+        with refuses(f"width is {width!r}"):
+            show_images([plain([1.0, 0.0, 0.0])], width=width)
+
+
 def test_a_curve_is_the_losses_after_each_evaluation():
     figure = plot_losses({"coarse to fine": [8.0, 4.0, 6.0, 2.0], "one scale": [3.0, 1.0]}, ylabel="loss / noise's")
     (axes,) = figure.axes

@@ -9,7 +9,7 @@ import numpy as np
 import PIL.features
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageOps
 from PIL.PngImagePlugin import PngImageFile
 
 from nst_engine.errors import MissingFileError
@@ -82,7 +82,7 @@ def test_palette_transparency_is_laid_over_white(tmp_path):
 def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
     values = np.array([[0, 257, 32896], [65535, 65278, 256]], np.uint16)
     read = load_image(saved(tmp_path, Image.fromarray(values)), size=2, device="cpu")
-    assert (read[0, 1] * 255).round().int().tolist() == [[0, 1, 128], [255, 254, 0]]
+    assert (read[0, 1] * 255).round().int().tolist() == [[0, 1, 128], [255, 254, 1]]
 
 
 CORNERS = {1: "abcd", 2: "badc", 3: "dcba", 4: "cdab", 5: "acbd", 6: "cadb", 7: "dbca", 8: "bdac"}  # by rows
@@ -105,6 +105,30 @@ def test_camera_rotation_is_applied(orientation, suffix, tmp_path):
     corners = [pixel(read, row * (height - 5) + 2, column * (width - 5) + 2) for row in (0, 1) for column in (0, 1)]
     expected = CORNERS.get(orientation, "abcd")
     assert np.abs(np.array(corners) - [colours[name] for name in expected]).max() < 40
+
+
+@pytest.mark.parametrize("mode", ["L", "I;16", "RGB", "1", "F"])
+@pytest.mark.parametrize("orientation", CORNERS)
+def test_an_uncompressed_tiff_is_turned_as_another_image_is(orientation, mode, tmp_path):
+    values = (np.arange(24).reshape(4, 6) % 2 if mode == "1" else np.arange(24).reshape(4, 6)) * 10
+    values = values.astype({"I;16": np.uint16, "F": np.float32}.get(mode, np.uint8)) * (257 if mode == "I;16" else 1)
+    image = Image.fromarray(values) if mode in ("I;16", "F") else Image.fromarray(values).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    tiff, png = (saved(tmp_path, image, suffix, exif=exif) for suffix in (".tif", ".png" if mode != "F" else ".tiff"))
+    expected = np.asarray(ImageOps.exif_transpose(image_with(image, exif)).convert("L" if mode == "1" else mode), float)
+    if mode == "RGB":
+        expected = expected[..., 0]
+    found = load_image(tiff, min(expected.shape), "cpu")
+    assert found.shape[2:] == expected.shape
+    assert np.abs(found[0, 0].numpy() * 255 - expected / (257 if mode == "I;16" else 1)).max() < 0.6
+    assert torch.equal(found, load_image(png, min(expected.shape), "cpu"))
+
+
+def image_with(image, exif):
+    image = image.copy()
+    image.getexif()[0x0112] = exif[0x0112]
+    return image
 
 
 def entry(tag, kind, count, value):
@@ -192,10 +216,12 @@ WRONG = {
     "HEIC": (lambda _: b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 99, "is a HEIC photograph: convert it to JPEG"),
     "HEIC, as others write it": (lambda _: b"\0\0\0\x18ftypmif1\0\0\0\0miafheic" + b"\n" * 99, "is a HEIC photograph"),
     **{
-        f"half of a {suffix}": (half_of(suffix), "is cut off or damaged: copy or download it again")
+        f"half of a {suffix}": (half_of(suffix), "is cut off")
         for suffix in (".jpg", ".png", ".webp", ".tif", ".bmp", ".gif", ".ppm", ".jp2")
     },
-    "a head alone": (lambda folder: written_as(".jpg")(folder)[:40], "is cut off or damaged"),
+    "a head alone": (lambda folder: written_as(".jpg")(folder)[:40], "is cut off"),
+    "half of an AVIF that names itself otherwise": (
+        lambda _: b"\0\0\0\x20ftypmif1\0\0\0\0mif1avifmiaf" + b"\0" * 99, "is cut off, damaged or of a kind"),
 }  # fmt: skip
 
 
@@ -250,7 +276,8 @@ def test_a_decoder_may_raise_what_it_likes(tmp_path, monkeypatch, refuses):
     ):
         with monkeypatch.context() as patch:
             patch.setattr(PngImageFile, "load", mock.Mock(side_effect=error))
-            with refuses(f"{str(path)!r} is cut off or damaged"):
+            named = str(error) or type(error).__name__
+            with refuses(f"{str(path)!r} is cut off, damaged or of a kind that is not read here ({named})"):
                 load_image(path)
     monkeypatch.setattr(PngImageFile, "load", mock.Mock(side_effect=MemoryError))
     with refuses(f"{str(path)!r} has too many pixels for the memory that is free"):
@@ -313,6 +340,9 @@ def test_colours_with_a_profile_become_srgb(mode, alpha, tmp_path):
     assert pixel(load_image(path, size=4, device="cpu")) == pytest.approx(expected, abs=12)
 
 
+COLOURS = {"P": (7, 60, 90), "RGB": (9, 9, 10), "RGBA": (7, 9, 9, 255), "CMYK": (1, 2, 3, 4)}
+
+
 def profile_of(space):
     """sRGB's profile, in which another space is named."""
     data = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -337,7 +367,10 @@ def test_a_profile_is_given_the_colours_that_it_is_of(mode, space, given, tmp_pa
     monkeypatch.setattr(
         ImageCms, "profileToProfile", lambda image, *_, **__: modes.append(image.mode) or image.convert("RGB")
     )
-    path = saved(tmp_path, Image.new(mode, (6, 4)), ".tif" if mode == "CMYK" else ".png", icc_profile=profile_of(space))
+    image = (
+        Image.new("RGB", (6, 4), "navy").quantize(4) if mode == "P" else Image.new(mode, (6, 4), COLOURS.get(mode, 0))
+    )
+    path = saved(tmp_path, image, ".tif" if mode == "CMYK" else ".png", icc_profile=profile_of(space))
     with (
         contextlib.nullcontext() if given else pytest.warns(UserWarning, match="damaged or of other colours") as caught
     ):
@@ -407,14 +440,37 @@ def test_in_16_bits_one_grey_may_be_transparent_and_its_neighbour_not(tmp_path):
     path.write_bytes(png_of_16_bits([[20560, 20561, 0], [40000, 65535, 20560]], 20560))
     read = load_image(path, 2, "cpu")
     assert [pixel(read, 0, k)[0] for k in range(3)] == [255, 80, 0]
-    assert [pixel(read, 1, k)[0] for k in range(3)] == [155, 255, 255]
+    assert [pixel(read, 1, k)[0] for k in range(3)] == [156, 255, 255]
 
 
-def test_in_16_bits_one_colour_may_be_transparent(tmp_path):
+@pytest.mark.parametrize("transparent", [(1000, 20000, 300), (100, 50, 20)])
+def test_in_16_bits_one_colour_may_be_transparent(transparent, tmp_path):
+    """Also one so dark that it would be a colour of 8 bits."""
     path = tmp_path / "a.png"
-    path.write_bytes(png_of_16_bits([[[1000, 20000, 300], [60000, 0, 100]]], (1000, 20000, 300)))
+    path.write_bytes(png_of_16_bits([[transparent, [60000, 0, 100], [25700, 12850, 5140]]], transparent))
     read = load_image(path, 1, "cpu")
-    assert [pixel(read, 0, k) for k in range(2)] == [[255, 255, 255], [234, 0, 0]]
+    assert [pixel(read, 0, k) for k in range(3)] == [[255, 255, 255], [234, 0, 0], [100, 50, 20]]
+
+
+def test_in_8_bits_one_colour_may_be_transparent(tmp_path):
+    image = Image.new("RGB", (6, 4), (100, 50, 20))
+    image.putpixel((0, 0), (1, 2, 3))
+    read = load_image(saved(tmp_path, image, transparency=(1, 2, 3)), 4, "cpu")
+    assert pixel(read) == [255, 255, 255] and pixel(read, 1, 1) == [100, 50, 20]
+
+
+def test_a_picture_whose_profile_cannot_be_applied_at_all_is_read(tmp_path, monkeypatch):
+    """Pillow may have been built without the library for it, and says so when it is asked."""
+    monkeypatch.setattr(ImageCms, "ImageCmsProfile", mock.Mock(side_effect=ImportError))
+    with pytest.warns(UserWarning, match="it is left aside"):
+        path = saved(tmp_path, Image.new("L", (6, 4), 70), icc_profile=linear_grey_profile())
+        assert pixel(load_image(path, 4, "cpu")) == [70, 70, 70]
+
+
+def test_grey_that_is_stored_as_colours_has_its_profile_too(tmp_path, recwarn):
+    for image in (Image.new("RGBA", (6, 4), (55, 55, 55, 255)), Image.new("L", (6, 4), 55).convert("P")):
+        path = saved(tmp_path, image, icc_profile=linear_grey_profile())
+        assert pixel(load_image(path, 4, "cpu")) == pytest.approx([128] * 3, abs=2) and not recwarn.list
 
 
 def test_a_damaged_profile_is_left_aside_with_a_warning(tmp_path):
@@ -438,9 +494,9 @@ def test_what_is_too_fine_for_a_smaller_image_is_averaged_not_sampled():
     assert (resize(stripes, (30, 30)) - 0.5).abs().mean() < 0.05
 
 
-@pytest.mark.parametrize("size", [0, -3, 2.5, "256", None, True])
+@pytest.mark.parametrize("size", [0, -3, 2.5, "256", None, True, 10**400, torch.zeros(50, 50)])
 def test_a_bad_size_is_named(size, refuses):
-    with refuses(f"size is {size!r}"):
+    with refuses(f"size is {repr(size)[:10]}"):
         load_image(IMAGES / "content" / "chenonceau.jpg", size)
 
 
@@ -552,6 +608,9 @@ NO_IMAGES = {
         torch.zeros(1, 3, 4, 5).index_fill(3, torch.tensor(2), math.nan),
         "has values outside [-1, 2] or not",
     ),
+    "sparse": (torch.zeros(1, 3, 4, 5).to_sparse(), "is Tensor: an image"),
+    "without memory": (torch.zeros(1, 3, 4, 5, device="meta"), ""),
+    "of 8 bits": (torch.zeros(1, 3, 4, 5, dtype=torch.float8_e4m3fn), "is (1, 3, 4, 5) torch.float8_e4m3fn"),
     "endless": (torch.full((1, 3, 4, 5), math.inf), "has values outside [-1, 2] or not"),
 }
 
@@ -570,6 +629,29 @@ def test_what_is_no_image_is_refused_at_every_door(case, vgg, picture, refuses):
         for use in uses:
             with refuses(name + sentence):
                 use()
+
+
+def test_images_of_half_precision_are_taken(picture):
+    for dtype in (torch.float16, torch.bfloat16):
+        image = picture(4, 5).to(dtype)
+        assert resize(image, (8, 9)).shape == (1, 3, 8, 9) and to_pil(image).size == (5, 4)
+        assert difference_map(image, image).max() == 0
+
+
+def test_a_difference_needs_one_device(picture, refuses):
+    on_gpu = type("OnGPU", (torch.Tensor,), {"device": torch.device("cuda", 0)})  # so it says
+    with refuses("images on cuda:0 and cpu: a difference needs both on one device"):
+        difference_map(picture(4, 5).as_subclass(on_gpu), picture(4, 5))
+
+
+def test_what_does_not_fit_into_memory_is_said(tmp_path, monkeypatch, refuses):
+    path = saved(tmp_path, Image.new("RGB", (9, 7)))
+    for error in (MemoryError(), RuntimeError("[enforce fail] can't allocate memory: you tried to allocate 9 bytes")):
+        with monkeypatch.context() as patch, refuses(f"{str(path)!r} has too many pixels for the memory that is free"):
+            patch.setattr(torch, "from_numpy", mock.Mock(side_effect=error))
+            load_image(path)
+    with refuses("shape is (1000000, 1000000): that is too large"):
+        resize(torch.zeros(1, 3, 4, 5), (10**6, 10**6))
 
 
 def test_a_little_outside_is_taken_and_a_graph_too(vgg):

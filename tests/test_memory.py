@@ -17,7 +17,7 @@ from nst_engine.objective import Task
 from nst_engine.optimiser import ProjectedLBFGS
 from nst_engine.run import Run
 from nst_engine.tiles import cut_tiles, largest_window
-from nst_utils import reconstruct_content, synthesize_texture
+from nst_utils import load_vgg19, reconstruct_content, synthesize_texture
 
 CPU, ROOT = torch.device("cpu"), Path(__file__).resolve().parents[1]
 
@@ -99,6 +99,8 @@ FIRST = {
     "cpu/cpu.cfs_quota_us": 350000, "cpu/cpu.cfs_period_us": 100000,
 }  # fmt: skip
 FREE = {"memory.max": "max", "memory.current": 4 * GIB, "cpu.max": "max 100000"}
+LONG = {name.replace("cpu/", "cpu,cpuacct/"): text for name, text in FIRST.items()}
+READ = {"memory.stat": f"active_file {3 * GIB}\ninactive_file 5"}
 NARROW = {"memory.max": 5 * GIB, "cpu.max": "90 60"}
 ODD = {"memory.max": "lots", "cpu.max": "", "memory.stat": "a b c"}
 HUGE = {"memory/memory.limit_in_bytes": 2**63 - 4096, "cpu/cpu.cfs_quota_us": -1, "cpu/cpu.cfs_period_us": 100000}
@@ -126,6 +128,13 @@ GROUPS = {
     "the first version": (V1.format("docker/0123"), below("docker/0123", FIRST), (4 * GIB, 3.5)),
     "the first version, seen from within": (V1.format("docker/0123"), FIRST, (4 * GIB, 3.5)),
     "the first version without limits": (V1.format(""), HUGE, (2**63 - 4096, ENDLESS)),
+    "hybrid": ("3:cpu:/\n0::/\n", below("unified", SECOND), (3 * GIB, 2.5)),
+    "without the short name": (V1.format(""), LONG, (4 * GIB, 3.5)),
+    "slowed down from": ("0::/", SECOND | {"memory.high": 5 * GIB}, (2 * GIB, 2.5)),
+    "files that are read again and again": ("0::/", SECOND | READ, (5 * GIB + 5, 2.5)),
+    "no period": ("0::/", SECOND | {"cpu.max": "5000 0"}, (3 * GIB, ENDLESS)),
+    "one word": ("0::/", SECOND | {"cpu.max": "5000"}, (3 * GIB, ENDLESS)),
+    "no colons": ("nonsense\n", SECOND, (ENDLESS, ENDLESS)),
     "no groups": ("", {}, (ENDLESS, ENDLESS)),
     "what nobody understands": (
         "0::/\n",
@@ -213,6 +222,15 @@ def test_in_tiles_no_block_as_large_as_an_image_is_kept(budget_bytes, side, run_
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is in bytes elsewhere")
+def test_a_budget_is_measured_when_the_network_is_there(content, monkeypatch):
+    """It is in use by then, and what is left is less."""
+    order = []
+    monkeypatch.setattr(run_module, "load_vgg19", lambda **_: order.append("network") or load_vgg19(device="cpu"))
+    monkeypatch.setattr(run_module, "budget_of", lambda *_: order.append("budget") or 2**33)
+    Run(Task(content, None, ("conv1_1",)))
+    assert order == ["network", "budget"]
+
+
 def test_what_is_used_is_what_is_resident():
     import resource  # which Windows does not have
 

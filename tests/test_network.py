@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import io
 import os
+import ssl
 import types
 import urllib.error
 from pathlib import Path
@@ -19,6 +20,8 @@ from torchvision.models.vgg import cfgs, make_layers
 from nst_engine.errors import MissingFileError, UserError
 from nst_engine.layers import CONVOLUTIONS, FIRST_FIVE, RELUS, deepest, layer_name, stride
 from nst_engine.network import build_vgg19, cut_network, feature_maps, features, load_vgg19, map_size
+from nst_engine.objective import Task
+from nst_engine.run import Run
 from nst_engine.weights import OXFORD_SHA256, convolutions_of, read_weights
 from nst_utils import IMAGES, load_image
 
@@ -297,10 +300,12 @@ DOWNLOADS = {
     "a page that is cut off": (http.client.IncompleteRead(b""), "it cannot be reached"),
     "forbidden": (refused(403), "were refused by the server with 403"),
     "a proxy": (refused(407), "were refused by the server with 407"),
+    "a broken line": (ssl.SSLError("EOF occurred"), "it cannot be reached"),
+    "no route": (OSError(101, "Network is unreachable"), "it cannot be reached (Network is unreachable)"),
     "a full disk": (OSError(28, "No space left on device"), "cannot be stored in {home}: No space left on device"),
     "a login": (
         lambda *_: Answer(b"<html>Please log in</html>"),
-        "what came is another file, such as a page to log in",
+        "what came is cut off, or another file, such as",
     ),
 }
 
@@ -312,7 +317,7 @@ def test_why_torchvisions_weights_are_missing_is_said(case, torch_home, monkeypa
     error = MissingFileError if "be reached" in why else UserError
     with refuses(why.format(home=repr(str(torch_home / "hub" / "checkpoints"))), error):
         load_vgg19("torchvision", "cpu")
-    with refuses("use weights='oxford' instead", error):
+    with refuses("try again later, or use weights='oxford'", error):
         load_vgg19("torchvision", "cpu")
     assert not [path for path in torch_home.rglob("*") if path.is_file()]
 
@@ -353,10 +358,29 @@ def test_weights_without_permission_are_said(as_nobody, refuses):
             load_vgg19(path, "cpu")
 
 
-@pytest.mark.parametrize("weights", [None, 5, b"oxford", ["oxford"]])
+@pytest.mark.parametrize("weights", [None, 5, b"oxford", ["oxford"], "Oxford"])
 def test_what_is_no_path_of_weights_is_refused(weights, refuses):
-    with refuses(f"no weights at {weights!r}"):
+    missing = MissingFileError if isinstance(weights, str) else UserError
+    with refuses(f"no weights at {weights!r}: use 'oxford', 'torchvision' or the path of a file", missing):
         load_vgg19(weights, "cpu")
+
+
+def test_another_network_in_the_cache_is_named_by_its_path(torch_home, refuses):
+    path = torch_home / "hub" / "checkpoints" / "vgg19-dcbb9e9d.pth"
+    path.parent.mkdir(parents=True)
+    torch.save({"features.0.weight": torch.zeros(8, 3, 3, 3)}, path)
+    with refuses(f"the weights {str(path)!r} are not VGG-19's"):
+        load_vgg19("torchvision", "cpu")
+
+
+@pytest.mark.parametrize("vgg", ["oxford", 5, None, nn.Linear(2, 2), nn.Sequential()])
+def test_what_is_no_network_is_refused(vgg, image, refuses):
+    uses = [lambda: features(vgg, image, "conv1_1")]
+    if vgg is not None:  # the default
+        uses.append(lambda: Run(Task(image, None, ("conv1_1",)), vgg=vgg))
+    for use in uses:
+        with refuses("give a network from load_vgg19"):
+            use()
 
 
 def test_oxfords_weights_without_the_package(monkeypatch, refuses):

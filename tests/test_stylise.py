@@ -2,8 +2,10 @@
 
 import io
 import itertools
+import os
 import runpy
 import signal
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -119,7 +121,7 @@ def test_a_run_that_cannot_be_read_or_saved_is_kept(run, program, monkeypatch):
         with pytest.raises(SystemExit, match="is of other settings.*: give these, or move it away"):
             run(other)
     assert path.read_bytes() == kept
-    for content in (kept[:1000], b"", b"nonsense"):
+    for content in (kept[:1000], b"nonsense"):
         path.write_bytes(content)
         with pytest.raises(SystemExit, match="'photo_painting.safetensors' is damaged, or not a run: move it away"):
             run()
@@ -244,14 +246,59 @@ def test_long_names_and_names_that_the_terminal_cannot_show_end_no_run(run, monk
     assert Image.open(made).size == (96, 64) and len(made.encode()) < 205
 
 
-def test_a_terminal_that_has_gone_ends_no_run(run, monkeypatch):
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("gone", ["none", "closed", "broken", "full"])
+def test_a_terminal_that_has_gone_ends_no_run(gone, stream, run, monkeypatch):
     class Gone(io.StringIO):
         def write(self, text):
-            raise BrokenPipeError(32, "Broken pipe")
+            raise OSError({"broken": 32, "full": 28}[gone], gone)
 
-    monkeypatch.setattr(sys, "stdout", Gone())
+    terminal = {"none": None, "closed": io.StringIO()}.get(gone, Gone())
+    if gone == "closed":
+        terminal.close()
+    monkeypatch.setattr(sys, stream, terminal)
     assert len(run("--size", "66")) == 12
+    assert files() == ["painting.jpg", "photo.jpg", "photo_painting.png"] and getattr(sys, stream) is terminal
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the pipes of POSIX")
+@pytest.mark.parametrize("redirection", ["2>&-", ">&- 2>&-", "2>&1 | head -c0", "> /dev/full 2>&1"])
+def test_a_process_whose_terminal_has_gone_makes_its_picture(redirection, program):
+    words = f"{sys.executable} {ROOT / 'tools' / 'stylise.py'} photo.jpg painting.jpg --size 32 --evaluations 2"
+    command = f"set -o pipefail; {words} --device cpu {redirection}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    assert subprocess.run(["bash", "-c", command], env=environment).returncode == 0
     assert files() == ["painting.jpg", "photo.jpg", "photo_painting.png"]
+
+
+@pytest.mark.parametrize("arguments", [("--size", "2"), ("--style-size", "3"), ("--memory", "0.001")])
+def test_a_run_that_cannot_be_leaves_nothing_behind(arguments, run):
+    with pytest.raises(SystemExit, match="^error: "):
+        run(*arguments)
+    assert files() == ["painting.jpg", "photo.jpg"]
+    assert len(run()) == 12
+
+
+def test_a_run_that_was_killed_as_it_made_its_file_begins_anew(run):
+    Path("photo_painting.safetensors").touch()
+    assert len(run()) == 12 and files() == ["painting.jpg", "photo.jpg", "photo_painting.png"]
+
+
+def test_the_size_of_the_style_is_one_setting_however_it_is_said(run):
+    with pytest.raises(SystemExit):
+        run(stop=2)
+    assert len(run("--style-size", "64")) == 10
+
+
+def test_it_ends_as_by_ctrl_c_when_the_terminal_is_closed(run, monkeypatch):
+    """Unless that is to be ignored, as by nohup."""
+    for before, after in ((signal.SIG_DFL, signal.default_int_handler), (signal.SIG_IGN, signal.SIG_IGN)):
+        signal.signal(signal.SIGHUP, before)
+        try:
+            run("--evaluations", "1", "--output", f"{before:d}.png")
+            assert signal.getsignal(signal.SIGHUP) is after
+        finally:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize(
@@ -286,6 +333,7 @@ def test_on_cuda_memory_is_held_to(memory, share, program, monkeypatch):
         (["absent.jpg", "painting.jpg"], "no picture at 'absent.jpg'"),
         (["--style-weight", "nan"], "style_weight is nan"),
         (["--output", "nowhere/a.png"], "--output is 'nowhere/a.png': there is no folder 'nowhere'"),
+        *((["--output", name], f"--output is {str(Path(name))!r}: give a name that ends in .png") for name in "./"),
         (["--output", "a.jpg"], "--output is 'a.jpg': give a name that ends in .png"),
     ],
 )

@@ -353,6 +353,14 @@ REFUSED = [  # (what is said, task, options)
     *[(TWICE, task, {name: ["conv1_1", "conv1_2", "conv_2"]}) for task, name in LAYERS],
     *[("unknown layer 'conv_17'", task, {name: "conv_17"}) for task, name in LAYERS],
     ("unknown layer 'conv_17'", "texture", {"layers": ["conv1_1", "conv_17"]}),
+    ("unknown layer b'conv1_1'", "texture", {"layers": b"conv1_1"}),
+    ("unknown precision ['float32']", "texture", {"precision": ["float32"]}),
+    ("memory is 1e-12: that is too few GiB", "texture", {"memory": 1e-12}),
+    ("memory is 1000", "texture", {"memory": 10**400}),
+    ("content_weight is 1000", "transfer", {"content_weight": 10**400}),
+    ("evaluations is 1000", "transfer", {"evaluations": 10**400}),
+    ("callback is 5: give a function of an image and a Step", "transfer", {"callback": 5}),
+    ("vgg is 'oxford': give a network from load_vgg19", "transfer", {"vgg": "oxford"}),
 ]
 
 
@@ -365,6 +373,31 @@ def test_bad_input_is_named_in_one_sentence(sentence, task, options, settings, c
     }[task]
     with refuses(sentence):
         helper(**(pictures | settings | options))
+
+
+@pytest.mark.parametrize("task", [None, 5, "transfer", (1, 2)])
+def test_what_is_no_task_is_refused(task, settings, content, refuses):
+    run = nst.Run(nst.Task(content, None, ("conv1_1",)), vgg=settings["vgg"])
+    for use in (nst.Run, nst.optimise, run.retarget):
+        with refuses(f"task is {task!r}: give a Task"):
+            use(task)
+    for state in (None, {}, [1]):
+        with refuses(f"the state is {state!r}: give what state_dict of a run has returned"):
+            run.load_state_dict(state)
+
+
+def test_style_layers_without_weights_have_one_each(content, style):
+    tasks = (nst.Task(content, style, "conv1_2", layers) for layers in (["conv1_1"], {"conv1_1": 1.0}))
+    assert nst.as_task(next(tasks)).style_layers == nst.as_task(next(tasks)).style_layers == {"conv1_1": 1.0}
+
+
+def test_a_long_value_is_named_by_its_beginning(content, refuses):
+    """And where an image is out of range, how far."""
+    with pytest.raises(nst.UserError, match=r"no picture at tensor\(\[\[\[\[.* \(Tensor\): give the path") as caught:
+        nst.load_image(content)
+    assert len(str(caught.value)) < 200
+    with refuses("content has values outside [0, 1] or not finite, -0.5 to 1.75: an image holds RGB in [0, 1]"):
+        nst.reconstruct_content(torch.linspace(-0.5, 1.75, 60).view(1, 3, 4, 5))
 
 
 def test_a_bad_task_is_named_in_one_sentence(settings, content, style, refuses):

@@ -7,6 +7,7 @@ same command goes on from there. For several devices or processes: torchrun --np
 import argparse
 import contextlib
 import hashlib
+import io
 import json
 import os
 import signal
@@ -44,7 +45,10 @@ def parse(arguments):
     parser.add_argument("--memory", type=float, help="GiB that a process may take; by default what is free")
     parser.add_argument("--device", help="by default the best here")
     options = parser.parse_args(arguments)
+    options.style_size = options.size if options.style_size is None else options.style_size
     options.output = options.output or Path(f"{nst.joint_stem(options.content, options.style)}.png")
+    if options.output.suffix.lower() != ".png":
+        raise nst.UserError(f"--output is {str(options.output)!r}: give a name that ends in .png")
     options.state = options.output.with_suffix(".safetensors")
     return options
 
@@ -62,8 +66,6 @@ def settings_of(options):
 @contextlib.contextmanager
 def alone(options):
     """Have the output to oneself, until the end of this process, however it ends."""
-    if options.output.suffix.lower() != ".png":
-        raise nst.UserError(f"--output is {str(options.output)!r}: give a name that ends in .png")
     if not options.output.parent.is_dir():
         raise nst.UserError(f"--output is {str(options.output)!r}: there is no folder {str(options.output.parent)!r}")
     path = options.state.with_name(f".{options.state.name}.lock")
@@ -120,6 +122,9 @@ def begin(options, settings):
 
 def read(options, settings):
     """The state of the run that is to go on, empty if it has no evaluations yet; None if there is no run."""
+    with contextlib.suppress(OSError):
+        if options.state.stat().st_size == 0:  # of a run that was killed as it began
+            options.state.unlink()
     if not options.state.exists():
         if options.output.exists():
             raise nst.UserError(f"{str(options.output)!r} is there already: give another name with --output")
@@ -143,18 +148,12 @@ def read(options, settings):
     return tensors | state
 
 
-def say(text):
-    """Print a line; a terminal that has gone ends no run."""
-    with contextlib.suppress(OSError):
-        tqdm.write(text)
-
-
 def warn_of_size(options):
     """Say so where the content image has fewer pixels than the result is to have."""
     with Image.open(options.content) as file:
         side = min(file.size)
     if side < options.size:
-        say(f"{options.content} is {side} pixels wide or high: enlarged to {options.size} it has no more detail")
+        tqdm.write(f"{options.content} is {side} pixels wide or high: enlarged to {options.size} it has no more detail")
 
 
 # --- The run -------------------------------------------------------------------------------------
@@ -163,8 +162,7 @@ def warn_of_size(options):
 def stylise(options, first):
     """Make the image; first: whether this process is the one that prints and saves."""
     content = nst.load_image(options.content, options.size, options.device)
-    size = options.size if options.style_size is None else options.style_size
-    style, settings = nst.load_image(options.style, size, options.device), settings_of(options)
+    style, settings = nst.load_image(options.style, options.style_size, options.device), settings_of(options)
     with alone(options) if first else contextlib.nullcontext():
         begun = read(options, settings)
         task = nst.Task(content, style, ("conv1_2",), LAYERS, 1.0, options.style_weight)
@@ -185,10 +183,12 @@ def stylise(options, first):
                 image = nst.to_pil(nst.resize(run.image, run.shape))
                 write(options.output, lambda path: image.save(path, format="PNG"))
                 options.state.unlink(missing_ok=True)
-                say(f"{options.output}: {run.shape[1]} x {run.shape[0]} pixels")
+                tqdm.write(f"{options.output}: {run.shape[1]} x {run.shape[0]} pixels")
         except BaseException:  # an interrupt, or another process that has died
-            if first:
+            if first and (begun or run.state_dict()["left"] < options.evaluations):
                 save(options, run, settings)
+            elif first:  # nothing has been evaluated yet
+                options.state.unlink(missing_ok=True)
             raise
 
 
@@ -205,7 +205,7 @@ def work(run, options, settings, first):
     with tqdm(total=run.pixels_left / 1e6, unit="Mpx", bar_format=BAR, disable=not first, dynamic_ncols=True) as bar:
         while step := run.step():
             if first and not described and step.shape == run.shape:
-                say(run.describe())
+                tqdm.write(run.describe())
                 described = True
             pixels = step.shape[0] * step.shape[1] / 1e6
             bar.update(min(pixels, bar.total - bar.n))  # what a coarse scale spares goes to the last
@@ -215,10 +215,35 @@ def work(run, options, settings, first):
                 saved = time.monotonic()
 
 
+class Terminal(io.TextIOBase):
+    """A stream that takes every text: what it cannot show is shown by its codes, and when it has gone nothing is."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        try:
+            self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            self.stream.flush()
+        except (OSError, ValueError, AttributeError):  # its other end is closed, it is full or closed, or there is none
+            with contextlib.suppress(OSError, AttributeError):  # so that what it has kept goes somewhere
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        return len(text)
+
+    def fileno(self):
+        return self.stream.fileno()
+
+
 def main():
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
-    with contextlib.suppress(AttributeError):  # a name that this terminal cannot show is shown by its codes
-        sys.stdout.reconfigure(errors="backslashreplace")
+    for name in ("SIGTERM", "SIGHUP"):  # ends as Ctrl-C does
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:
+            signal.signal(getattr(signal, name), signal.default_int_handler)
+    with contextlib.redirect_stdout(Terminal(sys.stdout)), contextlib.redirect_stderr(Terminal(sys.stderr)):
+        run_program()
+
+
+def run_program():
     options, several = None, int(os.environ.get("WORLD_SIZE", 1)) > 1
     try:
         options = parse(sys.argv[1:])
