@@ -55,7 +55,8 @@ def as_whole(value, name: str, unit: str = "") -> int:
     except (TypeError, ValueError, RuntimeError):  # the last two of a tensor with several values
         number = 0
     if not 1 <= number <= LARGEST_NUMBER:
-        raise UserError(f"{name} is {shown(value)}: it must be a whole number{unit}, 1 or more and at most 1e9")
+        allowed = "1 or more" if number < 1 else "at most 1e9"
+        raise UserError(f"{name} is {shown(value)}: it must be a whole number{unit}, {allowed}")
     return number
 
 

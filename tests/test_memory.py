@@ -234,7 +234,8 @@ def test_a_budget_is_measured_when_the_network_is_there(content, monkeypatch):
 def test_what_is_used_is_what_is_resident():
     import resource  # which Windows does not have
 
-    assert memory.used_memory(CPU) <= 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # The kernel counts in batches, so at the peak itself it may be some pages less.
+    assert memory.used_memory(CPU) <= 1.01 * 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def test_a_correction_pair_is_counted_as_it_is_stored():
