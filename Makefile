@@ -1,4 +1,6 @@
-PYTHON ?= python3.11
+# The first Python that runs and is 3.11 or newer: a name on PATH may be a shim that fails.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.14 python3 python; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 VENV ?= .venv
 BIN = $(VENV)/bin
 NBGRADER ?= .venv-nbgrader
@@ -9,7 +11,7 @@ PIP_OPTIONS ?=
 run: $(VENV)/installed  ## execute the three notebooks with progress and render them to rendered/*.html
 	$(BIN)/python tools/run_notebooks.py
 
-check: $(VENV)/installed  ## style and unit tests
+check: $(VENV)/for-developers  ## style and unit tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pytest -m "not browser"
@@ -17,7 +19,7 @@ check: $(VENV)/installed  ## style and unit tests
 test: check  ## check, and the notebooks executed again and compared
 	$(BIN)/pytest --nbval --nbval-current-env --nbval-cell-timeout 1800 notebooks
 
-test-browser: $(VENV)/installed  ## the panel in JupyterLab, driven by Chromium; screenshots in test-artifacts/
+test-browser: $(VENV)/for-developers  ## the panel in JupyterLab, driven by Chromium; screenshots in test-artifacts/
 	$(BIN)/pytest -m browser -rs
 
 lab: $(VENV)/installed  ## open JupyterLab, which takes uploads of up to 200 MB
@@ -29,16 +31,23 @@ notebooks: $(VENV)/installed  ## execute the notebooks and store their outputs, 
 assignment: $(NBGRADER)/installed  ## the notebooks as homework, without solutions, in assignment/
 	$(NBGRADER)/bin/python tools/make_assignment.py
 
-test-assignment: $(VENV)/installed $(NBGRADER)/installed  ## grade the homework's solution and four wrong submissions
+test-assignment: $(VENV)/for-developers $(NBGRADER)/installed  ## grade the homework's solution and four wrong submissions
 	$(NBGRADER)/bin/python tools/check_assignment.py $(BIN)/python
 
 $(VENV)/installed: requirements.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "No Python of 3.11 or newer was found: install one, or say make PYTHON=..."; exit 1; }
+	@echo "Installing into $(VENV): a few minutes and 6 GB, most of it torch for NVIDIA GPUs; without one, see Troubleshooting in README.md."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install $(PIP_OPTIONS) -r requirements.txt
+	$(BIN)/python -m pip install $(PIP_OPTIONS) -r requirements.txt -e .
+	touch $@
+
+$(VENV)/for-developers: $(VENV)/installed requirements-dev.txt
+	$(BIN)/python -m pip install $(PIP_OPTIONS) -r requirements-dev.txt
 	touch $@
 
 # nbgrader has an environment of its own, which only those who give the homework need.
 $(NBGRADER)/installed: tools/nbgrader.txt
+	@test -n "$(PYTHON)" || { echo "No Python of 3.11 or newer was found: install one, or say make PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(NBGRADER)
 	$(NBGRADER)/bin/python -m pip install $(PIP_OPTIONS) -r tools/nbgrader.txt
 	touch $@

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from nst_engine.checks import as_layers, as_task, as_whole, check_feature_map
 from nst_engine.errors import UserError, sentence
-from nst_engine.figures import display_figure, plot_losses, show_images
+from nst_engine.figures import display_figure, draw_losses, jpeg, plot_losses, show_images
 from nst_engine.files import file_version, joint_stem, write_new, write_numbered
 from nst_engine.images import (
     IMAGES,
@@ -46,8 +46,9 @@ __all__ = [
     "CONVOLUTIONS", "RELUS", "FIRST_FIVE", "layer_name", "load_vgg19", "features",
     "gram_matrix", "gram_matrices", "content_loss", "style_loss", "make_objective",
     "Task", "Run", "Step", "Result", "optimise", "reconstruct_content", "synthesize_texture", "transfer_style",
-    "show_images", "plot_losses", "display_figure", "UserError", "as_task", "as_whole", "as_layers",
-    "check_network", "sentence", "is_picture", "file_version", "joint_stem", "write_new", "write_numbered",
+    "show_images", "plot_losses", "display_figure", "jpeg", "draw_losses",
+    "UserError", "sentence", "as_task", "as_whole", "as_layers", "check_network",
+    "is_picture", "file_version", "joint_stem", "write_new", "write_numbered",
 ]
 # fmt: on
 

@@ -109,27 +109,6 @@ class Painter:
         return nst.Task(content, style, content_layers, style_layers, settings.content_weight, settings.style_weight)
 
 
-# --- Drawing -------------------------------------------------------------------------------------
-
-
-def jpeg(image: Tensor) -> bytes:
-    """An image (1, 3, H, W) as the bytes of a JPEG file: drawn in a tenth of the time of a PNG."""
-    buffer = io.BytesIO()
-    nst.to_pil(image).save(buffer, "jpeg", quality=88)
-    return buffer.getvalue()
-
-
-def draw_losses(curves: list[tuple]) -> bytes:
-    """Loss curves as the bytes of a PNG file; curves: [(total, weighted content loss, weighted style loss), ...]."""
-    totals, contents, styles = zip(*curves)
-    both = any(contents) and any(styles)  # or else the other curve would lie on the total
-    named = {"total": totals} | ({"content × its weight": contents, "style × its weight": styles} if both else {})
-    figure = nst.plot_losses(named, size=(5.2, 2.3))
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=100)
-    return buffer.getvalue()
-
-
 # --- The widgets ---------------------------------------------------------------------------------
 
 WRAP = {"flex_flow": "row wrap", "width": "100%"}
@@ -161,6 +140,12 @@ def tree(widget: widgets.Widget) -> Iterator[widgets.Widget]:
             yield part
     for child in getattr(widget, "children", ()):
         yield from tree(child)
+
+
+def uploaded_files(value: tuple | dict) -> list[tuple[str, bytes]]:
+    """[(name, content)] of a FileUpload's value: a tuple since ipywidgets 8, before that a dict by names."""
+    named = value.items() if isinstance(value, dict) else ((file["name"], file) for file in value)
+    return [(name, bytes(file["content"])) for name, file in named]
 
 
 def labelled(label: str, kind: str, options: dict) -> widgets.Widget:
@@ -433,9 +418,11 @@ class Studio:
     @action
     def take_upload(self, kind: str) -> None:
         """Offer the uploaded images, each in a folder of its own, and choose the last."""
-        files, self.uploaders[kind].value = self.uploaders[kind].value, ()  # so that the same file may come again
-        for file in files:
-            content, given = bytes(file["content"]), Path(file["name"]).name.encode(errors="replace").decode()
+        uploader = self.uploaders[kind]
+        files = uploaded_files(uploader.value)
+        uploader.set_trait("value", type(uploader.value)())  # so that the same file may come again
+        for name, content in files:
+            given = Path(name).name.encode(errors="replace").decode()
             name = Path(re.sub(r'[\x00-\x1f<>:"/\\|?*]+', " ", given).strip(" .") or "picture")
             folder = Path(self.uploads.name, hashlib.sha256(content).hexdigest())
             path = folder / (nst.joint_stem(name) + name.suffix[:10])
@@ -462,7 +449,7 @@ class Studio:
         for kind, control in self.choices.items():
             wanted = control.value, nst.file_version(control.value)
             if self.drawn.get(kind) != wanted:
-                self.display.inputs[kind].value = jpeg(nst.load_image(control.value, INPUT, "cpu"))
+                self.display.inputs[kind].value = nst.jpeg(nst.load_image(control.value, INPUT, "cpu"))
                 self.drawn[kind] = wanted
 
     # The loop
@@ -519,11 +506,11 @@ class Studio:
         reference = {"the start": painter.first, "the snapshot": self.snapshot}.get(compare)
         if reference is not None:
             error = nst.difference_map(image, nst.resize(reference, image.shape[-2:]))
-            difference, mean = jpeg(error), error.mean().item()
+            difference, mean = nst.jpeg(error), error.mean().item()
         if len(painter.curves) > 1 and (with_chart or time.perf_counter() > self.last_chart + CHART):
-            chart, self.last_chart = draw_losses(painter.curves), time.perf_counter()
+            chart, self.last_chart = nst.draw_losses(painter.curves), time.perf_counter()
         about = image, painter.last, settings, painter.start, len(painter.curves)
-        return Frame(*about, jpeg(image), difference, mean, chart)
+        return Frame(*about, nst.jpeg(image), difference, mean, chart)
 
     def tell(self, state: str | None = None, note: str | None = None) -> None:
         """Change to `state`, and say in the status line what goes on; by default state and note stay."""

@@ -28,7 +28,8 @@ def pick_precisions(device: torch.device, precision: str | None = None) -> tuple
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        instructions = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        # torch before 2.11 does not say.
+        instructions = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
         fast = instructions.get("amx_bf16") or instructions.get("avx512_bf16")
     return ("bfloat16", "float32") if fast else ("float32",)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from IPython.display import publish_display_data
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from .checks import as_number, as_whole, check_shown
 from .errors import UserError
@@ -74,3 +75,21 @@ def display_figure(figure: Figure, alt: str) -> None:
     figure.savefig(buffer, format="jpeg", dpi=120, pil_kwargs={"quality": 85}, bbox_inches="tight", pad_inches=0.06)
     picture = base64.b64encode(buffer.getvalue()).decode()
     publish_display_data({"image/jpeg": picture, "text/plain": alt}, metadata={"image/jpeg": {"alt": alt}})
+
+
+def jpeg(image: Tensor) -> bytes:
+    """An image (1, 3, H, W) as the bytes of a JPEG file: drawn in a tenth of the time of a PNG."""
+    buffer = io.BytesIO()
+    to_pil(image).save(buffer, "jpeg", quality=88)
+    return buffer.getvalue()
+
+
+def draw_losses(curves: list[tuple]) -> bytes:
+    """Loss curves as the bytes of a PNG file; curves: [(total, weighted content loss, weighted style loss), ...]."""
+    totals, contents, styles = zip(*curves)
+    both = any(contents) and any(styles)  # or else the other curve would lie on the total
+    named = {"total": totals} | ({"content × its weight": contents, "style × its weight": styles} if both else {})
+    figure = plot_losses(named, size=(5.2, 2.3))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=100)
+    return buffer.getvalue()

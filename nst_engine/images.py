@@ -19,7 +19,9 @@ from .errors import UserError
 from .files import as_file, reason
 from .layers import Shape
 
-IMAGES = Path(__file__).resolve().parent.parent / "images"
+# Of an installed package its data, of a clone the folder at the top.
+_FOLDERS = Path(__file__).resolve().with_name("pictures"), Path(__file__).resolve().parents[1] / "images"
+IMAGES = next((folder for folder in _FOLDERS if folder.is_dir()), _FOLDERS[-1])
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:

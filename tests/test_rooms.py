@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = {path.stem: path for path in [ROOT / "nst_utils.py", ROOT / "nst_widgets.py", *ROOT.glob("nst_engine/*.py")]}
+TOP = [ROOT / f"nst_{name}.py" for name in ("utils", "widgets", "stylise")]
+FILES = {path.stem: path for path in [*TOP, *ROOT.glob("nst_engine/*.py")]}
 ENGINE = {name for name, path in FILES.items() if path.parent.name == "nst_engine"}
 
 
@@ -31,7 +32,7 @@ def test_imports_run_one_way():
     assert ENGINE > {"losses", "network", "optimiser"}
     assert not {name: found - ENGINE for name, found in IMPORTS.items() if name in ENGINE and found - ENGINE}
     assert IMPORTS["nst_utils"] < ENGINE
-    assert IMPORTS["nst_widgets"] == {"nst_utils"}
+    assert IMPORTS["nst_widgets"] == IMPORTS["nst_stylise"] == {"nst_utils"}
     list(graphlib.TopologicalSorter(IMPORTS).static_order())  # a CycleError names the circle
 
 

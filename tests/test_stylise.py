@@ -1,9 +1,8 @@
-"""tools/stylise.py: one picture, and nothing lost when it is interrupted."""
+"""nst_stylise.py: one picture, and nothing lost when it is interrupted."""
 
 import io
 import itertools
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from interruption import Interruption, middles
 from PIL import Image
 from safetensors.torch import save_file
 
+import nst_stylise
 import nst_utils
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,12 +24,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def program(tmp_path, monkeypatch):
-    """The program's names, in an empty folder with a photograph of 96 x 64 pixels and a painting; two scales."""
+    """The program's module, in an empty folder with a photograph of 96 x 64 pixels and a painting; two scales."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(nst_utils.Task, "smallest_side", 32)
     for name, source in {"photo.jpg": "content/chenonceau.jpg", "painting.jpg": "style/starry_night.jpg"}.items():
         Image.open(ROOT / "images" / source).resize((96, 64)).save(name)
-    return runpy.run_path(str(ROOT / "tools" / "stylise.py"))
+    return nst_stylise
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def run(program, monkeypatch):
 
     stop: raise KeyboardInterrupt when so many are evaluated. at: {number: a function to call after that evaluation}.
     """
-    bar = program["tqdm"]
+    bar = program.tqdm
 
     def running(*arguments, stop=None, at=None):
         seen, running.done = [], []
@@ -53,11 +53,11 @@ def run(program, monkeypatch):
                 if len(seen) == stop:
                     raise KeyboardInterrupt
 
-        monkeypatch.setitem(program["main"].__globals__, "tqdm", Bar)
+        monkeypatch.setattr(program, "tqdm", Bar)
         words = ["--size", "64", "--evaluations", "12", "--device", "cpu", *arguments]
         images = [] if arguments and not arguments[0].startswith("-") else ["photo.jpg", "painting.jpg"]
         monkeypatch.setattr(sys, "argv", ["stylise.py", *images, *words])
-        program["main"]()
+        program.main()
         return seen
 
     before = signal.getsignal(signal.SIGTERM)
@@ -97,7 +97,7 @@ def test_a_run_that_is_interrupted_anywhere_loses_nothing(run, capsys):
 
     Before the run begins there is nothing to go on from.
     """
-    code = ROOT / "nst_engine", ROOT / "nst_utils.py", ROOT / "tools"
+    code = ROOT / "nst_engine", ROOT / "nst_utils.py", ROOT / "nst_stylise.py"
     with Interruption(1, code[0] / "images.py"), pytest.raises(SystemExit, match="begins again, nothing is saved"):
         run()
     assert len(list(Path().iterdir())) == 2
@@ -136,7 +136,7 @@ def test_a_run_that_cannot_be_read_or_saved_is_kept(run, program, monkeypatch):
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setitem(program["main"].__globals__, "save_file", full)
+        patch.setattr(program, "save_file", full)
         with pytest.raises(SystemExit, match="cannot be written, and is as it was: No space left on device"):
             run(stop=2)
     assert path.read_bytes() == kept and len(list(Path().iterdir())) == 4
@@ -145,11 +145,12 @@ def test_a_run_that_cannot_be_read_or_saved_is_kept(run, program, monkeypatch):
 
 def test_the_picture_is_saved_when_half_a_minute_has_passed(run, program, monkeypatch):
     """By a clock that goes on by twelve seconds at each look."""
-    names, times = program["main"].__globals__, []
-    monkeypatch.setitem(names, "time", types.SimpleNamespace(monotonic=itertools.count(0, 12).__next__))
-    saving = program["save"]
-    monkeypatch.setitem(
-        names, "save", lambda options, run, *rest: times.append(run.state_dict()["left"]) or saving(options, run, *rest)
+    times, saving = [], program.save
+    monkeypatch.setattr(program, "time", types.SimpleNamespace(monotonic=itertools.count(0, 12).__next__))
+    monkeypatch.setattr(
+        program,
+        "save",
+        lambda options, run, *more: times.append(run.state_dict()["left"]) or saving(options, run, *more),
     )
     run()
     assert times == [9, 6, 3, 0]
@@ -161,6 +162,15 @@ def test_a_painting_may_have_another_size_and_more_pixels_than_the_photograph_ha
     run("--size", "80", "--style-size", "72", "--evaluations", "1")
     assert [call.args[1] for call in load.mock_calls] == [80, 72]
     assert "photo.jpg is 64 pixels wide or high: enlarged to 80 it has no more detail" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the signals of POSIX")
+def test_an_interrupt_while_torch_is_read_is_answered_in_a_sentence(tmp_path):
+    """By a stand-in for torch that interrupts the process."""
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nprint('it goes on')")
+    program, environment = str(ROOT / "tools" / "stylise.py"), {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("", "interrupted: the same command begins again, nothing is saved\n")
 
 
 def files():
@@ -317,8 +327,8 @@ def test_on_cuda_memory_is_held_to(memory, share, program, monkeypatch):
     asked, device = [], torch.device("cuda", 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: mock.Mock(total_memory=16 * 2**30))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: asked.append(given))
-    program["hold_to"](memory, device)
-    program["hold_to"](memory, torch.device("cpu"))
+    program.hold_to(memory, device)
+    program.hold_to(memory, torch.device("cpu"))
     assert asked == ([(share, device)] if memory else [])
 
 

@@ -231,8 +231,8 @@ def test_after_an_error_a_step_goes_on_from_the_present_image(height, watched, q
 def test_the_chart_shows_the_total_and_both_weighted_losses(monkeypatch):
     figures, savefig = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: figures.append(self) or savefig(self, *a, **k))
-    assert nst_widgets.draw_losses([(9.0, 6.0, 3.0), (5.0, 4.0, 1.0)]).startswith(b"\x89PNG")
-    nst_widgets.draw_losses([(9.0, 0.0, 9.0), (5.0, 0.0, 5.0)])  # a texture
+    assert nst.draw_losses([(9.0, 6.0, 3.0), (5.0, 4.0, 1.0)]).startswith(b"\x89PNG")
+    nst.draw_losses([(9.0, 0.0, 9.0), (5.0, 0.0, 5.0)])  # a texture
     curves = [{line.get_label(): line.get_ydata().tolist() for line in figure.axes[0].lines} for figure in figures]
     both = {"total": [9, 5], "content × its weight": [6, 4], "style × its weight": [3, 1]}
     assert curves == [both, {"total": [9, 5]}]
@@ -606,7 +606,7 @@ def test_what_goes_wrong_in_a_control_is_said(panel, tmp_path):
     assert note(panel) == f"no picture at {str(gone)!r}: give the path of a file"
     panel.choices["style"].value = NIGHT
     assert note(panel) == ""
-    panel.uploaders["style"].value = uploaded(7, b"")
+    upload(panel, "style", (7, b""))
     unforeseen = note(panel)
     assert unforeseen.startswith("TypeError: ")
     release(panel, 2)
@@ -637,27 +637,33 @@ def test_names_of_any_length_can_be_saved(panel, tmp_path, monkeypatch):
     """File systems count bytes, of which an ideogram has three."""
     monkeypatch.chdir(tmp_path)
     for kind, letter in (("content", "浮"), ("style", "é")):
-        panel.uploaders[kind].value = uploaded(f"{letter * 150}.jpg", WAVE.read_bytes())
+        upload(panel, kind, (f"{letter * 150}.jpg", WAVE.read_bytes()))
     start(panel)
     press(panel, "Save")
     (file,) = Path("saved").iterdir()
     assert note(panel) == f"saved {file}" and file.name.startswith("浮浮") and "_éé" in file.name
 
 
-def uploaded(name, content):
-    now = datetime.datetime.now(datetime.UTC)
-    return ({"name": name, "type": "", "size": len(content), "content": memoryview(content), "last_modified": now},)
+def upload(panel, kind, *files):
+    """As the browser does; files: (name, content)."""
+    now, uploader = datetime.datetime.now(datetime.UTC), panel.uploaders[kind]
+    about = [{"name": name, "type": "", "size": len(content), "last_modified": now} for name, content in files]
+    if isinstance(uploader.value, dict):  # ipywidgets 7
+        value = {name: {"metadata": each, "content": content} for each, (name, content) in zip(about, files)}
+    else:
+        value = tuple(each | {"content": memoryview(content)} for each, (_, content) in zip(about, files))
+    uploader.set_trait("value", value)
 
 
 def test_an_upload_of_any_name_is_offered_and_a_file_that_is_no_image_is_not(panel):
     choice, stems = panel.choices["style"], set()
     offered = len(choice.options)
-    panel.uploaders["style"].value = uploaded("notes.txt", b"no picture")
+    upload(panel, "style", ("notes.txt", b"no picture"))
     assert "'notes.txt' is not a picture" in note(panel) and len(choice.options) == offered
     names = ("..", "a.b.jpg", "a/b\0c.jpg", 300 * "x" + ".jpg", "C:\\mine.jpg", "<b>ü &.jpg", "../mine.jpg")
     for name in names:
         before = choice.value
-        panel.uploaders["style"].value = uploaded(name, WAVE.read_bytes())
+        upload(panel, "style", (name, WAVE.read_bytes()))
         assert choice.value.read_bytes() == WAVE.read_bytes() and str(choice.value).startswith(panel.uploads.name)
         stems.add(choice.value.stem)
         assert choice.value != before and len(choice.options) == offered + len(stems) and note(panel) == ""
@@ -670,42 +676,50 @@ def test_an_upload_of_any_name_is_offered_and_a_file_that_is_no_image_is_not(pan
 def test_uploads_of_one_name_do_not_meet(panel):
     """A style named like the content, another image of the same name, a damaged one: each keeps its own."""
     castle, wave, night = (path.read_bytes() for path in (CASTLE, WAVE, NIGHT))
-    panel.uploaders["content"].value = uploaded("mine.jpg", castle)
-    panel.uploaders["style"].value = uploaded("mine.jpg", wave)
+    upload(panel, "content", ("mine.jpg", castle))
+    upload(panel, "style", ("mine.jpg", wave))
     content, style = panel.choices["content"].value, panel.choices["style"].value
     assert (content.read_bytes(), style.read_bytes()) == (castle, wave)
-    panel.uploaders["style"].value = uploaded("mine.jpg", night)
+    upload(panel, "style", ("mine.jpg", night))
     changed = panel.choices["style"].value
     assert changed != style and changed.read_bytes() == night  # another path, so that nothing old is remembered
     labels = dict(panel.choices["style"].options)
     assert (labels["mine"], labels["mine.jpg"]) == (style, changed)
-    panel.uploaders["style"].value = uploaded("mine.jpg", night[:999])
+    upload(panel, "style", ("mine.jpg", night[:999]))
     assert "'mine.jpg' is cut off" in note(panel)
     assert panel.choices["style"].value == changed and changed.read_bytes() == night
 
 
+def test_uploads_have_either_form_of_ipywidgets():
+    expected = [("a.jpg", b"one"), ("b c.png", b"two")]
+    eight = tuple({"name": name, "size": 3, "content": memoryview(content)} for name, content in expected)
+    seven = {name: {"metadata": {"name": name, "size": 3}, "content": content} for name, content in expected}
+    assert nst_widgets.uploaded_files(eight) == nst_widgets.uploaded_files(seven) == expected
+    assert nst_widgets.uploaded_files(()) == nst_widgets.uploaded_files({}) == []
+
+
 def test_the_same_file_may_be_uploaded_again(panel):
-    choice, upload = panel.choices["content"], panel.uploaders["content"]
+    choice = panel.choices["content"]
     for _ in range(2):
-        upload.value = uploaded("holiday.jpg", CASTLE.read_bytes())
-        assert choice.value.name == "holiday.jpg" and upload.value == ()
+        upload(panel, "content", ("holiday.jpg", CASTLE.read_bytes()))
+        assert choice.value.name == "holiday.jpg" and not panel.uploaders["content"].value
         choice.value = CASTLE
     assert [path.name for _, path in choice.options].count("holiday.jpg") == 1
 
 
 def test_of_two_files_the_sound_one_is_taken_and_the_other_named(panel):
-    bad, good = uploaded("bad.jpg", b"x"), uploaded("good.jpg", WAVE.read_bytes())
-    for files in (bad + good, good + bad):
+    bad, good = ("bad.jpg", b"x"), ("good.jpg", WAVE.read_bytes())
+    for files in ((bad, good), (good, bad)):
         panel.choices["style"].value = NIGHT
-        panel.uploaders["style"].value = files
+        upload(panel, "style", *files)
         assert panel.choices["style"].value.name == "good.jpg" and "'bad.jpg' is not a picture" in note(panel)
 
 
 def test_of_several_files_that_are_no_images_each_is_named(panel):
     thin = io.BytesIO()
     Image.new("L", (20000, 1)).save(thin, "png")
-    files = uploaded("bad.jpg", b"x"), uploaded("thin.png", thin.getvalue()), uploaded("notes.txt", b"y")
-    panel.uploaders["style"].value = sum(files, ())
+    files = ("bad.jpg", b"x"), ("thin.png", thin.getvalue()), ("notes.txt", b"y")
+    upload(panel, "style", *files)
     assert "'bad.jpg' is not a picture" in note(panel) and "'notes.txt' is not a picture" in note(panel)
     assert "'thin.png' would be 2600000 x 130 pixels" in note(panel)
     assert panel.choices["style"].value == NIGHT and len(panel.choices["style"].options) == 8
@@ -714,13 +728,13 @@ def test_of_several_files_that_are_no_images_each_is_named(panel):
 @pytest.mark.parametrize("name", ["Mu\u0308ller", "हिन्दी", "浮世絵", "a 🙂", "e\u0301", "two  words", "it's"])
 def test_a_name_is_kept_in_every_script(name, panel):
     """With the marks that belong to its letters; macOS writes them apart."""
-    panel.uploaders["style"].value = uploaded(f"{name}.jpg", WAVE.read_bytes())
+    upload(panel, "style", (f"{name}.jpg", WAVE.read_bytes()))
     assert panel.choices["style"].value.name == f"{name}.jpg" and note(panel) == ""
     assert name in dict(panel.choices["style"].options)
 
 
 def test_half_a_character_in_a_name_is_replaced(panel):
-    panel.uploaders["style"].value = uploaded("a\ud800b.jpg", WAVE.read_bytes())
+    upload(panel, "style", ("a\ud800b.jpg", WAVE.read_bytes()))
     assert panel.choices["style"].value.name == "a b.jpg" and note(panel) == ""
 
 
@@ -732,7 +746,7 @@ def test_a_closed_panel_does_nothing(panel, tmp_path, monkeypatch):
     panel.close()
     for method in ("start", "step", "pause", "restart", "keep", "save", "reset", "moved"):
         getattr(panel, method)()
-    panel.uploaders["style"].value = uploaded("a.jpg", WAVE.read_bytes())
+    upload(panel, "style", ("a.jpg", WAVE.read_bytes()))
     assert panel.state == "closed" and note(panel) == "" and not [*tmp_path.iterdir()]
     panel.painter = painter
 
@@ -763,7 +777,7 @@ def test_pictures_alone_are_offered_each_by_a_name_of_its_own(pictures, clock, o
     ]
     chosen = []
     panel.choices["style"].observe(lambda change: chosen.append(change.new.name), "value")
-    panel.uploaders["style"].value = uploaded("great wave.jpg", NIGHT.read_bytes())
+    upload(panel, "style", ("great wave.jpg", NIGHT.read_bytes()))
     assert chosen == ["great wave.jpg"]  # at once, with no other in between
     labels = [label for label, _ in panel.choices["style"].options]
     assert len({*labels}) == len(labels) == 4 and note(panel) == ""
@@ -796,7 +810,7 @@ def test_a_file_that_is_written_again_is_seen_by_the_run_and_among_the_inputs(pa
     shutil.copy(WAVE, mine)
     panel.step()
     until(panel, lambda: panel.state == "paused" and panel.shown.evaluations == 2)
-    assert panel.display.inputs["style"].value == nst_widgets.jpeg(nst.load_image(WAVE, 130, "cpu")) != shown
+    assert panel.display.inputs["style"].value == nst.jpeg(nst.load_image(WAVE, 130, "cpu")) != shown
     mine.unlink()
     panel.step()
     until(
