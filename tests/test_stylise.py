@@ -3,6 +3,7 @@
 import io
 import itertools
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -274,8 +275,8 @@ def test_a_terminal_that_has_gone_ends_no_run(gone, stream, run, monkeypatch):
 @pytest.mark.skipif(sys.platform == "win32", reason="the pipes of POSIX")
 @pytest.mark.parametrize("redirection", ["2>&-", ">&- 2>&-", "2>&1 | head -c0", "> /dev/full 2>&1"])
 def test_a_process_whose_terminal_has_gone_makes_its_picture(redirection, program):
-    words = f"{sys.executable} {ROOT / 'tools' / 'stylise.py'} photo.jpg painting.jpg --size 32 --evaluations 2"
-    command = f"set -o pipefail; {words} --device cpu {redirection}"
+    words = [sys.executable, str(ROOT / "tools" / "stylise.py"), "photo.jpg", "painting.jpg", "--size=32"]
+    command = f"set -o pipefail; {shlex.join(words)} --evaluations 2 --device cpu {redirection}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     assert subprocess.run(["bash", "-c", command], env=environment).returncode == 0
     assert files() == ["painting.jpg", "photo.jpg", "photo_painting.png"]
