@@ -35,23 +35,24 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
     if device is None:
         while problem := problem_of(here[0]):
             name = here.pop(0)
-            why = f"{name!r} has no memory left" if problem == "full" else f"the installed torch cannot use {name!r}"
-            warnings.warn(f"{why}, which is passed over", stacklevel=2)
+            warnings.warn(f"{name!r} {problem}, and is passed over", stacklevel=2)
         device = here[0]
     elif problem := problem_of(device):
-        if problem == "full":
-            raise UserError(f"device {device!r} has no memory left: end what else runs on it, or use 'cpu'")
-        raise UserError(f"unknown device {device!r}: this machine has {', '.join(here)}")
+        raise UserError(f"device {device!r} {problem}: this machine has {', '.join(here)}")
     chosen = torch.device(device)
     return torch.device("cuda", torch.cuda.current_device()) if str(chosen) == "cuda" else chosen
 
 
 def problem_of(device: str | torch.device) -> str | None:
-    """None if torch computes on `device`, "full" or "unknown": a GPU may be there and torch have no code for it."""
+    """None if torch computes on `device`, or why it does not, as the end of a sentence."""
     try:
         torch.zeros(1, device=torch.device(device)).add(1).item()
     except (RuntimeError, AssertionError, TypeError, ImportError) as error:
-        return "full" if re.search("out of memory", str(error)) else "unknown"
+        if "out of memory" in str(error):
+            return "has no memory left (end what else runs on it)"
+        if "no kernel image" in str(error):
+            return "is older than the installed torch has code for (where there is a choice, take a T4, not a P100)"
+        return "is unknown"
     return None
 
 

@@ -25,10 +25,11 @@ from .weights import ADVICE, NAMED, convolutions_of, place_of, read_weights
 def load_vgg19(weights: str | Path = "oxford", device: str | torch.device | None = None) -> nn.Sequential:
     """The convolutional part of VGG-19 [VGG], frozen, for images in [0, 1].
 
-    weights: "oxford" (the authors' own, from a package, no download), "torchvision" (downloaded once) or the path of a
-    weight file in either format. The network is an nn.Sequential of conv1_1, relu1_1, ..., pool5 with a buffer `mean`,
-    the colour to subtract from an image; `features` does that. Each call gives a network of its own. Raises
-    MissingFileError if the weights cannot be had, UserError if they are not VGG-19's.
+    weights: "oxford" (the authors' own, from a package, no download; where that is missing torchvision's, with a
+    warning), "torchvision" (downloaded once) or the path of a weight file in either format. The network is an
+    nn.Sequential of conv1_1, relu1_1, ..., pool5 with a buffer `mean`, the colour to subtract from an image; `features`
+    does that. Each call gives a network of its own. Raises MissingFileError if the weights cannot be had, UserError if
+    they are not VGG-19's.
     """
     named = isinstance(weights, str) and weights in NAMED
     source = weights if named else os.path.abspath(as_file(weights, "weights", ADVICE))

