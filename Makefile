@@ -36,7 +36,7 @@ test-assignment: $(VENV)/for-developers $(NBGRADER)/installed  ## grade the home
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "No Python of 3.11 or newer was found: install one, or say make PYTHON=..."; exit 1; }
-	@echo "Installing into $(VENV): a few minutes and 6 GB, most of it torch for NVIDIA GPUs; without one, see Troubleshooting in README.md."
+	@echo "Installing into $(VENV): a few minutes and 6 GB, most of it torch for NVIDIA GPUs; without one, see environments/README.md."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(PIP_OPTIONS) -r requirements.txt -e .
 	touch $@
