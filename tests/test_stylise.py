@@ -273,7 +273,7 @@ def test_a_terminal_that_has_gone_ends_no_run(gone, stream, run, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the pipes of POSIX")
-@pytest.mark.parametrize("redirection", ["2>&-", ">&- 2>&-", "2>&1 | head -c0", "> /dev/full 2>&1"])
+@pytest.mark.parametrize("redirection", [">&- 2>&-", "2>&1 | head -c0"])
 def test_a_process_whose_terminal_has_gone_makes_its_picture(redirection, program):
     words = [sys.executable, str(ROOT / "tools" / "stylise.py"), "photo.jpg", "painting.jpg", "--size=32"]
     command = f"set -o pipefail; {shlex.join(words)} --evaluations 2 --device cpu {redirection}"
