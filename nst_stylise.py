@@ -237,22 +237,14 @@ class Terminal(io.TextIOBase):
 
 
 def main():
-    for name in ("SIGTERM", "SIGHUP"):  # ends as Ctrl-C does
-        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:
-            signal.signal(getattr(signal, name), signal.default_int_handler)
-    with contextlib.redirect_stdout(Terminal(sys.stdout)), contextlib.redirect_stderr(Terminal(sys.stderr)):
-        run_program()
-
-
-def run_program():
     options, several = None, int(os.environ.get("WORLD_SIZE", 1)) > 1
     try:
-        options = parse(sys.argv[1:])
-        if several:
-            if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        stylise(options, not several or dist.get_rank() == 0)
+        for name in ("SIGTERM", "SIGHUP"):  # ends as Ctrl-C does
+            if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:
+                signal.signal(getattr(signal, name), signal.default_int_handler)
+        with contextlib.redirect_stdout(Terminal(sys.stdout)), contextlib.redirect_stderr(Terminal(sys.stderr)):
+            options = parse(sys.argv[1:])
+            run_alone_or_with_others(options, several)
     except nst.UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -262,8 +254,17 @@ def run_program():
         if not several:
             raise
         sys.exit(f"another process has ended, and so does this one; the same command goes on: {error}")
+
+
+def run_alone_or_with_others(options, several):
+    if several:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        stylise(options, not several or dist.get_rank() == 0)
     finally:
-        if dist.is_initialized():
+        if several:
             dist.destroy_process_group()
 
 
