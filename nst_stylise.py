@@ -2,6 +2,7 @@
 
 The image is saved every half minute beside its run, a .safetensors file of the same name; after an interruption the
 same command goes on from there. For several devices or processes: torchrun --nproc-per-node 2 -m nst_stylise ...
+An image that the panel or this program has saved says how it was made: stylise --like saved.png makes it again.
 """
 
 import argparse
@@ -25,8 +26,12 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import nst_utils as nst
+from nst_engine.saved import as_png, find_picture, read_settings
 
-LAYERS = dict.fromkeys(nst.FIRST_FIVE, 1.0)
+IMAGES = ("content", "style")
+CHOSEN = ("size", "style_size", "style_weight", "init", "seed", "evaluations")  # by options
+LAYERS = {"content_layer": "conv1_2", "layer_weights": dict.fromkeys(nst.FIRST_FIVE, 1.0)}
+TASK = {**LAYERS, "content_weight": 1.0, "coarse_to_fine": True}  # unless --like finds others
 SECONDS = 30  # between two times of saving
 BAR = "{percentage:3.0f} % |{bar}| {elapsed}, {remaining} left{postfix}"
 
@@ -34,8 +39,9 @@ BAR = "{percentage:3.0f} % |{bar}| {elapsed}, {remaining} left{postfix}"
 def parse(arguments):
     parser = argparse.ArgumentParser("stylise", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("content", type=Path)
-    parser.add_argument("style", type=Path)
+    parser.add_argument("content", type=Path, nargs="?")
+    parser.add_argument("style", type=Path, nargs="?")
+    parser.add_argument("--like", type=Path, help="a saved PNG file, whose settings hold where no others are given")
     parser.add_argument("-o", "--output", type=Path, help="a PNG file; by default CONTENT_STYLE.png, here")
     parser.add_argument("--size", type=int, default=256, help="of the shorter side, in pixels (%(default)s)")
     parser.add_argument("--style-size", type=int, help="the same of the style image: a larger one has larger strokes")
@@ -45,7 +51,15 @@ def parse(arguments):
     parser.add_argument("--evaluations", type=int, default=80, help="of the network, at most (%(default)s)")
     parser.add_argument("--memory", type=float, help="GiB that a process may take; by default what is free")
     parser.add_argument("--device", help="by default the best here")
+    parser.set_defaults(**TASK)
     options = parser.parse_args(arguments)
+    if options.like:
+        saved = read_settings(options.like)
+        parser.set_defaults(**defaults_like(options.like, saved))
+        options = parser.parse_args(arguments)
+    if missing := [name for name in IMAGES if not getattr(options, name)]:
+        named = f"{' and '.join(repr(saved[name]) for name in missing)} not found: " if options.like else ""
+        raise nst.UserError(f"{named}give two images, content and style")
     options.style_size = options.size if options.style_size is None else options.style_size
     options.output = options.output or Path(f"{nst.joint_stem(options.content, options.style)}.png")
     if options.output.suffix.lower() != ".png":
@@ -54,14 +68,30 @@ def parse(arguments):
     return options
 
 
+def defaults_like(path, saved):
+    """The options that make a saved image again; its images are looked for beside it, here, and among the project's."""
+    if None in (saved["content"], saved["style"]):
+        kind = "content" if saved["content"] else "style"
+        raise nst.UserError(f"{str(path)!r} was made from a {kind} image alone: open its settings in the panel")
+    if saved["start"] == "present":
+        raise nst.UserError(f"{str(path)!r} began with an image that was not kept: open its settings in the panel")
+    images = {name: find_picture(saved[name], path.parent, Path()) for name in IMAGES}
+    return images | {name: saved[name] for name in (*CHOSEN, *TASK) if name in saved} | {"init": saved["start"]}
+
+
 # --- What is saved, and read again ---------------------------------------------------------------
 
 
 def settings_of(options):
     """What a run must have in common with the one that it continues, {option: text}; of the images, what they hold."""
-    names = ("size", "style_size", "style_weight", "init", "seed", "evaluations")
-    images = {name: hashlib.sha256(getattr(options, name).read_bytes()).hexdigest() for name in ("content", "style")}
-    return images | {name: str(getattr(options, name)) for name in names} | {"output": options.output.name}
+    images = {name: hashlib.sha256(getattr(options, name).read_bytes()).hexdigest() for name in IMAGES}
+    return images | {name: str(getattr(options, name)) for name in (*CHOSEN, *TASK)} | {"output": options.output.name}
+
+
+def picture_of(image, options):
+    """The PNG file of an image, which says how it was made."""
+    about = {name: getattr(options, name) for name in (*CHOSEN, *TASK)} | {"start": options.init}
+    return as_png(image, about | {name: getattr(options, name).name for name in IMAGES})
 
 
 @contextlib.contextmanager
@@ -110,7 +140,7 @@ def save(options, run, settings):
     plain = {name: value for name, value in state.items() if name not in tensors}
     about = {"settings": json.dumps(settings), "state": json.dumps(plain)}
     write(options.state, lambda path: save_file(tensors, path, about))
-    write(options.output, lambda path: nst.to_pil(run.image).save(path, format="PNG"))
+    write(options.output, lambda path: path.write_bytes(picture_of(run.image, options)))
 
 
 def begin(options, settings):
@@ -139,8 +169,10 @@ def read(options, settings):
         raise nst.UserError(f"{str(options.state)!r} {problem}") from error
     if not before:
         raise nst.UserError(f"{str(options.state)!r} is not a run of this program: move it away to begin anew")
+    words = {name: f"another {name.replace('_', ' ')}" for name in TASK}
+    words |= {name: f"another {name} image" for name in IMAGES}
     others = " and ".join(
-        f"another {name} image" if name in ("content", "style") else f"--{name.replace('_', '-')} {before.get(name)}"
+        words.get(name, f"--{name.replace('_', '-')} {before.get(name)}")
         for name, value in settings.items()
         if before.get(name) != value
     )
@@ -166,9 +198,10 @@ def stylise(options, first):
     style, settings = nst.load_image(options.style, options.style_size, options.device), settings_of(options)
     with alone(options) if first else contextlib.nullcontext():
         begun = read(options, settings)
-        task = nst.Task(content, style, ("conv1_2",), LAYERS, 1.0, options.style_weight)
-        limits = {"evaluations": options.evaluations, "memory": options.memory}
-        run = nst.Run(task, init=options.init, seed=options.seed, **limits)
+        layers = (options.content_layer,), options.layer_weights
+        task = nst.Task(content, style, *layers, options.content_weight, options.style_weight)
+        same = {name: getattr(options, name) for name in ("init", "seed", "evaluations", "coarse_to_fine", "memory")}
+        run = nst.Run(task, **same)
         hold_to(options.memory, content.device)
         if begun:
             run.load_state_dict(begun)
@@ -181,8 +214,8 @@ def stylise(options, first):
         try:
             work(run, options, settings, first)
             if first:
-                image = nst.to_pil(nst.resize(run.image, run.shape))
-                write(options.output, lambda path: image.save(path, format="PNG"))
+                image = nst.resize(run.image, run.shape)
+                write(options.output, lambda path: path.write_bytes(picture_of(image, options)))
                 options.state.unlink(missing_ok=True)
                 tqdm.write(f"{options.output}: {run.shape[1]} x {run.shape[0]} pixels")
         except BaseException:  # an interrupt, or another process that has died

@@ -1,6 +1,8 @@
-"""What `nst_utils` and `nst_widgets` stand on; it imports neither of them. A new reader begins with run.py.
+"""What `nst_utils`, the panel and the program stand on; it imports none of them. A new reader begins with run.py.
 
 run.py          the run: the one owner of task, scales, image, precision, curvature and counters
+painter.py      a run whose settings change: what the panel drives
+saved.py        a saved PNG file says how it was made
 objective.py    what a run minimises: a task, and its objective made of network, targets and losses
 losses.py       the losses in two parts: statistics of feature maps, losses from statistics
 optimiser.py    projected L-BFGS

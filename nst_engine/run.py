@@ -23,7 +23,7 @@ from .network import check_network, cut_network, first_kernels, load_vgg19
 from .objective import Task, least_memory, objective_of, tiles_of
 from .optimiser import Iterate, ProjectedLBFGS, begin
 from .prior import PRIOR_WEIGHTS, draw_noise, enlarge, enlarge_change, spectral_preconditioner
-from .scales import LARGE, limit_evaluations, plan_scales
+from .scales import EVALUATIONS, LARGE, limit_evaluations, plan_scales
 from .tiles import all_reduce_min, largest_window, world_size
 
 BROAD = 512  # pixels along the shorter side: a run from an image has no coarser scale
@@ -75,7 +75,7 @@ class Run:
     @default_modes()
     def __init__(
         self, task: Task, shape: Shape | None = None, *, init: str | Tensor = "noise", seed: int = 0,
-        evaluations: int = 225, coarse_to_fine: bool = True, vgg: nn.Sequential | None = None,
+        evaluations: int = EVALUATIONS, coarse_to_fine: bool = True, vgg: nn.Sequential | None = None,
         precision: str | None = None, memory: float | None = None,
     ):  # fmt: skip
         self.task, self.evaluations = as_task(task), as_whole(evaluations, "evaluations")

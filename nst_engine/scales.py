@@ -4,6 +4,7 @@ import math
 
 from .layers import Shape
 
+EVALUATIONS = 225  # of the network, at most, over all scales, where nothing else is asked for
 LARGE = 2**19  # pixels, 512 x 1024: a larger scale has fewer evaluations
 
 

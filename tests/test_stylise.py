@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 
 import nst_stylise
 import nst_utils
+from nst_engine.painter import Painter, Settings
+from nst_engine.saved import as_png, read_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -352,3 +354,69 @@ def test_bad_input_is_one_sentence(arguments, message, run):
     with pytest.raises(SystemExit) as error:
         run(*arguments)
     assert str(error.value).startswith("error: ") and message in str(error.value)
+
+
+def test_a_saved_image_is_made_again(run, capsys):
+    """By the program that saved it; an option that is given goes before the saved one."""
+    made = run("--seed", "3", "--init", "content", "--style-size", "40", "--style-weight", "2e3", "--output", "one.png")
+    again = ["stylise.py", "--like", "one.png", "--device", "cpu", "--output"]
+    with mock.patch.object(sys, "argv", [*again, "two.png"]):
+        nst_stylise.main()
+    assert Path("two.png").read_bytes() == Path("one.png").read_bytes()
+    assert made[:12] == made[12:] and read_settings("one.png")["evaluations"] == 12
+    with mock.patch.object(sys, "argv", [*again, "three.png", "--seed", "4", "--init", "noise"]):
+        nst_stylise.main()
+    settings = read_settings("three.png")
+    assert settings == read_settings("one.png") | {"seed": 4, "init": "noise", "start": "noise"}
+    Path("photo.jpg").rename("moved.jpg")
+    with mock.patch.object(sys, "argv", [*again, "four.png"]):
+        with pytest.raises(SystemExit, match="error: 'photo.jpg' not found: give two images, content and style"):
+            nst_stylise.main()
+    with mock.patch.object(sys, "argv", [*again, "four.png", "moved.jpg"]):
+        nst_stylise.main()
+    assert nst_utils.load_image("four.png").equal(nst_utils.load_image("one.png"))
+
+
+@pytest.mark.parametrize("start", [("noise", 5), ("content", 0)])
+def test_a_picture_of_the_panel_is_made_again(start, program, vgg, monkeypatch):
+    """With layers and weights of its own, which the program has no options for: the same to the last pixel."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    images = [Path(name).absolute() for name in ("photo.jpg", "painting.jpg")]
+    settings = Settings(*images, 48, "conv2_1", 0.5, 300.0, (("conv1_1", 1.0), ("conv3_2", 0.4)))
+    painter = Painter(vgg)
+    painter.step(settings, start)
+    while painter.step(settings):
+        pass
+    about = settings._asdict() | {"content": "photo.jpg", "style": "painting.jpg", "start": start[0], "seed": start[1]}
+    about |= {"layer_weights": dict(settings.layer_weights), "coarse_to_fine": start[0] == "noise", "evaluations": 225}
+    Path("saved.png").write_bytes(as_png(painter.run.image, about))
+    monkeypatch.setattr(sys, "argv", ["stylise.py", "--like", "saved.png", "--device", "cpu", "-o", "again.png"])
+    program.main()
+    assert nst_utils.load_image("again.png", 48).equal(nst_utils.load_image("saved.png", 48))
+    made, saved = read_settings("again.png"), read_settings("saved.png")
+    assert {name: made[name] for name in saved} == saved
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"style": None}, "was made from a content image alone: open its settings in the panel"),
+        ({"content": None}, "was made from a style image alone: open its settings in the panel"),
+        ({"start": "present"}, "began with an image that was not kept: open its settings in the panel"),
+        ({"size": -3}, "are damaged, size is -3"),
+    ],
+)
+def test_what_cannot_be_made_again_is_said(change, sentence, run, monkeypatch):
+    run("--output", "one.png", "--evaluations", "1")
+    about = read_settings("one.png") | change
+    Path("other.png").write_bytes(as_png(torch.zeros(1, 3, 2, 2), about))
+    monkeypatch.setattr(sys, "argv", ["stylise.py", "--like", "other.png"])
+    with pytest.raises(SystemExit, match=f"error: .*{sentence}"):
+        nst_stylise.main()
+
+
+def test_no_image_or_one_is_too_few(program, monkeypatch):
+    for images in ([], ["photo.jpg"]):
+        monkeypatch.setattr(sys, "argv", ["stylise.py", *images])
+        with pytest.raises(SystemExit, match="error: give two images, content and style"):
+            program.main()

@@ -13,6 +13,7 @@ import json
 import math
 import re
 import shutil
+import sys
 import threading
 import time
 from collections import deque
@@ -26,10 +27,12 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+import nst_controls
 import nst_utils as nst
 import nst_widgets
 from nst_engine.convergence import TOLERANCE
 from nst_engine.errors import MissingFileError, UserError
+from nst_engine.saved import as_png
 from nst_widgets import Painter, Settings, Studio, style_studio
 
 CASTLE, NIGHT = nst.IMAGES / "content" / "chenonceau.jpg", nst.IMAGES / "style" / "starry_night.jpg"
@@ -324,7 +327,12 @@ def opened():
     yield open_panel
     for panel in panels:
         panel.close()
-        until(panel, lambda panel=panel: not workers() and (panel.turns is None or panel.turns.done()))
+        until(
+            panel,
+            lambda panel=panel: (
+                not workers() and all(task is None or task.done() for task in (panel.turns, panel.watching))
+            ),
+        )
     loop.close()
 
 
@@ -391,7 +399,7 @@ def test_a_second_press_of_start_makes_no_second_loop(panel):
     turns = panel.turns
     press(panel, "Pause")
     press(panel, "Start")
-    assert panel.turns is turns and asyncio.all_tasks(panel.loop) == {turns}
+    assert panel.turns is turns and asyncio.all_tasks(panel.loop) == {turns, panel.watching}
     release(panel)
     assert panel.turns is turns and panel.state == "running"
 
@@ -645,8 +653,8 @@ def test_names_of_any_length_can_be_saved(panel, tmp_path, monkeypatch):
 
 
 def upload(panel, kind, *files):
-    """As the browser does; files: (name, content)."""
-    now, uploader = datetime.datetime.now(datetime.UTC), panel.uploaders[kind]
+    """As the browser does; kind: "content", "style" or "settings"; files: (name, content)."""
+    now, uploader = datetime.datetime.now(datetime.UTC), panel.uploaders.get(kind, panel.controls.opener)
     about = [{"name": name, "type": "", "size": len(content), "last_modified": now} for name, content in files]
     if isinstance(uploader.value, dict):  # ipywidgets 7
         value = {name: {"metadata": each, "content": content} for each, (name, content) in zip(about, files)}
@@ -694,8 +702,8 @@ def test_uploads_have_either_form_of_ipywidgets():
     expected = [("a.jpg", b"one"), ("b c.png", b"two")]
     eight = tuple({"name": name, "size": 3, "content": memoryview(content)} for name, content in expected)
     seven = {name: {"metadata": {"name": name, "size": 3}, "content": content} for name, content in expected}
-    assert nst_widgets.uploaded_files(eight) == nst_widgets.uploaded_files(seven) == expected
-    assert nst_widgets.uploaded_files(()) == nst_widgets.uploaded_files({}) == []
+    assert nst_controls.uploaded_files(eight) == nst_controls.uploaded_files(seven) == expected
+    assert nst_controls.uploaded_files(()) == nst_controls.uploaded_files({}) == []
 
 
 def test_the_same_file_may_be_uploaded_again(panel):
@@ -787,10 +795,10 @@ def test_pictures_alone_are_offered_each_by_a_name_of_its_own(pictures, clock, o
 
 
 def test_what_to_do_with_large_files_stands_at_the_buttons(panel, opened, clock):
-    texts = [widget.value for widget in nst_widgets.tree(panel.view) if isinstance(widget, widgets.HTML)]
+    texts = [widget.value for widget in nst_controls.tree(panel.view) if isinstance(widget, widgets.HTML)]
     assert any("more than 10 MB: put them into images/content or images/style" in text for text in texts)
     panel = opened(lambda: Studio(TRANSFER._replace(content=None), StandIn(clock)))
-    texts = [widget.value for widget in nst_widgets.tree(panel.view) if isinstance(widget, widgets.HTML)]
+    texts = [widget.value for widget in nst_controls.tree(panel.view) if isinstance(widget, widgets.HTML)]
     assert any("put them into images/style, and run" in text for text in texts)
 
 
@@ -946,7 +954,7 @@ def test_another_style_layer_has_a_slider_in_the_networks_order(studio):
     offered = panel.controls.content_layer.options
     assert list(offered) == [*nst.CONVOLUTIONS[:10], "relu4_2", *nst.CONVOLUTIONS[10:]]
     sliders = [*panel.layer_weights.values()]
-    assert [control for control in nst_widgets.tree(panel.view) if control in sliders] == sliders
+    assert [control for control in nst_controls.tree(panel.view) if control in sliders] == sliders
 
 
 @pytest.mark.parametrize(
@@ -973,3 +981,187 @@ def test_another_style_layer_has_a_slider_in_the_networks_order(studio):
 def test_a_panel_that_cannot_be_is_refused_in_a_sentence(options, sentence, vgg, refuses):
     with refuses(sentence, MissingFileError if sentence.startswith("no picture") else UserError):
         style_studio(**({"content": CASTLE, "style": NIGHT, "vgg": vgg} | options))
+
+
+# Frames that the browser asks for, and browsers that are gone
+
+
+def acknowledge(panel):
+    """As the browser does with each number that it is sent."""
+    panel.display.seen.value = panel.display.sent.value
+
+
+@pytest.fixture
+def pulled(clock, opened):
+    """A panel whose frames the browser asks for."""
+    painter = StandIn(clock)
+    yield opened(lambda: Studio(TRANSFER, painter, pull=True))
+    painter.gate.release(1000)
+
+
+def made(panel):
+    """Until the worker has made the frame that is under way; the loop runs meanwhile."""
+    panel.painter.gate.release()
+    until(panel, panel.frame.done)
+
+
+def test_a_frame_that_the_browser_asks_for_is_shown_in_its_callback(pulled):
+    press(pulled, "Start")
+    assert pulled.state == "running" and pulled.display.sent.value == 1 and not pulled.painter.calls
+    for count in range(1, 5):
+        acknowledge(pulled)
+        begun(pulled, count)
+        assert (pulled.shown.evaluations if pulled.shown else 0) == count - 1
+        before = pulled.display.picture.value
+        made(pulled)
+        assert pulled.display.picture.value == before
+    acknowledge(pulled)
+    assert pulled.shown.evaluations == 4 and pulled.display.sent.value == 6 and pulled.turns is None
+
+
+def test_what_is_asked_for_while_a_frame_is_made_waits_in_no_queue(pulled):
+    press(pulled, "Start")
+    for _ in range(4):
+        acknowledge(pulled)
+    begun(pulled, 1)
+    sent = pulled.display.sent.value
+    assert len(pulled.painter.calls) == 1 and sent == 5
+    pulled.display.seen.value = sent - 1  # an answer that comes late
+    assert pulled.display.sent.value == sent
+    made(pulled)
+    acknowledge(pulled)
+    assert pulled.shown.evaluations == 1
+
+
+def test_pause_step_and_the_end_where_the_browser_asks(pulled):
+    press(pulled, "Start")
+    acknowledge(pulled)
+    begun(pulled, 1)
+    press(pulled, "Pause")
+    made(pulled)
+    sent = pulled.display.sent.value
+    acknowledge(pulled)
+    assert pulled.state == "paused" and pulled.shown is None and pulled.display.sent.value == sent
+    pulled.painter.outcomes.extend([True, None])
+    press(pulled, "Step")
+    acknowledge(pulled)  # shows no frame from before the pause
+    begun(pulled, 2)
+    assert pulled.shown is None
+    made(pulled)
+    acknowledge(pulled)
+    assert pulled.state == "paused" and pulled.shown.evaluations == 1
+    press(pulled, "Start")
+    acknowledge(pulled)
+    begun(pulled, 3)
+    made(pulled)
+    acknowledge(pulled)
+    assert pulled.state == "done" and len(pulled.painter.calls) == 3
+
+
+def test_an_error_comes_to_light_where_the_browser_asks(pulled):
+    pulled.painter.outcomes.append(ZeroDivisionError("by hand"))
+    press(pulled, "Start")
+    acknowledge(pulled)
+    made(pulled)
+    acknowledge(pulled)
+    assert pulled.state == "paused" and note(pulled) == "ZeroDivisionError: by hand"
+
+
+@pytest.mark.parametrize("pull", [False, True])
+def test_a_panel_that_no_browser_shows_is_paused(pull, clock, opened, monkeypatch):
+    """Counted while the kernel is free: a cell that takes long is no absence."""
+    monkeypatch.setattr(nst_widgets, "PATIENCE", 1)
+    panel = opened(lambda: Studio(TRANSFER, StandIn(clock), pull))
+    press(panel, "Start")
+    if not pull:
+        begun(panel, 1)
+        release(panel)
+    acknowledge(panel)
+    time.sleep(2.2)
+    panel.loop.run_until_complete(asyncio.sleep(0.1))
+    assert panel.state == "running"
+    panel.painter.gate.release(1000)
+    until(panel, lambda: panel.state != "running")
+    assert panel.state == "paused" and note(panel).startswith("no browser has shown this panel for 1 seconds")
+    until(panel, lambda: panel.frame is None or panel.frame.done())
+    calls = len(panel.painter.calls)
+    panel.loop.run_until_complete(asyncio.sleep(0.1))
+    assert len(panel.painter.calls) == calls
+    press(panel, "Start")
+    assert panel.state == "running" and note(panel) == ""
+
+
+def test_a_panel_that_a_browser_shows_goes_on(panel, monkeypatch):
+    monkeypatch.setattr(nst_widgets, "PATIENCE", 1)
+    start(panel)
+    end = time.monotonic() + 2.5
+    while time.monotonic() < end:
+        acknowledge(panel)
+        release(panel)
+    assert panel.state == "running"
+
+
+def test_colab_is_where_the_browser_asks(studio, monkeypatch):
+    assert not studio(CASTLE, NIGHT).pull and studio(CASTLE, NIGHT, pull=True).pull
+    monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace())
+    assert studio(CASTLE, NIGHT).pull and not studio(CASTLE, NIGHT, pull=False).pull
+
+
+# Settings of a saved image
+
+
+@pytest.fixture
+def saved(panel, tmp_path, monkeypatch):
+    """The settings of a saved image, as `Settings`, and the bytes of its file."""
+    monkeypatch.chdir(tmp_path)
+    settings = Settings(CASTLE, WAVE, 150, "conv2_2", 0.03, 3e5, (("conv1_1", 0.5), ("conv4_1", 1.0)))
+    panel.controls.take_all(
+        settings._asdict()
+        | {
+            "content": CASTLE.name,
+            "style": WAVE.name,
+            "start": "content",
+            "seed": 11,
+            "layer_weights": dict(settings.layer_weights),
+        }
+    )
+    start(panel)
+    press(panel, "Save")
+    press(panel, "Pause")
+    release(panel)
+    return settings, Path("saved", "chenonceau_great_wave_001.png").read_bytes()
+
+
+def test_settings_of_a_saved_image_are_taken_up(saved, studio):
+    settings, content = saved
+    other = studio(CASTLE, NIGHT)
+    upload(other, "settings", ("mine.png", content))
+    assert note(other) == "Restart makes it again"
+    controls = other.controls
+    assert controls.settings() == settings and (controls.start_from.value, controls.seed.value) == ("content", 11)
+    assert 128 in controls.size.options and (controls.content_weight.value / controls.content_weight.step) % 1 < 1e-9
+    press(other, "Reset")
+    assert controls.settings()._replace(style=NIGHT, size=40) == Settings(CASTLE, NIGHT, 40, *TRANSFER[3:])
+
+
+def test_what_a_panel_has_not_is_said_and_asked_for(saved, studio, opened, clock):
+    settings, content = saved
+    alone = studio(None, NIGHT)
+    before = alone.controls.settings()
+    upload(alone, "settings", ("mine.png", content))
+    assert "an image of content and style: open a panel with content and style, and no other" in note(alone)
+    assert alone.controls.settings() == before
+    other = studio(CASTLE, NIGHT)
+    names = {"content": "castle.jpg", "style": WAVE.name, "start": "noise", "seed": 0, "size": 64}
+    about = settings._asdict() | names | {"layer_weights": {"conv1_1": 1.0}}
+    upload(other, "settings", ("theirs.png", as_png(torch.zeros(1, 3, 2, 2), about)))
+    assert note(other) == "upload 'castle.jpg' as content, and then press Restart"
+    assert other.controls.settings()[:3] == (CASTLE, WAVE, 64)
+    before = other.controls.settings()
+    deeper = about | {"layer_weights": {"conv5_3": 1.0}, "size": 80}
+    upload(other, "settings", ("theirs.png", as_png(torch.zeros(1, 3, 2, 2), deeper)))
+    assert note(other) == "there is no slider for conv5_3 here: open a panel with it among style_layers"
+    assert other.controls.settings() == before
+    upload(other, "settings", ("wave.jpg", WAVE.read_bytes()))
+    assert note(other).startswith("'wave.jpg' holds no settings: give a PNG file that was saved")
+    assert other.controls.settings() == before

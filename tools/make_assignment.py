@@ -19,7 +19,7 @@ from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "style-transfer"  # the assignment's, in nbgrader's folders and gradebook
-COPIED = ["nst_engine", "nst_widgets.py", "nst_stylise.py", "tools/stylise.py", "images"]
+COPIED = ["nst_engine", "nst_controls.py", "nst_widgets.py", "nst_stylise.py", "tools/stylise.py", "images"]
 COPIED += ["requirements.txt", "pyproject.toml", "LICENSE"]
 FORMULAS = ["gram_matrix", "content_loss", "style_loss", "make_objective"]
 CODE_BLANK = 'raise NotImplementedError("yours to write, in place of this line")'

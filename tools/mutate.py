@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "benchmarks" / "results" / "mutants.md"
 FILES = {f"nst_engine/{name}.py": f"tests/test_{name}.py" for name in ("losses", "optimiser", "tiles")}
-PARTS = ["nst_engine", "nst_utils.py", "nst_widgets.py", "tests", "images", "conftest.py"]
+PARTS = ["nst_engine", "nst_utils.py", "nst_controls.py", "nst_widgets.py", "tests", "images", "conftest.py"]
 HEAD = ["| file | line | mutation | reason |", "|---|---|---|---|"]
 NOTICED = {"killed", "timeout", "segfault", "caught by type check"}
 

@@ -1,0 +1,234 @@
+"""The panel's widgets: `Controls` that take, a `Display` that shows, and their layout. nst_widgets.py moves them."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import ipywidgets as widgets
+from torch import Tensor
+
+import nst_utils as nst
+from nst_engine.painter import Settings
+
+STYLE_LAYERS = (*nst.FIRST_FIVE, "conv4_1", "conv5_1")  # the assignment's, and what Gatys et al. add below
+WRAP = {"flex_flow": "row wrap", "width": "100%"}
+
+
+def stored(kind: str) -> list[Path]:
+    """The images in images/content or images/style."""
+    return [path for path in sorted((nst.IMAGES / kind).glob("*")) if nst.is_picture(path)]
+
+
+def labelled_once(paths: Iterable[Path]) -> list[tuple[str, Path]]:
+    """[(label, path)] for a Dropdown; files of one name have labels of their own, and the last keeps its name."""
+    labels = {}
+    for path in reversed([*paths]):
+        names = path.stem.replace("_", " "), path.name, *(f"{path.name} ({k})" for k in range(2, 1000))
+        labels[next(name for name in names if name not in labels)] = path
+    return [*labels.items()][::-1]
+
+
+def in_order(layers: Iterable[str]) -> list[str]:
+    """Layers, each once, in the network's order: conv1_1, relu1_1, conv1_2, ..."""
+    return sorted(set(layers), key=lambda name: (name[4:], name))
+
+
+def tree(widget: widgets.Widget) -> Iterator[widgets.Widget]:
+    """A widget, all that it contains, and their layouts and styles."""
+    for part in (widget, getattr(widget, "layout", None), getattr(widget, "style", None)):
+        if isinstance(part, widgets.Widget):
+            yield part
+    for child in getattr(widget, "children", ()):
+        yield from tree(child)
+
+
+def uploaded_files(value: tuple | dict) -> list[tuple[str, bytes]]:
+    """[(name, content)] of a FileUpload's value: a tuple since ipywidgets 8, before that a dict by names."""
+    named = value.items() if isinstance(value, dict) else ((file["name"], file) for file in value)
+    return [(name, bytes(file["content"])) for name, file in named]
+
+
+def labelled(label: str, kind: str, options: dict) -> widgets.Widget:
+    """A control of ipywidgets' class `kind`, with its label to the left."""
+    layout, style = {"width": "340px", "max_width": "100%"}, {"description_width": "112px"}
+    return getattr(widgets, kind)(description=label, layout=layout, style=style, **options)
+
+
+def set_slider(slider: widgets.FloatSlider | widgets.FloatLogSlider, value: float) -> None:
+    """Give a weight's slider a value and a range with this value among its steps, to which the browser rounds."""
+    scale = {"max": max(10, value), "step": value / max(1, round(10 * value)) or 0.1}
+    if isinstance(slider, widgets.FloatLogSlider):
+        power = math.log10(value)
+        scale = {"min": power - max(0, math.ceil(10 * power)) / 10, "max": max(7, power), "step": 0.1}
+    with slider.hold_sync(), slider.hold_trait_notifications():
+        for name, number in {**scale, "value": value}.items():
+            setattr(slider, name, number)
+
+
+def choose(control: widgets.Dropdown, value, order: Callable) -> None:
+    """Choose a value, which is offered from then on if it was not."""
+    if value not in control.options:
+        chosen, control.options = control.value, order([*control.options, value])
+        control.value = chosen
+    control.value = value
+
+
+class Controls:
+    """The widgets that the user sets; opening: the `Settings` they open at. `settings` reads them."""
+
+    def __init__(self, opening: Settings):
+        self.opening = opening
+        roles = [kind for kind in ("content", "style") if getattr(opening, kind)]
+        of_layer = {"max": 2, "step": 0.1, "readout_format": ".1f"}
+        starts = [("noise", "noise"), *[("content", "content")] * ("content" in roles), ("present image", "present")]
+        declared = [  # (name, label, kind, options)
+            ("content_layer", "content layer", "Dropdown", {"options": in_order({*nst.CONVOLUTIONS, opening[3]})}),
+            ("content_weight", "content weight", "FloatSlider", {"readout_format": ".3g"}),
+            ("style_weight", "style weight", "FloatLogSlider", {"readout_format": ".1e"}),
+            ("size", "size in pixels", "Dropdown", {"options": sorted({128, 192, 256, 384, 512, opening.size})}),
+            ("start_from", "start from", "Dropdown", {"options": starts}),
+            ("seed", "noise seed", "BoundedIntText", {"max": 10**6}),
+            ("compare", "difference to", "Dropdown", {"options": ["nothing", "the start", "the snapshot"]}),
+        ]
+        for name, label, kind, options in declared:
+            setattr(self, name, labelled(label, kind, options))
+        layers = in_order({*STYLE_LAYERS, *dict(opening.layer_weights)})
+        self.layer_weights = {name: labelled(f"style {name}", "FloatSlider", of_layer) for name in layers}
+        self.choices, self.uploaders = {}, {}
+        for kind in roles:
+            path, upload = getattr(opening, kind), {"accept": "image/*", "layout": {"width": "160px"}}
+            paths = stored(kind)
+            options = labelled_once(paths if path in paths else [path, *paths])
+            self.choices[kind] = labelled(kind, "Dropdown", {"options": options, "value": path})
+            self.uploaders[kind] = widgets.FileUpload(description=f"Upload {kind}", **upload)
+        tooltip = "Those of a PNG file that was saved here or by stylise"
+        self.opener = widgets.FileUpload(
+            description="Open settings", accept=".png", tooltip=tooltip, layout={"width": "136px"}
+        )
+        self.size.value = opening.size
+        self.reset()
+
+    def inputs(self) -> list[widgets.Widget]:
+        """The controls that change the result, in their order in the panel."""
+        weights = [self.content_weight, self.style_weight] if len(self.choices) == 2 else []
+        content = [self.content_layer] if "content" in self.choices else []
+        style = [*self.layer_weights.values()] if "style" in self.choices else []
+        return [*self.choices.values(), *weights, *content, *style, self.size]
+
+    def offer(self, kind: str, path: Path) -> None:
+        """Choose an image, which is offered first in its list if it is not there yet."""
+        control = self.choices[kind]
+        paths = [offered for _, offered in control.options]
+        if path not in paths:
+            control.options = labelled_once([path, *paths])  # a new list has its first image chosen
+        control.value = path
+
+    def settings(self) -> Settings:
+        content, style = (getattr(self.choices.get(kind), "value", None) for kind in ("content", "style"))
+        weights = tuple((name, slider.value) for name, slider in self.layer_weights.items() if slider.value and style)
+        totals = self.content_weight.value * bool(content), self.style_weight.value * bool(style)
+        return Settings(content, style, self.size.value, self.content_layer.value, *totals, weights)
+
+    def reset(self) -> None:
+        """Go back to the layers and weights that the panel opened with."""
+        self.take(self.opening._asdict() | {"layer_weights": dict(self.opening.layer_weights)})
+
+    def take(self, settings: dict) -> None:
+        """Take up a content layer and weights."""
+        choose(self.content_layer, settings["content_layer"], in_order)
+        set_slider(self.content_weight, settings["content_weight"])
+        set_slider(self.style_weight, settings["style_weight"] or 1.0)
+        for name, slider in self.layer_weights.items():
+            slider.value = settings["layer_weights"].get(name, 0.0)
+
+    def take_all(self, settings: dict) -> list[str]:
+        """Take up all settings of a saved image; returns what is missing, as sentences. Raises UserError if unfit."""
+        kinds = [kind for kind in ("content", "style") if settings[kind]]
+        if kinds != [*self.choices]:
+            what = "an image of " + " and ".join(kinds)
+            raise nst.UserError(f"they are those of {what}: open a panel with {' and '.join(kinds)}, and no other")
+        strange = [
+            name for name, weight in settings["layer_weights"].items() if weight and name not in self.layer_weights
+        ]
+        if strange:
+            raise nst.UserError(f"there is no slider for {strange[0]} here: open a panel with it among style_layers")
+        missing = []
+        for kind in kinds:
+            offered = {path.name: path for _, path in self.choices[kind].options}
+            if settings[kind] in offered:
+                self.choices[kind].value = offered[settings[kind]]
+            else:
+                missing.append(f"upload {settings[kind]!r} as {kind}")
+        self.take(settings)
+        choose(self.size, settings["size"], sorted)
+        self.start_from.value, self.seed.value = settings["start"], settings["seed"]
+        return missing
+
+
+class Frame(NamedTuple):
+    """What one turn of the loop puts on display."""
+
+    image: Tensor
+    step: nst.Step
+    settings: Settings
+    start: tuple  # (kind, seed) of the run that it belongs to
+    evaluations: int  # since that start
+    picture: bytes
+    difference: bytes | None
+    mean: float  # difference to the reference, averaged over pixels and channels; nan without one
+    chart: bytes | None
+
+
+class Display:
+    """The widgets that show: the living picture, difference map, loss curves, inputs and status line."""
+
+    def __init__(self, kinds: Iterable[str]):
+        fluid = {"width": "100%", "max_width": "400px", "display": "none"}
+        self.picture, self.difference, self.chart = (
+            widgets.Image(format=form, layout=fluid) for form in ("jpeg", "jpeg", "png")
+        )
+        small = {"width": "130px", "max_width": "100%"}
+        self.inputs = {kind: widgets.Image(format="jpeg", layout=small) for kind in kinds}
+        self.picture.add_class("living-picture")
+        self.difference.add_class("difference-map")
+        self.status = widgets.HTML(layout={"width": "100%"})
+        self.caption = widgets.Label(layout={"display": "none"})
+        # The browser copies the number `sent` to `seen`, by which the kernel hears that it is there.
+        self.sent, self.seen = (widgets.IntText(layout={"display": "none"}) for _ in range(2))
+        self.copying = widgets.jsdlink((self.sent, "value"), (self.seen, "value"))
+
+    def show(self, frame: Frame) -> None:
+        shown = {self.picture: frame.picture, self.chart: frame.chart or self.chart.value}
+        for image, value in (shown | {self.difference: frame.difference}).items():
+            image.value, image.layout.display = value or b"", "" if value else "none"
+        self.caption.layout.display = self.difference.layout.display
+        self.caption.value = f"difference map, mean {frame.mean:.4f}"
+
+    def parts(self) -> list[widgets.Widget]:
+        """What there is to see, and the two numbers."""
+        column = {"margin": "0 8px 8px 0", "max_width": "100%"}
+        inputs = [widgets.VBox([widgets.Label(kind), image], layout=column) for kind, image in self.inputs.items()]
+        row = widgets.HBox(inputs, layout=WRAP)
+        return [self.picture, self.caption, self.difference, row, self.chart, self.sent, self.seen]
+
+
+def lay_out(controls: Controls, display: Display, buttons: Iterable[widgets.Button]) -> widgets.VBox:
+    """The panel: buttons and status line, below them the pictures beside the controls, or above them where narrow."""
+    left = widgets.VBox(display.parts(), layout={"width": "400px", "max_width": "100%", "margin": "0 16px 0 0"})
+    chosen, others = controls.inputs()[: len(controls.choices)], controls.inputs()[len(controls.choices) :]
+    uploads = widgets.HBox([*controls.uploaders.values()], layout=WRAP)
+    folders = " or ".join(f"images/{kind}" for kind in controls.uploaders)
+    text = f"Files of more than 10 MB: put them into {folders}, and run this cell again."
+    limit = widgets.HTML(
+        f'<div style="line-height:1.3;font-size:smaller">{text}</div>', layout={"margin": "2px 2px 6px"}
+    )
+    rows = [*chosen, uploads, limit, *others, controls.start_from, controls.seed, controls.compare]
+    right = widgets.VBox(rows, layout={"width": "360px", "max_width": "100%"})
+    return widgets.VBox(
+        [
+            widgets.HBox([*buttons, controls.opener], layout=WRAP),
+            display.status,
+            widgets.HBox([left, right], layout=WRAP),
+        ]
+    )
