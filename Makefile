@@ -5,8 +5,12 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 NBGRADER ?= .venv-nbgrader
 PIP_OPTIONS ?=
+ENVIRONMENTS ?= .venv-environments
+OLDEST_PYTHON ?= python3.11
+NEWEST_PYTHON ?= $(shell for python in python3.14 python3.13 python3.12 python3.11; do \
+	$$python -c '' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: run check test test-browser lab notebooks assignment test-assignment clean
+.PHONY: run check test test-browser test-environments address lab notebooks assignment test-assignment clean
 
 run: $(VENV)/installed  ## execute the three notebooks with progress and render them to rendered/*.html
 	$(BIN)/python tools/run_notebooks.py
@@ -21,6 +25,19 @@ test: check  ## check, and the notebooks executed again and compared
 
 test-browser: $(VENV)/for-developers  ## the panel in JupyterLab, driven by Chromium; screenshots in test-artifacts/
 	$(BIN)/pytest -m browser -rs
+
+test-environments: $(VENV)/for-developers  ## the oldest, Colab's and the newest versions, 6 GB each; see environments/README.md
+	$(MAKE) $(ENVIRONMENTS)/oldest/installed PYTHON="$(OLDEST_PYTHON)"
+	$(MAKE) $(ENVIRONMENTS)/colab/installed $(ENVIRONMENTS)/newest/installed PYTHON="$(NEWEST_PYTHON)"
+	$(BIN)/python tools/try_environment.py $(foreach name,oldest colab newest,$(ENVIRONMENTS)/$(name)/bin/python)
+
+$(ENVIRONMENTS)/%/installed: environments/%.txt
+	$(PYTHON) -m venv $(ENVIRONMENTS)/$*
+	$(ENVIRONMENTS)/$*/bin/python -m pip install $(PIP_OPTIONS) -r $<
+	touch $@
+
+address: $(VENV)/installed  ## ADDRESS=https://... of this repository, into all that name it
+	$(BIN)/python tools/address.py $(ADDRESS)
 
 lab: $(VENV)/installed  ## open JupyterLab, which takes uploads of up to 200 MB
 	$(BIN)/jupyter lab --ServerApp.tornado_settings='{"websocket_max_message_size": 300000000}' notebooks

@@ -10,12 +10,13 @@ SMALL = {
 }
 
 
-def made_small(name, notebook):
-    """A notebook with overriding lines at the end of its cell tagged `parameters`."""
+def made_small(name, notebook, parameters=None):
+    """A notebook with overriding lines at the end of its cell tagged `parameters`, by default those of `SMALL`."""
+    parameters = parameters or SMALL[name]
     notebook = copy.deepcopy(notebook)
     (cell,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
     assigned = {node.id for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Name)}
-    if SMALL[name].keys() - assigned:
-        raise ValueError(f"{name} has no parameter {', '.join(SMALL[name].keys() - assigned)}")
-    cell.source += "".join(f"\n{parameter} = {value}" for parameter, value in SMALL[name].items())
+    if parameters.keys() - assigned:
+        raise ValueError(f"{name} has no parameter {', '.join(parameters.keys() - assigned)}")
+    cell.source += "".join(f"\n{parameter} = {value}" for parameter, value in parameters.items())
     return notebook
