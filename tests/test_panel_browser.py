@@ -266,3 +266,76 @@ def test_another_seed_is_another_piece_and_block_1_is_grain(browser, server):
     book.finish()
     assert style_loss(FIRST_FIVE) < 5 * strokes
     book.page.close()
+
+
+# In the kernel: the painter begins again when its run is done, so that the panel runs until it is stopped.
+NO_END = """
+import nst_widgets
+panel, calls = nst_widgets._open[0], []
+ending = panel.painter.step
+
+def endless(settings, start=None):
+    calls.append(start)
+    return ending(settings, start) or ending(settings, ("noise", 0))
+
+panel.painter.step = endless
+"""
+
+# In the kernel: a file says when the panel runs no more, since there is no page that could be asked.
+LOST = """
+import asyncio, json
+from pathlib import Path
+nst_widgets.PATIENCE = 2
+
+async def report():
+    while panel.state == "running":
+        await asyncio.sleep(0.05)
+    await asyncio.wrap_future(panel.worker.submit(len, calls))  # what was under way has ended
+    before = len(calls)
+    await asyncio.sleep(1)
+    Path("lost.json").write_text(json.dumps([panel.state, panel.note, before, len(calls)]))
+
+reporting = asyncio.get_running_loop().create_task(report())
+"""
+
+
+@pytest.mark.parametrize("pull", [False, True])
+def test_frames_that_are_sent_and_frames_that_the_browser_asks_for(pull, browser, server):
+    """A panel of each kind runs to its end, pauses at once, and stops when the page is closed."""
+    book = Notebook(browser, server, "2_texture_synthesis.ipynb")
+    panel = book.open_panel()
+    source = book.sources()[panel][1]
+    book.page.evaluate(
+        "([i, code]) => { jupyterapp.shell.currentWidget.content.widgets[i].model.sharedModel.source = code; }",
+        [panel, source.replace("vgg=vgg", f"vgg=vgg, pull={pull}").replace("size=SIZE", "size=64")],
+    )
+    book.run(panel)
+    book.show_panel()
+    book.count_frames()
+    book.button("Start").click()
+    book.finish()
+    assert book.frames() >= 3 and book.losses()["loss"] < 1
+    assert book.ask("import nst_widgets; print(nst_widgets._open[0].pull)") == str(pull)
+    book.screenshot(f"pull_{pull}")
+    book.ask(NO_END)
+    book.show_panel()
+    book.button("Restart").click()
+    book.wait_for(lambda: book.state == "running")
+    book.count_frames()
+    book.wait_for(lambda: book.frames() >= 5)
+    book.button("Pause").click()
+    book.wait_for(lambda: book.state == "paused")
+    book.count_frames()
+    book.ask("import asyncio; await asyncio.sleep(0.5)")
+    assert book.frames() == 0
+    book.show_panel()
+    book.button("Start").click()
+    book.wait_for(lambda: book.state == "running")
+    book.ask(LOST)
+    book.page.close()
+    lost = server.folder / "lost.json"
+    book.wait_for(lost.exists)
+    state, note, before, after = json.loads(lost.read_text())
+    lost.unlink()
+    assert (state, note) == ("paused", "no browser has shown this panel for 2 seconds: Start goes on")
+    assert before == after > 0
