@@ -55,9 +55,9 @@ def labelled(label: str, kind: str, options: dict) -> widgets.Widget:
     return getattr(widgets, kind)(description=label, layout=layout, style=style, **options)
 
 
-def set_slider(slider: widgets.FloatSlider | widgets.FloatLogSlider, value: float) -> None:
+def set_slider(slider: widgets.FloatSlider | widgets.FloatLogSlider, value: float, largest: float = 10) -> None:
     """Give a weight's slider a value and a range with this value among its steps, to which the browser rounds."""
-    scale = {"max": max(10, value), "step": value / max(1, round(10 * value)) or 0.1}
+    scale = {"max": max(largest, value), "step": value / max(1, round(10 * value)) or 0.1}
     if isinstance(slider, widgets.FloatLogSlider):
         power = math.log10(value)
         scale = {"min": power - max(0, math.ceil(10 * power)) / 10, "max": max(7, power), "step": 0.1}
@@ -80,7 +80,7 @@ class Controls:
     def __init__(self, opening: Settings):
         self.opening = opening
         roles = [kind for kind in ("content", "style") if getattr(opening, kind)]
-        of_layer = {"max": 2, "step": 0.1, "readout_format": ".1f"}
+        of_layer = {"readout_format": ".3g"}
         starts = [("noise", "noise"), *[("content", "content")] * ("content" in roles), ("present image", "present")]
         declared = [  # (name, label, kind, options)
             ("content_layer", "content layer", "Dropdown", {"options": in_order({*nst.CONVOLUTIONS, opening[3]})}),
@@ -104,7 +104,7 @@ class Controls:
             self.uploaders[kind] = widgets.FileUpload(description=f"Upload {kind}", **upload)
         tooltip = "Those of a PNG file that was saved here or by stylise"
         self.opener = widgets.FileUpload(
-            description="Open settings", accept=".png", tooltip=tooltip, layout={"width": "136px"}
+            description="Open settings", accept=".png", tooltip=tooltip, layout={"width": "168px"}
         )
         self.size.value = opening.size
         self.reset()
@@ -140,7 +140,7 @@ class Controls:
         set_slider(self.content_weight, settings["content_weight"])
         set_slider(self.style_weight, settings["style_weight"] or 1.0)
         for name, slider in self.layer_weights.items():
-            slider.value = settings["layer_weights"].get(name, 0.0)
+            set_slider(slider, settings["layer_weights"].get(name, 0.0), largest=2)
 
     def take_all(self, settings: dict) -> list[str]:
         """Take up all settings of a saved image; returns what is missing, as sentences. Raises UserError if unfit."""
@@ -153,6 +153,8 @@ class Controls:
         ]
         if strange:
             raise nst.UserError(f"there is no slider for {strange[0]} here: open a panel with it among style_layers")
+        if not 0 <= settings["seed"] <= self.seed.max:
+            raise nst.UserError(f"the seed is {settings['seed']}: a panel's are 0 to {self.seed.max}")
         missing = []
         for kind in kinds:
             offered = {path.name: path for _, path in self.choices[kind].options}

@@ -270,7 +270,7 @@ class Studio:
             if self.frame:
                 wait([self.frame], ANSWER)
             self.exchange()
-            self.display.sent.value += self.state == "running"
+            self.display.sent.value += 1
 
     async def watch(self) -> None:
         """Pause when no browser is there: counted while the kernel is free, for otherwise it would hear of none."""

@@ -123,7 +123,7 @@ def attempt(python, home):
     kernel.mkdir(parents=True)
     command = {"argv": [str(layered), "-m", "ipykernel_launcher", "-f", "{connection_file}"]}
     (kernel / "kernel.json").write_text(json.dumps(command | {"display_name": "tried", "language": "python"}))
-    os.environ |= {"JUPYTER_PATH": str(home / "share"), "TQDM_DISABLE": "1"}
+    os.environ |= {"JUPYTER_PATH": str(home / "share"), "TQDM_DISABLE": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     for path in NOTEBOOKS:
         notebook = made_small(path.stem, nbformat.read(path, as_version=4), PARAMETERS[path.stem])
         first, *others = (cell for cell in notebook.cells if cell.cell_type == "code")
