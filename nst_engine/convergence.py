@@ -5,16 +5,18 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .images import share_changed
+from .images import psnr
 
-# A run has converged when ten evaluations lower the total loss by less than this share of it:
-TOLERANCE = {
-    "coarse": 0.1,  # at a coarse scale, whose detail the next one replaces
-    "rough": 0.05,  # at full size, when it is asked whether rounding is the cause
-    "fine": 0.005,  # at full size, and the run is done
+# A stage has converged when so many evaluations lower the total loss by less than a share of it:
+SLOW = {
+    "coarse": (10, 0.1),  # at a coarse scale, whose detail the next one replaces
+    "rough": (5, 0.3),  # at full size, when it is asked whether rounding is the cause
+    "fine": (10, 0.005),  # at full size, and the run is done
 }
-# or when they change less than this share of the pixels by 1/255 or more, so that nobody sees a difference.
-CHANGED = 0.001
+# or, but for the question of rounding, when nobody sees the image change: ten evaluations change it by less than half a
+# percent of its range, as root mean square, and do not lower the loss to less than this share.
+UNSEEN = 46  # dB, as PSNR
+FALLING = 0.45
 SAMPLE = 2**18  # pixels that are compared
 LENGTH = 11  # images in the window
 
@@ -38,10 +40,13 @@ class Window(NamedTuple):
         """Whether the rule named above is met: `stage` is "coarse", "rough" or "fine"."""
         if stage == "coarse" and self.totals and self.totals[-1] < COARSE_END * self.first:
             return True
-        if len(self.totals) < LENGTH:
+        count, tolerance = SLOW[stage]
+        if len(self.totals) <= count:
             return False
-        slow = self.totals[-1] > (1 - TOLERANCE[stage]) * self.totals[0]
-        return slow or share_changed(self.images[0], self.images[-1]) < CHANGED
+        if self.totals[-1] > (1 - tolerance) * self.totals[-1 - count]:
+            return True
+        unseen = stage != "rough" and self.totals[-1] > FALLING * self.totals[0]
+        return unseen and psnr(self.images[0], self.images[-1]) > UNSEEN
 
 
 def subsample(image: Tensor) -> Tensor:

@@ -248,6 +248,12 @@ def share_changed(a: Tensor, b: Tensor) -> float:
     return changed.count_nonzero().item() / changed.numel()
 
 
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Peak signal-to-noise ratio of two images in dB; infinite for equal ones."""
+    mse = _gap(a, b).square().mean().item()
+    return 10 * math.log10(1 / mse) if mse else math.inf
+
+
 class Difference(NamedTuple):
     """How far apart two images are, in three numbers."""
 
@@ -258,6 +264,6 @@ class Difference(NamedTuple):
 
 def difference_numbers(a: Tensor, b: Tensor) -> Difference:
     """The `Difference` of two images (1, 3, H, W) of equal shape."""
-    gap = difference_map(a, b).cpu().double()  # in this order: Apple's GPUs have no float64
-    mse = gap.square().mean().item()
-    return Difference(share_changed(a, b), gap.mean().item(), 10 * math.log10(1 / mse) if mse else math.inf)
+    mean = difference_map(a, b).mean().item()
+    exact = (image.cpu().double() for image in (a, b))  # in this order: Apple's GPUs have no float64
+    return Difference(share_changed(a, b), mean, psnr(*exact))

@@ -28,7 +28,8 @@ from .tiles import all_reduce_min, largest_window, world_size
 
 BROAD = 512  # pixels along the shorter side: a run from an image has no coarser scale
 OPTIMISER = "optimiser."  # begins the names in `state_dict` that are the optimiser's
-COSINE = 0.7  # of the gradients in two precisions; below, half of the faster one's or more is rounding
+COSINE = 0.4  # of the gradients in two precisions; below, five sixths or more of the faster one's are rounding
+KEPT = 3  # correction pairs, when rounding has begun to be in them
 
 
 class Step(NamedTuple):
@@ -241,15 +242,15 @@ class Run:
 
         If the gradients of both point the same way it is not, and the faster one goes on.
         """
-        state, precision = self._state, self.precisions[-1]
-        x = state.image.flatten()
+        state, precision, optimiser = self._state, self.precisions[-1], self._optimiser(self.scales[0])
+        x, iterate = state.image.flatten(), optimiser.update(state.iterate)
         losses, gradient = self._evaluate(precision, x)
         step = Step(self.scales[0], precision, *losses)
-        cosine = gradient_cosine(state.gradient, gradient, self._optimiser(self.scales[0]).precondition)
+        cosine = gradient_cosine(state.gradient, gradient, optimiser.precondition)
         if cosine >= COSINE:
             self._count(state, stage="fine" if state.stage == "rough" else "done", window=Window())
         else:
-            iterate = begin(state.iterate._replace(x=x), losses, gradient)
+            iterate = begin(iterate._replace(x=x, slots=iterate.slots[-KEPT:]), losses, gradient)
             state = state._replace(iterate=iterate, step=step, gradient=gradient)
             self._count(state, stage="fine", precision=precision, window=Window())
         return step

@@ -175,10 +175,11 @@ def test_bfloat16_agrees_loosely(settings, content, style):
     assert half.history[-1].total == pytest.approx(single.history[-1].total, rel=0.3)
 
 
-def test_correction_pairs_are_kept_from_bfloat16_to_float32_and_begin_afresh_at_a_finer_scale(vgg, monkeypatch):
+def test_the_newest_correction_pairs_are_kept_in_float32_and_none_at_a_finer_scale(vgg, monkeypatch):
     """And float32 goes on from where bfloat16 ends."""
     monkeypatch.setattr("nst_engine.run.pick_precisions", lambda *_: ("bfloat16", "float32"))
-    optimisation = nst.Run(nst.Task(nst.load_image(CAT, 48, "cpu"), None, ("conv1_2",)), evaluations=1000, vgg=vgg)
+    monkeypatch.setattr("nst_engine.run.COSINE", 1.1)  # so that it takes over when it is first asked
+    optimisation = nst.Run(nst.Task(nst.load_image(CAT, 48, "cpu"), None, ("conv1_1",)), evaluations=1000, vgg=vgg)
     known, pairs, totals = {}, [], []
     while step := optimisation.step():
         pairs.append(len(optimisation.state_dict()["optimiser.slots"]))
@@ -188,7 +189,8 @@ def test_correction_pairs_are_kept_from_bfloat16_to_float32_and_begin_afresh_at_
     stages = [((24, 42), "bfloat16"), ((48, 85), "bfloat16"), ((48, 85), "float32")]
     assert list(known) == stages
     assert known[stages[0]] == (0, 0) and known[stages[1]][0] == 0 < known[stages[1]][1]
-    assert known[stages[2]][0] > 0 and totals[-1] < 0.1 * totals[0]
+    assert known[stages[2]][0] in (3, 4) and known[stages[2]][1] > 4  # 3 of them, and perhaps the first of its own
+    assert totals[-1] < 0.1 * totals[0]
 
 
 def test_an_easy_picture_costs_less(settings, content, style):
@@ -202,9 +204,15 @@ def test_a_reconstruction_comes_close_and_ends_when_nobody_sees_a_change(setting
     """Its loss would fall for ever."""
     content, seen = nst.load_image(CAT, 48, "cpu"), []
     result = nst.reconstruct_content(content, callback=lambda image, _: seen.append(image), evaluations=500, **settings)
-    assert 60 < result.evaluations < 400 and nst.difference_numbers(seen[59], content).psnr > 18
-    shares = [nst.difference_numbers(seen[k], seen[k + 10]).share for k in (-11, -13)]
-    assert shares[0] < 0.001 < shares[1] and nst.difference_numbers(result.image, content).psnr > 40
+    totals, full = [step.total for step in result.history], [step.shape for step in result.history].index((48, 85))
+
+    def over(k):
+        """Whether nobody sees what ten evaluations have changed, and they have not lowered the loss by much."""
+        unseen = nst.difference_numbers(seen[k], seen[k - 10]).psnr > 46
+        return unseen and totals[k] > 0.45 * totals[k - 10]
+
+    ends = [over(k) for k in range(full + 10, len(seen))]
+    assert ends.pop() and not any(ends) and nst.difference_numbers(result.image, content).psnr > 40
     assert result.history[-1].style == 0 and result.history[-1].total == pytest.approx(result.history[-1].content)
 
 

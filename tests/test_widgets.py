@@ -30,9 +30,9 @@ from PIL import Image
 import nst_controls
 import nst_utils as nst
 import nst_widgets
-from nst_engine.convergence import TOLERANCE
+from nst_engine.convergence import SLOW
 from nst_engine.errors import MissingFileError, UserError
-from nst_engine.saved import as_png
+from nst_engine.saved import as_png, read_settings
 from nst_widgets import Painter, Settings, Studio, style_studio
 
 CASTLE, NIGHT = nst.IMAGES / "content" / "chenonceau.jpg", nst.IMAGES / "style" / "starry_night.jpg"
@@ -52,8 +52,8 @@ def machine(monkeypatch):
 @pytest.fixture
 def quick(monkeypatch):
     """Any scale has converged at its eleventh evaluation."""
-    for stage in TOLERANCE:
-        monkeypatch.setitem(TOLERANCE, stage, 1.0)
+    for stage in SLOW:
+        monkeypatch.setitem(SLOW, stage, (10, 1.0))
 
 
 @pytest.fixture
@@ -528,6 +528,7 @@ def test_a_saved_file_is_the_image_on_display_with_its_settings(panel, tmp_path,
         about = json.loads(file.text["settings"])
     assert (about["content"], about["style"], about["size"]) == ("chenonceau.jpg", "starry_night.jpg", 40)
     assert about["style_weight"] == 1e4 and about["layer_weights"] == dict(LAYERS)
+    assert (about["evaluations"], about["coarse_to_fine"]) == (225, True)
     assert about["losses"]["total"] == 4 and (about["start"], about["seed"]) == ("noise", 0)
     written = pixels(files[0].read_bytes())
     assert np.array_equal(written, np.asarray(nst.to_pil(panel.shown.image)))
@@ -752,6 +753,8 @@ def test_a_closed_panel_does_nothing(panel, tmp_path, monkeypatch):
     panel.painter.gate.release(1000)
     painter = panel.painter
     panel.close()
+    panel.loop.run_until_complete(asyncio.sleep(0.01))
+    assert panel.watching.done()
     for method in ("start", "step", "pause", "restart", "keep", "save", "reset", "moved"):
         getattr(panel, method)()
     upload(panel, "style", ("a.jpg", WAVE.read_bytes()))
@@ -1129,7 +1132,9 @@ def saved(panel, tmp_path, monkeypatch):
     press(panel, "Save")
     press(panel, "Pause")
     release(panel)
-    return settings, Path("saved", "chenonceau_great_wave_001.png").read_bytes()
+    path = Path("saved", "chenonceau_great_wave_001.png")
+    assert not read_settings(path)["coarse_to_fine"]
+    return settings, path.read_bytes()
 
 
 def test_settings_of_a_saved_image_are_taken_up(saved, studio):
