@@ -63,8 +63,8 @@ class Run:
     init: "noise" (soft clouds around grey, drawn from `seed`), "content", or an image to start from, which is scaled
     to `shape`; white noise is `torch.rand(1, 3, H, W)`.
     evaluations: how many times the network is run forward and back, at most, over all scales. The run is done sooner
-    when ten of them lower the loss by less than 0.5 %, or change fewer than one pixel in a thousand by 1/255. A scale
-    of more than 512 x 1024 pixels has fewer. Coarse scales come first unless `coarse_to_fine` is False; from an image,
+    when ten of them lower the loss by less than 0.5 %, or nobody sees what they change (convergence.py). A scale of
+    more than 512 x 1024 pixels has fewer. Coarse scales come first unless `coarse_to_fine` is False; from an image,
     only those of 512 pixels and more.
     vgg: from `load_vgg19`, which is the default. precision: "float32" or "bfloat16"; by default bfloat16 where that is
     fast, and float32 from where rounding would stop it.
