@@ -70,15 +70,21 @@ def test_a_run_stopped_after_any_evaluation_ends_in_a_new_process_as_if_it_had_n
         assert history[:stop] + rest == history and torch.equal(image, run.image), stop
 
 
-@pytest.mark.parametrize(
-    "init, style_weight, end", [("noise", 1e4, ("done", "bfloat16")), ("content", 1e2, ("fine", "float32"))]
-)
-def test_the_precision_and_whether_rounding_was_asked_are_part_of_the_state(init, style_weight, end, vgg, monkeypatch):
-    """When it is asked bfloat16 goes on, both times, or float32 takes over the second time."""
+@pytest.mark.parametrize("init, cosine, end", [("noise", 1, ("done", "bfloat16")), ("content", 0, ("fine", "float32"))])
+def test_the_precision_and_whether_rounding_was_asked_are_part_of_the_state(init, cosine, end, vgg, monkeypatch):
+    """When it is asked bfloat16 goes on, both times, or float32 takes over the second time.
+
+    Whatever the rounding here is: what the gradients' cosine is said to be depends on which of the two times it is.
+    """
     monkeypatch.setattr("nst_engine.run.pick_precisions", lambda *_: ("bfloat16", "float32"))
     monkeypatch.setattr("nst_engine.run.BROAD", 24)  # so that a run from an image has two scales, too
     style = nst.load_image(nst.IMAGES / "style" / "great_wave.jpg", 64, "cpu")
-    task = nst.Task(nst.load_image(IMAGE, 128, "cpu"), style, ("conv1_1",), {"conv1_1": 1.0}, 1.0, style_weight)
+    task = nst.Task(nst.load_image(IMAGE, 128, "cpu"), style, ("conv1_1",), {"conv1_1": 1.0}, 1.0, 1e4)
+    norms, name = [], "nst_engine.run.gradient_cosine"
+    monkeypatch.setattr(name, lambda a, b, _: norms.append(b.norm().item()) or 1)
+    finish(nst.Run(task, init=init, vgg=vgg))
+    first, last = norms
+    monkeypatch.setattr(name, lambda a, b, _: 1 if abs(b.norm() - first) < abs(b.norm() - last) else cosine)
     run, states, history = nst.Run(task, init=init, vgg=vgg), [], []
     while step := run.step():
         states.append(run.state_dict())
