@@ -1,11 +1,13 @@
-"""Compare the recipes people copy with ours: displayed loss against time, on the same objective, images and start.
+"""Compare the recipes people copy with ours, as published: displayed loss against time on the same objective.
 
-Every recipe minimises the same loss over the same network, in the same process, one after another in turn. The others
-compute it as their code does, by the plain formulas of nst_utils; ours by the engine. After each evaluation the image
-may be kept, with the time; afterwards each kept image is clamped to [0, 1] as a viewer would see it, brought to full
-size, and its loss computed in float32. The clock includes the targets for all; for ours also the network's copy and the
-preconditioner. Writes results/NAME.json, .md and .png, and NAME_strip.jpg: the first transfer from noise, as displayed
-after some seconds, of the best rival and ours.
+Each rival runs as many iterations as its author publishes, without a limit of time, on the tasks and from the start
+that its author shows; PyTorch's tutorial on all. Ours is called by default and ends when it is done. All minimise the
+same loss of the same images over the same network, in one process, one after another. The others compute it as their
+code does, in float32, by the plain formulas of nst_utils; ours by the engine. Now and then the image is kept, with the
+time; afterwards each kept image is clamped to [0, 1] as a viewer would see it, brought to full size, and its loss
+computed in float32. The clock includes the targets for all; for ours also the network's copy and the preconditioner.
+Writes results/NAME.json, .md and .png, and NAME_strip.jpg: the first transfer from noise, as displayed after some
+seconds, of the best rival and ours. DeepTextures' optimiser needs scipy, which nothing else here does.
 """
 
 import argparse
@@ -16,15 +18,14 @@ import platform
 import statistics
 import time
 from pathlib import Path
-from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import optim
 
 import nst_utils as nst
-from nst_engine.convergence import Window
 from nst_engine.evaluation import pick_precisions
 from nst_engine.layers import deepest
 from nst_engine.network import cut_network
@@ -40,31 +41,29 @@ TASKS = {  # content layers, style layers, content weight, style weight, start
     "texture": ((), nst.FIRST_FIVE, 0.0, 1e4, "noise"),
     "transfer from noise": (("conv1_2",), nst.FIRST_FIVE, 1.0, 1e4, "noise"),
     "transfer from content": (("conv1_2",), nst.FIRST_FIVE, 1.0, 1e4, "content"),
+    "Gram loss alone from content": ((), nst.FIRST_FIVE, 0.0, 1e4, "content"),  # what SPST minimises
 }
-MOMENTS = (2, 5, 10, 20, 40)  # seconds
-
-
-class TimeIsUp(Exception):
-    pass
+MOMENTS = (2, 5, 10, 20)  # seconds
 
 
 class Recorder:
-    """Keeps images with their times, ever more sparsely, and ends a run at the limit."""
+    """Keeps images with their times, ever more sparsely; the last evaluation's is in `last`."""
 
-    def __init__(self, limit):
-        self.kept, self.limit, self.evaluations = [], limit, 0
-        self.start = time.perf_counter()
+    def __init__(self):
+        self.kept, self.evaluations, self.start = [], 0, time.perf_counter()
 
     def __call__(self, image):
         self.evaluations += 1
         if image.is_cuda:
             torch.cuda.synchronize()
-        elapsed = time.perf_counter() - self.start
-        if not self.kept or elapsed > 1.06 * self.kept[-1][0]:
-            self.kept.append((elapsed, image.detach().float().clone()))
-        if elapsed > self.limit:
-            self.kept.append((elapsed, image.detach().float().clone()))
-            raise TimeIsUp
+        self.last = time.perf_counter() - self.start, image.detach()
+        if not self.kept or self.last[0] > 1.05 * self.kept[-1][0]:
+            self.kept.append((self.last[0], image.detach().float().clone()))
+
+    def end(self):
+        """Keep the last image, too."""
+        elapsed, image = self.last
+        self.kept.append((elapsed, image.float().clone()))
 
 
 def set_gradient(objective, image):
@@ -127,17 +126,15 @@ def tensorflow_tutorial(make, start, record):
 
 
 def crowson(make, start, record):
-    """crowsonkb/style-transfer-pytorch: Adam 0.02, clamped, scales from 128 up by sqrt(2), the mean iterate shown.
+    """crowsonkb/style-transfer-pytorch: Adam 0.02, clamped, the mean iterate shown.
 
-    There 1000 steps at the first scale and 500 at each other; here the same proportion, within the time limit.
+    Scales from 128 pixels up by sqrt(2), 1000 steps at the first and 500 at each other.
     """
     height, width = start.shape[-2:]
     long = max(height, width)
     sides = [round(long / 2 ** (k / 2)) for k in range(20) if round(long / 2 ** (k / 2)) >= min(128, long)][::-1]
-    cost = [(2 if side == sides[0] else 1) * side**2 for side in sides]
-    ends = [record.limit * sum(cost[: k + 1]) / sum(cost) for k in range(len(sides))]
     image, state = start, None
-    for side, end in zip(sides, ends):
+    for side in sides:
         shape = (max(1, round(height * side / long)), max(1, round(width * side / long)))
         image = F.interpolate(image, shape, mode="bicubic").clamp(0, 1).requires_grad_()
         mean, weight = 0.01 * image.detach(), 0.99
@@ -148,7 +145,7 @@ def crowson(make, start, record):
                 group["exp_avg_sq"] = F.interpolate(group["exp_avg_sq"], shape, mode="bilinear").relu()
             optimiser.load_state_dict(state)
         objective = make(shape)
-        while side == sides[-1] or time.perf_counter() - record.start < end:
+        for _ in range(1000 if side == sides[0] else 500):
             set_gradient(objective, image)
             optimiser.step()
             with torch.no_grad():
@@ -158,19 +155,50 @@ def crowson(make, start, record):
         image, state = mean / (1 - weight), optimiser.state_dict()
 
 
+def deep_textures(make, start, record):
+    """leongatys/DeepTextures: scipy's L-BFGS-B, bounds, history size 20, no tolerances, 2000 iterations."""
+    from scipy.optimize import minimize
+
+    objective = make(start.shape[-2:])
+
+    def evaluate(x):
+        image = torch.from_numpy(x.astype(np.float32)).view_as(start).to(start.device).requires_grad_()
+        loss = set_gradient(objective, image)
+        record(image)
+        return loss.item(), image.grad.flatten().cpu().double().numpy()
+
+    options = {"maxiter": 2000, "maxfun": 10**6, "maxcor": 20, "ftol": 0, "gtol": 0}
+    x, bounds = start.flatten().cpu().double().numpy(), [(0, 1)] * start.numel()
+    minimize(evaluate, x, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
+
+
+def spst(make, start, record):
+    """Galerne, Raad, Lezama & Morel 2024, Scaling Painting Style Transfer, from its description, whole images.
+
+    L-BFGS at scales that double from between 512 and 1023 pixels, with 600, 200, 66 and 30 iterations, a history size
+    of 100 at the first and 10 after.
+    """
+    doublings = int(math.log2(min(start.shape[-2:]) / 512))
+    scales = [tuple(side // 2**k for side in start.shape[-2:]) for k in range(doublings, -1, -1)]
+    image = start
+    for k, (shape, iterations) in enumerate(zip(scales, (600, 200, 66, 30))):
+        image = F.interpolate(image.detach(), shape, mode="bicubic", antialias=True).requires_grad_()
+        history = 10 if k else 100
+        options = {"tolerance_change": -1, "tolerance_grad": -1, "max_eval": 10**6}
+        optimiser = optim.LBFGS([image], lr=1, max_iter=iterations, history_size=history, **options)
+        optimiser.step(closure_of(make(shape), image, record))
+
+
+# {name: (recipe, the tasks it is run on)}, each from the start that its author takes by default.
 RIVALS = {
-    "PyTorch tutorial": pytorch_tutorial,
-    "neural-style-pt": neural_style_pt,
-    "strong Wolfe": strong_wolfe,
-    "TensorFlow tutorial": tensorflow_tutorial,
-    "Adam, multi-scale": crowson,
+    "PyTorch tutorial": (pytorch_tutorial, [*TASKS][:4]),
+    "neural-style-pt": (neural_style_pt, ["transfer from noise"]),
+    "strong Wolfe": (strong_wolfe, ["transfer from content"]),
+    "TensorFlow tutorial": (tensorflow_tutorial, ["transfer from content"]),
+    "Adam, multi-scale": (crowson, ["transfer from content"]),
+    "DeepTextures": (deep_textures, ["texture"]),
+    "SPST": (spst, [*TASKS][4:]),
 }
-
-
-def to_the_limit():
-    """With this, a run that has converged at full size goes on to its limit of evaluations, as the others do."""
-    converged = Window.converged
-    return mock.patch.object(Window, "converged", lambda self, stage: stage != "fine" and converged(self, stage))
 
 
 def load_pair(pair, size, device):
@@ -181,11 +209,12 @@ def load_pair(pair, size, device):
     return content, nst.load_image(nst.IMAGES / "style" / f"{pair[1]}.jpg", size, device)
 
 
-def run_cell(task, pair, seed, size, limit, precisions, vgg, repeat):
-    """Every recipe once on one cell of the grid.
+def run_cell(cell, rivals, precisions, vgg):
+    """The rivals and ours, each once, on one cell of the grid: (task, pair, seed, size).
 
     Returns ([{recipe, precision, times, losses, evals, ...} for each], [[its image at each of `MOMENTS`] for each]).
     """
+    task, pair, seed, size = cell
     content_layers, style_layers, content_weight, style_weight, start = TASKS[task]
     device = vgg.mean.device
     content, style = load_pair(pair, size, device)
@@ -200,53 +229,41 @@ def run_cell(task, pair, seed, size, limit, precisions, vgg, repeat):
         content_weight,
         style_weight,
     )
+    network = cut_network(vgg, deepest(goal.layers), device, "float32")
 
-    def maker(network):
-        def make(shape):
-            smaller = [round(side * min(shape) / size) for side in style.shape[-2:]]
-            return nst.make_objective(network, nst.resize(content, shape), nst.resize(style, smaller), *weights)
-
-        return make
+    def make(shape):
+        smaller = [round(side * min(shape) / size) for side in style.shape[-2:]]
+        return nst.make_objective(network, nst.resize(content, shape), nst.resize(style, smaller), *weights)
 
     def ours(precision):
         def recipe(make, start_image, record):
-            run = nst.Run(goal, (size, size), init=start, seed=seed, vgg=vgg, precision=precision)
-            with to_the_limit():
-                while run.step():
-                    record(run.image)
+            run = nst.Run(goal, (size, size), init=content if start == "content" else start, seed=seed, vgg=vgg,
+                          precision=precision)  # fmt: skip
+            while run.step():
+                record(run.image)
 
         return recipe
 
-    runs = [(name, precision, recipe) for name, recipe in RIVALS.items() for precision in precisions]
+    runs = [("ours", "float32", ours("float32"))]
     if "bfloat16" in precisions:
-        runs += [("ours", "mixed", ours(None))]
-    if "float32" in precisions:
-        runs += [("ours", "float32", ours("float32"))]
-    first = (repeat + seed) % len(runs)  # another recipe begins each time
-    runs = runs[first:] + runs[:first]
+        runs.insert(0, ("ours", "mixed", ours(None)))
+    runs = [(name, "float32", RIVALS[name][0]) for name in rivals] + runs
+    make((size, size))(content)  # warm up, outside the clock
     results, images = [], []
     for name, precision, recipe in runs:
-        make = None
-        if name != "ours":
-            make = maker(cut_network(vgg, deepest(goal.layers), device, precision))
-            make((size, size))  # warm up, outside the clock
-        record = Recorder(limit)
-        try:
-            recipe(make, noise if start == "noise" else content, record)
-        except TimeIsUp:
-            pass
+        record = Recorder()
+        recipe(make, noise if start == "noise" else content, record)
+        record.end()
         with torch.no_grad():
             losses = [objective(nst.resize(x.clamp(0, 1), (size, size)))[0].item() for _, x in record.kept]
         losses = [loss if math.isfinite(loss) else math.inf for loss in losses]
         times = [elapsed for elapsed, _ in record.kept]
         images.append([kept_at(record, moment, (size, size)) for moment in MOMENTS])
-        cell = {"task": task, "pair": "/".join(pair), "seed": seed, "repeat": repeat}
-        results.append(
-            cell
-            | {"recipe": name, "precision": precision, "times": times, "losses": losses, "evals": record.evaluations}
-        )
-        print(f"{task}, {pair[0]}, seed {seed}: {name} ({precision}) best {min(losses):.4g}, end {losses[-1]:.4g}, ")
-        print(f"    {record.evaluations} evaluations in {times[-1]:.1f} s", flush=True)
+        found = {"recipe": name, "precision": precision, "times": times, "losses": losses, "evals": record.evaluations}
+        results.append({"task": task, "pair": "/".join(pair), "seed": seed, "size": size} | found)
+        print(f"{task}, {size}, {pair[0]}, seed {seed}: {name} ({precision}) best {min(losses):.4g} after "
+              f"{time_to(results[-1], min(losses)):.1f} s, end {losses[-1]:.4g} after {times[-1]:.1f} s, "
+              f"{record.evaluations} evaluations", flush=True)  # fmt: skip
     return results, images
 
 
@@ -268,75 +285,76 @@ def time_to(run, loss):
     return next((t for t, reached in zip(run["times"], run["losses"]) if reached <= loss), math.inf)
 
 
-def diverged(run):
-    """Ended more than 1 % above its own best displayed loss, or not finite."""
-    return not run["losses"][-1] <= 1.01 * min(run["losses"])
-
-
 def cells(runs):
-    def key(run):
-        return run["task"], run["pair"], run["seed"], run["repeat"]
-
-    return [list(group) for _, group in itertools.groupby(runs, key=key)]
+    """{(task, pair, seed, size): its runs}."""
+    found = {}
+    for run in runs:
+        found.setdefault((run["task"], run["pair"], run["seed"], run["size"]), []).append(run)
+    return found
 
 
 def best_rival(cell):
     return min((run for run in cell if run["recipe"] != "ours"), key=lambda run: min(run["losses"]))
 
 
-def our_run(cell):
-    """Ours, with both precisions where there are."""
-    return max((run for run in cell if run["recipe"] == "ours"), key=lambda run: run["precision"] == "mixed")
+def our_run(cell, precision="mixed"):
+    """Ours in a precision, or in the only one there is."""
+    return max((run for run in cell if run["recipe"] == "ours"), key=lambda run: run["precision"] == precision)
+
+
+def level_of(rival):
+    """The loss that ours is to reach: the rival's best displayed one; SPST's last, which is what it gives."""
+    return rival["losses"][-1] if rival["recipe"] == "SPST" else min(rival["losses"])
+
+
+def ratio_of(rival, our):
+    """The rival's time to its level over ours to the same; 0 where ours ends above it."""
+    return time_to(rival, level_of(rival)) / time_to(our, level_of(rival))
 
 
 def report(runs, about):
-    """Markdown: losses by time for every recipe, and for each cell our time to the best rival's best loss."""
-    kinds = sorted({(run["recipe"], run["precision"]) for run in runs}, key=lambda kind: (kind[0] == "ours", kind))
-    lines = [about, "", "## Displayed loss against time", ""]
-    lines += ["Median over pairs, seeds and repeats of a task; `-` where the run had not begun or was not finite.", ""]
-    head = [*(f"{m} s" for m in MOMENTS), "end", "evaluations", "ended above its best"]
-    for task in dict.fromkeys(run["task"] for run in runs):
-        lines += [f"**{task}**", "", "| recipe | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
-        for kind in kinds:
-            own = [run for run in runs if run["task"] == task and (run["recipe"], run["precision"]) == kind]
-            if own:
-                values = [statistics.median(loss_at(run, m) for run in own) for m in MOMENTS]
-                values.append(statistics.median(run["losses"][-1] for run in own))
-                row = [f"{value:.4g}" if math.isfinite(value) else "-" for value in values]
-                row.append(f"{statistics.median(run['evals'] for run in own):.0f}")
-                row.append(f"{sum(map(diverged, own))} of {len(own)}")
-                lines.append(f"| {kind[0]}, {kind[1]} | " + " | ".join(row) + " |")
-        lines.append("")
-    lines += ["## Time to the best rival's best displayed loss", ""]
-    lines += ["| task | pair | seed | best rival | its best | its time | our time | ratio | our end / its best |"]
-    lines += ["|---" * 9 + "|"]
-    ratios, ends = [], []
-    for cell in cells(runs):
-        best, our = best_rival(cell), our_run(cell)
-        target = min(best["losses"])
-        its, own = time_to(best, target), time_to(our, target)
-        ratios.append(its / own)
-        ends.append(our["losses"][-1] / target)
-        lines.append(
-            f"| {our['task']} | {our['pair']} | {our['seed']} | {best['recipe']}, {best['precision']} | {target:.4g} "
-            f"| {its:.1f} s | {own:.1f} s | {ratios[-1]:.1f} | {ends[-1]:.4g} |"
-        )
-    our_runs = [run for run in runs if run["recipe"] == "ours"]
-    lines += [
+    """Markdown: for each rival its best and its end, and how long ours takes to the same."""
+    precisions = sorted({run["precision"] for run in runs if run["recipe"] == "ours"}, reverse=True)
+    lines = [
+        about,
         "",
-        f"Ratios: smallest {min(ratios):.1f}, median {statistics.median(ratios):.1f}, over {len(ratios)} cells. "
-        f"Our end is below the best rival's best on {sum(end < 1 for end in ends)} of {len(ends)} cells, "
-        f"at worst {max(ends):.3f} times it. "
-        f"Runs that ended more than 1 % above their own best: ours {sum(map(diverged, our_runs))} of {len(our_runs)}, "
-        f"the rivals {sum(diverged(run) for run in runs if run['recipe'] != 'ours')} of {len(runs) - len(our_runs)}.",
-        "",
+        "Loss (seconds). *Ratio*: the rival's time to its best over ours to the same; SPST's to its end.",
     ]
-    return "\n".join(lines)
+    lines += ["`-`: ours ends above that.", ""]
+    ours = [f"ours, {precision}: {what}" for precision in precisions for what in ("to the same", "ratio", "end")]
+    lines += ["| task | pair, seed, size | rival | evaluations | its best | its end | " + " | ".join(ours) + " |"]
+    lines += ["|---" * (6 + len(ours)) + "|"]
+    for (task, pair, seed, size), cell in cells(runs).items():
+        for rival in (run for run in cell if run["recipe"] != "ours"):
+            best, end = min(rival["losses"]), rival["losses"][-1]
+            row = [task, f"{pair}, {seed}, {size}", rival["recipe"], f"{rival['evals']}"]
+            row += [f"{best:.4g} ({time_to(rival, best):.1f})", f"{end:.4g} ({rival['times'][-1]:.1f})"]
+            for our in (our_run(cell, precision) for precision in precisions):
+                ratio, seconds = ratio_of(rival, our), time_to(our, level_of(rival))
+                row += [f"{seconds:.1f}", f"{ratio:.1f}"] if ratio else ["-", "-"]
+                row += [f"{our['losses'][-1]:.4g} ({our['times'][-1]:.1f}, {our['evals']} evaluations)"]
+            lines.append("| " + " | ".join(row) + " |")
+    lines += ["", "Against the best rival of each cell:", ""]
+    lines += ["| task | ours | smallest ratio | median | ends below its best | our end over our best, at most |"]
+    lines += ["|---" * 6 + "|"]
+    groups = [(task, [cell for key, cell in cells(runs).items() if key[0] == task]) for task in TASKS]
+    everything = [cell for key, cell in cells(runs).items() if key[0] in [*TASKS][:4]]
+    for (task, found), precision in itertools.product([*groups, ("the first four", everything)], precisions):
+        if found:
+            pairs = [(best_rival(cell), our_run(cell, precision)) for cell in found]
+            ratios = [ratio_of(rival, our) for rival, our in pairs]
+            below = sum(our["losses"][-1] < level_of(rival) for rival, our in pairs)
+            worst = max(our["losses"][-1] / min(our["losses"]) for _, our in pairs)
+            lines.append(
+                f"| {task} | {precision} | {min(ratios):.1f} | {statistics.median(ratios):.1f} "
+                f"| {below} of {len(found)} | {worst:.3f} |"
+            )
+    return "\n".join([*lines, ""])
 
 
 def strip(cell, images):
     """What is displayed after some seconds: a row for the best rival, one for ours."""
-    moments = MOMENTS[:-1]
+    moments = MOMENTS
     figure = Figure(figsize=(2.2 * len(moments) + 0.3, 4.7), layout="constrained")
     for axes, run in zip(figure.subplots(2, len(moments)), (best_rival(cell), our_run(cell))):
         for axis, moment, image in zip(axes, moments, images[cell.index(run)]):
@@ -350,60 +368,62 @@ def strip(cell, images):
 
 def plot(runs):
     """Displayed loss against time, one panel a task, the first pair and seed."""
-    tasks = list(dict.fromkeys(run["task"] for run in runs))
+    first = {key[0]: cell for key, cell in reversed(cells(runs).items())}
+    tasks = [task for task in TASKS if task in first]
     figure = Figure(figsize=(4.2 * len(tasks), 3.8), layout="constrained")
-    colours = {name: f"C{k}" for k, name in enumerate(RIVALS)}
+    colours, handles = {name: f"C{k}" for k, name in enumerate(RIVALS)}, {}
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False).flat, tasks):
-        first = next(cell for cell in cells(runs) if cell[0]["task"] == task)
-        for run in first:
+        for run in first[task]:
             ours = run["recipe"] == "ours"
-            axes.loglog(
+            label = f"ours, {run['precision']}" if ours else run["recipe"]
+            (handles[label],) = axes.loglog(
                 run["times"],
                 run["losses"],
                 color="black" if ours else colours[run["recipe"]],
                 linewidth=2.2 if ours else 1.2,
-                linestyle="--" if run["precision"] == "float32" else "-",
-                label=f"{run['recipe']}, {run['precision']}",
+                linestyle="--" if ours and run["precision"] == "float32" else "-",
             )
-        smallest = min(min(run["losses"]) for run in first)
-        axes.set(title=f"{task}: {first[0]['pair']}", xlabel="seconds", ylim=(0.8 * smallest, None))
+        smallest = min(min(run["losses"]) for run in first[task])
+        largest = max(run["losses"][0] for run in first[task])
+        axes.set(title=f"{task}: {first[task][0]['pair']}", xlabel="seconds", ylim=(0.8 * smallest, 1.5 * largest))
         axes.title.set_fontsize(9)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     figure.axes[0].set_ylabel("displayed loss, float32")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     return figure
+
+
+def grid(quick=False, large=(512, 1024)):
+    """[(task, pair, seed, size)] and the rivals of each: all on the first pair, the tutorial on the others."""
+    if quick:
+        return [(("transfer from noise", PAIRS[0], 0, 128), ["PyTorch tutorial"])]
+    found = []
+    for pair, seed, task in itertools.product(PAIRS, range(3), [*TASKS][:4]):
+        if not seed or (pair == PAIRS[0] and TASKS[task][-1] == "noise"):
+            rivals = [name for name, (_, tasks) in RIVALS.items() if task in tasks]
+            found.append(((task, pair, seed, 256), rivals if pair == PAIRS[0] and not seed else rivals[:1]))
+    return found + [(([*TASKS][4], PAIRS[0], 0, size), ["SPST"]) for size in large]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one cell at 128 pixels, under two minutes")
-    parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--seconds", type=float, default=40, help="limit of a run")
-    parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--precisions", nargs="*", default=None, help="of the rivals; by default all that pay here")
+    parser.add_argument("--quick", action="store_true", help="one cell at 128 pixels, the tutorial alone: two minutes")
     parser.add_argument("--name", default="latest", help="of the result files")
     parser.add_argument("--device", default=None)
     parser.add_argument("--resume", action="store_true", help="go on with NAME.json, a run that was cut off")
     options = parser.parse_args()
-    if options.quick:
-        options.size, options.seconds, options.pairs, options.seeds, options.repeats = 128, 8, 1, 1, 1
-        options.tasks = ["transfer from noise"]
     vgg = nst.load_vgg19(device=options.device)
     device = vgg.mean.device
-    precisions = options.precisions or pick_precisions(device)[::-1]
+    precisions = pick_precisions(device)
     machine = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     )
     about = (
-        f"{options.size} x {options.size} pixels, at most {options.seconds:g} s a run, {device.type} ({machine}), "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, rivals in {' and '.join(precisions)}."
+        f"{device.type} ({machine}), {torch.get_num_threads()} threads, torch {torch.__version__}; "
+        f"the rivals in float32, ours in {' and '.join(our_names(precisions))}."
     )
     out = HERE / "results"
     out.mkdir(exist_ok=True)
@@ -412,21 +432,23 @@ def main():
     if options.resume:
         before = json.loads(stored.read_text())
         if before["about"] != about:
-            parser.error(f"{stored.name} is of another machine or other settings: {before['about']}")
+            parser.error(f"{stored.name} is of another machine: {before['about']}")
         runs = before["runs"]
-    done = {(run["repeat"], run["seed"], run["task"], run["pair"]) for run in runs}
-    for repeat, seed in itertools.product(range(options.repeats), range(options.seeds)):
-        for task, pair in itertools.product(options.tasks, PAIRS[: options.pairs]):
-            if seed and TASKS[task][-1] != "noise" or (repeat, seed, task, "/".join(pair)) in done:
-                continue
-            cell, images = run_cell(task, pair, seed, options.size, options.seconds, precisions, vgg, repeat)
-            runs += cell
-            if task == "transfer from noise" and pair == PAIRS[0] and repeat == seed == 0:
-                strip(cell, images).savefig(out / f"{options.name}_strip.jpg", dpi=110, pil_kwargs={"quality": 90})
-            stored.write_text(json.dumps({"about": about, "runs": runs}))
-            (out / f"{options.name}.md").write_text(report(runs, about))
-            plot(runs).savefig(out / f"{options.name}.png", dpi=110)
+    for (task, pair, seed, size), rivals in grid(options.quick):
+        if (task, "/".join(pair), seed, size) in cells(runs):
+            continue
+        cell, images = run_cell((task, pair, seed, size), rivals, precisions, vgg)
+        runs += cell
+        if (task, pair, seed) == ("transfer from noise", PAIRS[0], 0):
+            strip(cell, images).savefig(out / f"{options.name}_strip.jpg", dpi=110, pil_kwargs={"quality": 90})
+        stored.write_text(json.dumps({"about": about, "runs": runs}))
+        (out / f"{options.name}.md").write_text(report(runs, about))
+        plot(runs).savefig(out / f"{options.name}.png", dpi=110)
     print(report(runs, about))
+
+
+def our_names(precisions):
+    return ["mixed (bfloat16, then float32)", "float32"] if "bfloat16" in precisions else ["float32"]
 
 
 if __name__ == "__main__":

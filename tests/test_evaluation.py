@@ -56,6 +56,29 @@ def test_a_replay_overwrites_its_outputs_and_reads_other_images_and_weights(monk
     assert found[2] == [12 * 9 * 5] and found[3].tolist() == [2 * 3 * 5] * 12
 
 
+@pytest.mark.parametrize(("shape", "threads"), [((90, 110), 1), ((90, 120), 3)])
+def test_a_small_image_is_evaluated_on_one_thread_and_the_number_comes_back(shape, threads):
+    found, present = [], torch.get_num_threads()
+
+    def statistics(part, tile):
+        found.append(torch.get_num_threads())
+        if part.sum() > 1e9:
+            raise KeyboardInterrupt
+        return [part.square().sum()]
+
+    image = torch.zeros(1, 3, *shape)
+    torch.set_num_threads(3)
+    try:
+        evaluate = evaluator(Objective(statistics, lambda found, weights: found[0][None], whole(image)), image, 1)
+        evaluate(torch.zeros(image.numel()), torch.ones(1))
+        assert found == [threads] and torch.get_num_threads() == 3
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(torch.full((image.numel(),), 1e9), torch.ones(1))
+        assert found == [threads] * 2 and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(present)
+
+
 class FakeCuda:
     """Stands in for torch.cuda: a graph keeps the run that is captured, and overwrites its outputs when replayed."""
 
