@@ -3,13 +3,16 @@
 The image is saved every half minute beside its run, a .safetensors file of the same name; after an interruption the
 same command goes on from there. For several devices or processes: torchrun --nproc-per-node 2 -m nst_stylise ...
 An image that the panel or this program has saved says how it was made: stylise --like saved.png makes it again.
+
+Several styles are blended, or each has its place, where its mask is white:
+    stylise photo.jpg starry.jpg wave.jpg --blend 2 1
+    stylise photo.jpg starry.jpg wave.jpg --masks sky.png rest
 """
 
 import argparse
 import contextlib
 import hashlib
 import io
-import json
 import os
 import signal
 import sys
@@ -18,18 +21,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from filelock import FileLock, Timeout
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 import nst_utils as nst
-from nst_engine.saved import as_png, find_picture, read_settings
+from nst_engine.run_file import alone, begin_state, read_state, write, write_state
+from nst_engine.saved import REST, as_png, find_picture, read_settings
+from nst_engine.styles import resize_mask
 
-IMAGES = ("content", "style")
-CHOSEN = ("size", "style_size", "style_weight", "init", "seed", "evaluations")  # by options
+CHOSEN = ("size", "style_size", "style_weight", "init", "seed", "evaluations", "keep_colours")  # by options
 LAYERS = {"content_layer": "conv1_2", "layer_weights": dict.fromkeys(nst.FIRST_FIVE, 1.0)}
 TASK = {**LAYERS, "content_weight": 1.0, "coarse_to_fine": True}  # unless --like finds others
 SECONDS = 30  # between two times of saving
@@ -40,7 +40,13 @@ def parse(arguments):
     parser = argparse.ArgumentParser("stylise", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("content", type=Path, nargs="?")
-    parser.add_argument("style", type=Path, nargs="?")
+    parser.add_argument("style", type=Path, nargs="*", help="a painting, or several")
+    parser.add_argument("--blend", type=float, nargs="+", help="how much of each style, in their order (equal parts)")
+    text = "for each style where it goes: an image, white there, or 'rest', where the others are not"
+    parser.add_argument("--masks", nargs="+", help=text)
+    parser.add_argument(
+        "--keep-colours", action="store_true", help="take the photograph's, and the style's light and dark"
+    )
     parser.add_argument("--like", type=Path, help="a saved PNG file, whose settings hold where no others are given")
     parser.add_argument("-o", "--output", type=Path, help="a PNG file; by default CONTENT_STYLE.png, here")
     parser.add_argument("--size", type=int, default=256, help="of the shorter side, in pixels (%(default)s)")
@@ -48,6 +54,7 @@ def parse(arguments):
     parser.add_argument("--style-weight", type=float, default=1e4, help="the content's is 1 (%(default)g)")
     parser.add_argument("--init", choices=("noise", "content"), default="noise", help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
+    parser.add_argument("--film", type=Path, help="a .gif or .webp file: the run in 100 images of at most 512 pixels")
     parser.add_argument("--evaluations", type=int, default=80, help="of the network, at most (%(default)s)")
     parser.add_argument("--memory", type=float, help="GiB that a process may take; by default what is free")
     parser.add_argument("--device", help="by default the best here")
@@ -57,13 +64,23 @@ def parse(arguments):
         saved = read_settings(options.like)
         parser.set_defaults(**defaults_like(options.like, saved))
         options = parser.parse_args(arguments)
-    if missing := [name for name in IMAGES if not getattr(options, name)]:
-        named = f"{' and '.join(repr(saved[name]) for name in missing)} not found: " if options.like else ""
+    if None in (options.content, *(options.style or [None])):
+        names = [saved["content"], *styles_in(saved)[0]] if options.like else []
+        missing = [name for name, path in zip(names, [options.content, *options.style]) if path is None]
+        named = f"{' and '.join(map(repr, missing))} not found: " if missing else ""
         raise nst.UserError(f"{named}give two images, content and style")
+    count = len(options.style)
+    for name in ("blend", "masks"):
+        if len(getattr(options, name) or options.style) != count:
+            raise nst.UserError(
+                f"--{name} has {len(getattr(options, name))} and there are {count} styles: give one each"
+            )
     options.style_size = options.size if options.style_size is None else options.style_size
-    options.output = options.output or Path(f"{nst.joint_stem(options.content, options.style)}.png")
-    if options.output.suffix.lower() != ".png":
-        raise nst.UserError(f"--output is {str(options.output)!r}: give a name that ends in .png")
+    options.output = options.output or Path(f"{nst.joint_stem(options.content, *options.style)}.png")
+    for name, suffixes in (("output", [".png"]), ("film", [".gif", ".webp"])):
+        path = getattr(options, name)
+        if path and path.suffix.lower() not in suffixes:
+            raise nst.UserError(f"--{name} is {str(path)!r}: give a name that ends in {' or '.join(suffixes)}")
     options.state = options.output.with_suffix(".safetensors")
     return options
 
@@ -75,8 +92,22 @@ def defaults_like(path, saved):
         raise nst.UserError(f"{str(path)!r} was made from a {kind} image alone: open its settings in the panel")
     if saved["start"] == "present":
         raise nst.UserError(f"{str(path)!r} began with an image that was not kept: open its settings in the panel")
-    images = {name: find_picture(saved[name], path.parent, Path()) for name in IMAGES}
-    return images | {name: saved[name] for name in (*CHOSEN, *TASK) if name in saved} | {"init": saved["start"]}
+
+    def find(name):
+        return find_picture(name, path.parent, Path())
+
+    styles, blend, masks = styles_in(saved)
+    found = {"content": find(saved["content"]), "style": [*map(find, styles)], "init": saved["start"]}
+    if len(styles) > 1:
+        found |= {"blend": blend}
+    if any(masks):
+        found |= {"masks": [name if name in (None, REST) else find(name) or name for name in masks]}
+    return {name: saved[name] for name in (*CHOSEN, *TASK) if name in saved} | found
+
+
+def styles_in(saved):
+    """The names of the styles, their weights and their masks, in saved settings."""
+    return [*zip(*saved.get("styles", [(saved["style"], 1.0, None)]))]
 
 
 # --- What is saved, and read again ---------------------------------------------------------------
@@ -84,101 +115,43 @@ def defaults_like(path, saved):
 
 def settings_of(options):
     """What a run must have in common with the one that it continues, {option: text}; of the images, what they hold."""
-    images = {name: hashlib.sha256(getattr(options, name).read_bytes()).hexdigest() for name in IMAGES}
-    return images | {name: str(getattr(options, name)) for name in (*CHOSEN, *TASK)} | {"output": options.output.name}
+
+    def digest(path):
+        return path if path in (None, REST) else hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+    found = {name: str(getattr(options, name)) for name in (*CHOSEN, *TASK, "blend")}
+    found |= {"content": digest(options.content), "output": options.output.name}
+    found |= {"film": options.film and options.film.name}
+    return found | {"style": str([*map(digest, options.style)]), "masks": str([*map(digest, options.masks or [])])}
 
 
 def picture_of(image, options):
     """The PNG file of an image, which says how it was made."""
     about = {name: getattr(options, name) for name in (*CHOSEN, *TASK)} | {"start": options.init}
-    return as_png(image, about | {name: getattr(options, name).name for name in IMAGES})
+    about |= {"content": options.content.name, "style": options.style[0].name}
+    if len(options.style) > 1 or options.masks:
+        names = [mask and Path(mask).name for mask in options.masks or [None] * len(options.style)]
+        weights = options.blend or [1.0] * len(options.style)
+        about["styles"] = [(path.name, *rest) for path, *rest in zip(options.style, weights, names)]
+    return as_png(image, about)
 
 
-@contextlib.contextmanager
-def alone(options):
-    """Have the output to oneself, until the end of this process, however it ends."""
-    if not options.output.parent.is_dir():
-        raise nst.UserError(f"--output is {str(options.output)!r}: there is no folder {str(options.output.parent)!r}")
-    path = options.state.with_name(f".{options.state.name}.lock")
-    lock = FileLock(path, timeout=0)
-    try:
-        try:
-            lock.acquire()
-        except Timeout as error:
-            problem = "another run is making it: give another name with --output"
-            raise nst.UserError(f"{str(options.output)!r}: {problem}") from error
-        except OSError as error:
-            raise nst.UserError(f"{str(options.output)!r} cannot be written: {error.strerror}") from error
-        yield
-    finally:
-        if lock.is_locked:
-            path.unlink(missing_ok=True)
-        lock.release()
-
-
-def write(path, save):
-    """Write a file aside by `save` and then give it its name, so that the one before is kept until then."""
-    aside = path.with_name(f".{path.name}")
-    try:
-        save(aside)
-        os.replace(aside, path)
-    except (OSError, SafetensorError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise nst.UserError(f"{str(path)!r} cannot be written, and is as it was: {why}") from error
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def save(options, run, settings):
-    """Save the image, and beside it the state of the run."""
-    state = run.state_dict()
-    tensors, places = {}, set()
-    for name, value in state.items():
-        if torch.is_tensor(value):  # of those that share memory, which a file cannot, all but the first are copied
-            tensors[name] = value.cpu().clone() if value.data_ptr() in places else value.cpu()
-            places.add(value.data_ptr())
-    plain = {name: value for name, value in state.items() if name not in tensors}
-    about = {"settings": json.dumps(settings), "state": json.dumps(plain)}
-    write(options.state, lambda path: save_file(tensors, path, about))
-    write(options.output, lambda path: path.write_bytes(picture_of(run.image, options)))
-
-
-def begin(options, settings):
-    """Make the file of a run that has no evaluations yet: what cannot be written is said before the work."""
-    try:
-        nst.write_new(options.state, to_bytes({}, {"settings": json.dumps(settings)}))
-    except OSError as error:
-        raise nst.UserError(f"{str(options.state)!r} cannot be written: {error.strerror}") from error
+def save(options, run, settings, recorder):
+    """Save the image, and beside it the state of the run and of its film."""
+    write_state(options.state, run.state_dict() | (recorder.state_dict() if options.film else {}), settings)
+    write(options.output, lambda path: path.write_bytes(picture_of(image_of(run, options), options)))
 
 
 def read(options, settings):
     """The state of the run that is to go on, empty if it has no evaluations yet; None if there is no run."""
-    with contextlib.suppress(OSError):
-        if options.state.stat().st_size == 0:  # of a run that was killed as it began
-            options.state.unlink()
-    if not options.state.exists():
-        if options.output.exists():
-            raise nst.UserError(f"{str(options.output)!r} is there already: give another name with --output")
-        return None
-    try:
-        with safe_open(options.state, "pt") as file:
-            about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-        before, state = (json.loads(about.get(name, "{}")) for name in ("settings", "state"))
-    except (OSError, SafetensorError, ValueError) as error:
-        problem = "is damaged, or not a run: move it away to begin anew"
-        raise nst.UserError(f"{str(options.state)!r} {problem}") from error
-    if not before:
-        raise nst.UserError(f"{str(options.state)!r} is not a run of this program: move it away to begin anew")
     words = {name: f"another {name.replace('_', ' ')}" for name in TASK}
-    words |= {name: f"another {name} image" for name in IMAGES}
-    others = " and ".join(
-        words.get(name, f"--{name.replace('_', '-')} {before.get(name)}")
-        for name, value in settings.items()
-        if before.get(name) != value
-    )
-    if others:
-        raise nst.UserError(f"{str(options.state)!r} is of other settings, {others}: give these, or move it away")
-    return tensors | state
+    words |= {"content": "another content image", "style": "another style image", "masks": "other masks"}
+    state = read_state(options.state, settings, words)
+    for name in ("output", "film"):
+        path = getattr(options, name)
+        if state is None and path and path.exists():
+            raise nst.UserError(f"{str(path)!r} is there already: give another name with --{name}")
+    return state
 
 
 def warn_of_size(options):
@@ -194,36 +167,66 @@ def warn_of_size(options):
 
 def stylise(options, first):
     """Make the image; first: whether this process is the one that prints and saves."""
-    content = nst.load_image(options.content, options.size, options.device)
-    style, settings = nst.load_image(options.style, options.style_size, options.device), settings_of(options)
-    with alone(options) if first else contextlib.nullcontext():
+    task, settings, recorder = task_of(options), settings_of(options), nst.Recorder()
+    with alone(options.output, options.state) if first else contextlib.nullcontext():
         begun = read(options, settings)
-        layers = (options.content_layer,), options.layer_weights
-        task = nst.Task(content, style, *layers, options.content_weight, options.style_weight)
         same = {name: getattr(options, name) for name in ("init", "seed", "evaluations", "coarse_to_fine", "memory")}
         run = nst.Run(task, **same)
-        hold_to(options.memory, content.device)
+        hold_to(options.memory, run.device)
         if begun:
             run.load_state_dict(begun)
+            if options.film:
+                recorder.load_state_dict(begun)
         if dist.is_initialized():
             dist.barrier()  # all have read
         if first and begun is None:
-            begin(options, settings)
+            begin_state(options.state, settings)
         if first:
             warn_of_size(options)
         try:
-            work(run, options, settings, first)
+            work(run, options, settings, recorder, first)
             if first:
-                image = nst.resize(run.image, run.shape)
+                image = nst.resize(image_of(run, options), run.shape)
                 write(options.output, lambda path: path.write_bytes(picture_of(image, options)))
+                if options.film:
+                    film = nst.film_of(recorder.frames, options.film.suffix[1:].lower())
+                    write(options.film, lambda path: path.write_bytes(film))
                 options.state.unlink(missing_ok=True)
                 tqdm.write(f"{options.output}: {run.shape[1]} x {run.shape[0]} pixels")
         except BaseException:  # an interrupt, or another process that has died
             if first and (begun or run.state_dict()["left"] < options.evaluations):
-                save(options, run, settings)
+                save(options, run, settings, recorder)
             elif first:  # nothing has been evaluated yet
                 options.state.unlink(missing_ok=True)
             raise
+
+
+def task_of(options):
+    """The task, of images and masks that are read here."""
+    content = nst.load_image(options.content, options.size, options.device)
+    names = options.masks or [None] * len(options.style)
+    masks = {
+        name: resize_mask(nst.load_mask(name, options.size, options.device), content.shape[-2:])
+        for name in names
+        if name not in (None, REST)
+    }
+    if REST in names:
+        if not masks:
+            raise nst.UserError(
+                f"--masks are {' '.join(names)}: 'rest' is where the others are not, so give another one"
+            )
+        masks[REST] = 1 - sum(masks.values()).clamp(max=1)
+    styles = [
+        nst.Style(nst.load_image(path, options.style_size, options.device), weight, masks.get(name))
+        for path, weight, name in zip(options.style, options.blend or [1.0] * len(names), names)
+    ]
+    layers = (options.content_layer,), options.layer_weights
+    return nst.Task(content, styles, *layers, options.content_weight, options.style_weight)
+
+
+def image_of(run, options):
+    """The image of the run as it is saved."""
+    return nst.keep_colours(run.image, run.task.content) if options.keep_colours else run.image
 
 
 def hold_to(memory, device):
@@ -233,7 +236,7 @@ def hold_to(memory, device):
         torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
 
 
-def work(run, options, settings, first):
+def work(run, options, settings, recorder, first):
     """Step after step, with a bar and a save every half minute."""
     saved, described = time.monotonic(), False
     with tqdm(total=run.pixels_left / 1e6, unit="Mpx", bar_format=BAR, disable=not first, dynamic_ncols=True) as bar:
@@ -244,8 +247,10 @@ def work(run, options, settings, first):
             pixels = step.shape[0] * step.shape[1] / 1e6
             bar.update(min(pixels, bar.total - bar.n))  # what a coarse scale spares goes to the last
             bar.set_postfix_str(f"{step.shape[1]} x {step.shape[0]}, loss {step.total:.4g}")
+            if first and options.film:
+                recorder(image_of(run, options), step)
             if first and time.monotonic() - saved > SECONDS:
-                save(options, run, settings)
+                save(options, run, settings, recorder)
                 saved = time.monotonic()
 
 

@@ -13,7 +13,7 @@ Papers named in the docstrings
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,15 +23,18 @@ from tqdm.auto import tqdm
 
 from nst_engine.checks import as_layers, as_task, as_whole, check_feature_map
 from nst_engine.errors import UserError, sentence
-from nst_engine.figures import display_figure, draw_losses, jpeg, plot_losses, show_images
+from nst_engine.figures import display_figure, draw_losses, filmstrip, jpeg, plot_losses, show_images
 from nst_engine.files import file_version, joint_stem, write_new, write_numbered
+from nst_engine.film import Recorder, film_of
 from nst_engine.images import (
     IMAGES,
     Difference,
     difference_map,
     difference_numbers,
     is_picture,
+    keep_colours,
     load_image,
+    load_mask,
     resize,
     to_pil,
 )
@@ -39,14 +42,16 @@ from nst_engine.layers import CONVOLUTIONS, FIRST_FIVE, RELUS, layer_name
 from nst_engine.network import check_network, features, load_vgg19
 from nst_engine.objective import Task
 from nst_engine.run import Run, Step
+from nst_engine.styles import Style
 
 # fmt: off
 __all__ = [
-    "IMAGES", "load_image", "to_pil", "resize", "difference_map", "difference_numbers", "Difference",
+    "IMAGES", "load_image", "load_mask", "to_pil", "resize", "difference_map", "difference_numbers", "Difference",
+    "keep_colours",
     "CONVOLUTIONS", "RELUS", "FIRST_FIVE", "layer_name", "load_vgg19", "features",
     "gram_matrix", "gram_matrices", "content_loss", "style_loss", "make_objective",
-    "Task", "Run", "Step", "Result", "optimise", "reconstruct_content", "synthesize_texture", "transfer_style",
-    "show_images", "plot_losses", "display_figure", "jpeg", "draw_losses",
+    "Task", "Style", "Run", "Step", "Result", "optimise", "reconstruct_content", "synthesize_texture", "transfer_style",
+    "show_images", "plot_losses", "filmstrip", "Recorder", "film_of", "display_figure", "jpeg", "draw_losses",
     "UserError", "sentence", "as_task", "as_whole", "as_layers", "check_network",
     "is_picture", "file_version", "joint_stem", "write_new", "write_numbered",
 ]
@@ -55,15 +60,18 @@ __all__ = [
 # --- Losses --------------------------------------------------------------------------------------
 
 
-def gram_matrix(feature_map: Tensor) -> Tensor:
+def gram_matrix(feature_map: Tensor, mask: Tensor | None = None) -> Tensor:
     """Gram matrix of a feature map (1, C, h, w): (C, C), `F F^T / (C h w)` with F the (C, h w) rows.
 
     Which channels are active together, averaged over positions. Unlike Gatys et al. ([texture], equation 1), who sum.
-    Raises UserError for anything but one image's feature map.
+    With a mask m (h, w) in [0, 1] the average is weighted: `F diag(m) F^T / (C sum m)`. Raises UserError for anything
+    but one image's feature map.
     """
     check_feature_map(feature_map)
     rows = feature_map[0].flatten(1)
-    return rows @ rows.T / rows.numel()
+    if mask is None:
+        return rows @ rows.T / rows.numel()
+    return rows * mask.flatten() @ rows.T / (len(rows) * mask.sum())
 
 
 def gram_matrices(maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -169,6 +177,8 @@ def current_cell() -> int | None:
     return shell and shell.execution_count
 
 
+Styles = Tensor | Style | Sequence  # an image, a `Style`, or several of either
+
 # --- The three tasks -----------------------------------------------------------------------------
 
 
@@ -182,25 +192,26 @@ def reconstruct_content(content: Tensor, layers: str | Iterable[str] = "conv1_2"
 
 
 def synthesize_texture(
-    style: Tensor, layers: str | Iterable[str] = FIRST_FIVE, *, shape: tuple[int, int] | None = None, **options
+    style: Styles, layers: str | Iterable[str] = FIRST_FIVE, *, shape: tuple[int, int] | None = None, **options
 ) -> Result:
     """Optimise an image to match the Gram matrices of `style` at `layers`, a name or several ([texture]).
 
-    style: (1, 3, H, W) in [0, 1]; shape: (H, W) of the result, by default the style's. options: those of `optimise`
-    and `Run`. `history`'s total is 1e4 * style loss, as in a transfer.
+    style: (1, 3, H, W) in [0, 1], or several as in `transfer_style`; shape: (H, W) of the result, by default the first
+    style's. options: those of `optimise` and `Run`. `history`'s total is 1e4 * style loss, as in a transfer.
     """
     task = Task(None, style, (), dict.fromkeys(as_layers(layers), 1.0), content_weight=0.0, style_weight=1e4)
     return optimise(task, shape, **options)
 
 
 def transfer_style(
-    content: Tensor, style: Tensor, content_layers: str | Iterable[str] = ("conv1_2",),
+    content: Tensor, style: Styles, content_layers: str | Iterable[str] = ("conv1_2",),
     style_layers: str | Iterable[str] = FIRST_FIVE, content_weight: float = 1.0, style_weight: float = 1e4, **options,
 ) -> Result:  # fmt: skip
     """Optimise an image to match the feature maps of `content` and the Gram matrices of `style` ([style], eq. 7).
 
-    content, style: (1, 3, H, W) in [0, 1], of any two sizes; the result has the content's. options: those of `optimise`
-    and `Run`, such as init="noise" or "content", seed, evaluations.
+    content, style: (1, 3, H, W) in [0, 1], of any two sizes; the result has the content's. Several styles are blended,
+    or each keeps to its mask: [Style(sky, mask=m), Style(sea, mask=1 - m)]. options: those of `optimise` and `Run`,
+    such as init="noise" or "content", seed, evaluations.
     """
     style_layers = dict.fromkeys(as_layers(style_layers), 1.0)
     task = Task(content, style, content_layers, style_layers, content_weight, style_weight)

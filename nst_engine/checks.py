@@ -1,5 +1,6 @@
 """Arguments: brought to one form, or refused in one sentence that names the value and what is allowed."""
 
+import functools
 import numbers
 import operator
 import sys
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from .errors import UserError, shown
 from .layers import Shape, as_names, layer_name
+from .styles import Style, as_styles, regions
 
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 LARGEST_NUMBER = 10**9  # of pixels or evaluations
@@ -39,6 +41,43 @@ def as_image(image, name: str) -> Tensor:
     if image.requires_grad or image.is_inference():
         image = image.detach().clone()
     return image.float()
+
+
+def as_mask(mask, name: str, device: torch.device) -> Tensor:
+    """A mask (H, W) of floats in [0, 1], or of truth values, in float32 on `device`."""
+    plain = torch.is_tensor(mask) and mask.layout == torch.strided and mask.device.type != "meta"
+    if not (plain and not mask.is_nested and mask.dim() == 2 and mask.dtype in (*FLOATING, torch.bool)):
+        found = f"{tuple(mask.shape)} {mask.dtype}" if plain and not mask.is_nested else type(mask).__name__
+        raise UserError(f"{name} is {found}: a mask is a float tensor (H, W) with values in [0, 1]")
+    if mask.requires_grad or mask.is_inference():
+        mask = mask.detach().clone()
+    mask = mask.to(device, torch.float32)
+    if not (mask.numel() and ((mask >= 0) & (mask <= 1)).all()):
+        found = f"values from {mask.min():.3g} to {mask.max():.3g}" if mask.numel() else "no pixels"
+        raise UserError(f"{name} has {found}: a mask is a float tensor (H, W) with values in [0, 1]")
+    if not mask.any():
+        raise UserError(f"{name} is 0 everywhere: give one that leaves something")
+    return mask
+
+
+def as_several(style) -> Tensor | tuple[Style, ...]:
+    """The style of a task, an image or several `Style`s, checked."""
+    if not isinstance(style, Style | list | tuple):
+        return as_image(style, "style")
+    given, styles = as_styles(style), []
+    if not given:
+        raise UserError("style is empty: give an image (1, 3, H, W), or several")
+    for k, (image, weight, *masks) in enumerate(given):
+        name = f"style[{k}]" if len(given) > 1 else "style"
+        image, weight = as_image(image, name), as_weight(weight, f"weight of {name}")
+        named = zip((f"mask of {name}", f"image_mask of {name}"), masks)
+        masks = [None if mask is None else as_mask(mask, what, image.device) for what, mask in named]
+        styles.append(Style(image, weight, *masks))
+    for members in regions(styles):
+        if not any(styles[k].weight for k in members):
+            which = ", ".join(f"style[{k}]" for k in members)
+            raise UserError(f"the styles with one mask, {which}, all have weight 0: give one of them a weight above 0")
+    return tuple(styles)
 
 
 def check_feature_map(feature_map) -> None:
@@ -108,12 +147,15 @@ def as_task(task):
     checked = task
     for name, layers in (("content", task.content_layers), ("style", task.style_layers)):
         if layers or getattr(task, name) is not None:
-            checked = checked._replace(**{name: as_image(getattr(task, name), name)})
+            check = as_several if name == "style" else functools.partial(as_image, name=name)
+            checked = checked._replace(**{name: check(getattr(task, name))})
         weight = as_weight(getattr(task, f"{name}_weight"), f"{name}_weight")
         checked = checked._replace(**{f"{name}_weight": weight})
     content, style, content_layers, style_layers, *weights = checked
-    if None not in (content, style) and str(content.device) != str(style.device):
-        raise UserError(f"content is on {content.device} and style on {style.device}: bring both to one device")
+    images = [content, *(each.image for each in as_styles(style))]
+    devices = {str(image.device): None for image in images if image is not None}
+    if len(devices) > 1:
+        raise UserError(f"the images are on {' and '.join(devices)}: bring all to one device")
     content_layers = as_layers(content_layers)
     style_layers = {name: as_weight(style_layers[name], f"weight of {name}") for name in as_layers(style_layers)}
     if not (content_layers or style_layers):

@@ -92,6 +92,11 @@ def load_image(path: str | Path, size: int = 256, device: str | torch.device | N
         raise UserError(f"{str(path)!r} {what_is_wrong(path, error)}") from error
 
 
+def load_mask(path: str | Path, size: int = 256, device: str | torch.device | None = None) -> Tensor:
+    """Read an image file as a mask (H, W) in [0, 1], white being 1, as `load_image` reads an image."""
+    return luma(load_image(path, size, device))[0, 0]
+
+
 def readable_formats() -> list[str]:
     """Those of `FORMATS` that this Pillow reads."""
     with contextlib.suppress(ImportError):  # photographs of iPhones, where the package for them is installed
@@ -221,6 +226,24 @@ def resize(image: Tensor, shape: Shape) -> Tensor:
     if image.dtype in (torch.float16, torch.bfloat16):  # of which torch resizes none on a CPU
         image = image.float()
     return F.interpolate(image, shape, mode="bicubic", antialias=True).clamp(0, 1)
+
+
+def luma(image: Tensor) -> Tensor:
+    """The luma of an image, (1, 1, H, W), as ITU-R BT.601 weighs red, green and blue."""
+    weights = torch.tensor([0.299, 0.587, 0.114], device=image.device, dtype=image.dtype)
+    return (image * weights.view(1, 3, 1, 1)).sum(1, keepdim=True)
+
+
+def keep_colours(image: Tensor, content: Tensor) -> Tensor:
+    """The luma of `image` with the chroma of `content`, which is resized to it: (1, 3, H, W) in [0, 1].
+
+    Where that would leave [0, 1], the chroma is scaled down, which keeps the hue: clipping would not. Luma alone is
+    taken over in Gatys et al. 2016, Preserving Color in Neural Artistic Style Transfer. Raises UserError for no image.
+    """
+    content, image = resize(content, image.shape[-2:]).clamp(0, 1), resize(image, image.shape[-2:]).clamp(0, 1)
+    grey, chroma = luma(image).clamp(0, 1), content - luma(content)
+    room = torch.where(chroma > 0, 1 - grey, grey) / chroma.abs().clamp(min=1e-6)
+    return (grey + chroma * room.amin(1, keepdim=True).clamp(max=1)).clamp(0, 1)
 
 
 def difference_map(a: Tensor, b: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ tests hold them equal; here they are fast.
 """
 
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,20 +16,29 @@ class _GramSum(torch.autograd.Function):
     and lay it out by channels where the network works by pixels, which costs more still.
 
     halo: indices of strips of the feature map that do not count; to cut them off, the rest would have to be copied.
+    mask: F diag(m) F^T in place of F F^T; None, or an object with `box`, an index of the feature map beyond which m is
+    0, as it is in the halo, and `root`, sqrt(m) within it, (h, w).
     """
 
     @staticmethod
-    def forward(ctx, feature_map, halo):
+    def forward(ctx, feature_map, halo, mask):
         ctx.save_for_backward(feature_map)
-        ctx.halo = halo
+        ctx.halo, ctx.mask = halo, mask
+        if mask:
+            return products(feature_map[mask.box] * mask.root)
         return products(feature_map) - sum(products(feature_map[strip]) for strip in halo)
 
     @staticmethod
     def backward(ctx, gradient):
-        (feature_map,) = ctx.saved_tensors
-        rows = feature_map.flatten(2).squeeze(0)
-        found = (rows.T @ (gradient + gradient.T).to(rows.dtype)).T.view_as(feature_map)
-        return zero_halo(found, ctx.halo), None
+        (feature_map,), mask = ctx.saved_tensors, ctx.mask
+        part = feature_map[mask.box] * mask.root if mask else feature_map
+        rows = part.flatten(2).squeeze(0)
+        found = (rows.T @ (gradient + gradient.T).to(rows.dtype)).T.view_as(part)
+        if not mask:
+            return zero_halo(found, ctx.halo), None, None
+        whole = torch.zeros_like(feature_map)
+        whole[mask.box] = found.mul_(mask.root)
+        return whole, None, None
 
 
 def products(feature_map: Tensor) -> Tensor:
@@ -63,32 +73,57 @@ def _at_least_float32(x):
 
 
 def statistics_of(
-    maps: dict, content_targets: dict, style_layers: Iterable[str], sizes: dict, halo: Callable = lambda layer: ()
-) -> list[Tensor]:
+    maps: dict, content_targets: dict, style_layers: Iterable[str], sizes: dict,
+    halo: Callable = lambda layer: (), masks: Callable = lambda layer: [None],
+) -> list[Tensor]:  # fmt: skip
     """What the losses need of feature maps, {layer: (1, C, h, w)}, of an image or of one tile.
 
-    For each content layer the sum of squared errors, a scalar; then for each style layer F F^T, (C, C), with F the
-    (C, h w) rows of the feature map. All are divided by the size C h w that the layer's feature map has for the whole
-    image, {layer: size}, so that those of the tiles add up to those of the whole. halo: the function layer -> indices
-    of the strips of its feature map that belong to other tiles.
+    For each content layer the sum of squared errors, a scalar; then for each style layer and each of its masks m the
+    matrix F diag(m) F^T, (C, C), with F the (C, h w) rows of the feature map. The first are divided by the size C h w
+    that the layer's feature map has for the whole image, {layer: size}, the others by C sum m, so that those of the
+    tiles add up to those of the whole. halo: the function layer -> indices of the strips of its feature map that belong
+    to other tiles. masks: layer -> for each region None, for m = 1, or a mask as `_GramSum` takes it, with its `share`,
+    the mean of m over the whole image.
     """
     errors = {name: zero_halo(maps[name] - target, halo(name)) for name, target in content_targets.items()}
     squares = [_SquareSum.apply(error) / sizes[name] for name, error in errors.items()]
-    return squares + [_GramSum.apply(maps[name], halo(name)) / sizes[name] for name in style_layers]
+    return squares + [
+        _GramSum.apply(maps[name], halo(name), mask) / (sizes[name] * share_of(mask))
+        for name in style_layers
+        for mask in masks(name)
+    ]
 
 
-def losses_from(statistics: list[Tensor], style_targets: dict, weights: Tensor) -> Tensor:
+def share_of(mask) -> float:
+    """The share of the image that a mask leaves, above 0."""
+    return max(mask.share, torch.finfo(torch.float32).tiny) if mask else 1.0
+
+
+class Target(NamedTuple):
+    """What the Gram matrix of a layer in one region is to match."""
+
+    grams: dict  # {the number of a style: its Gram matrix (C, C)}, to be blended
+    layer: int  # the number of the layer
+    share: float  # of the image that the region has, by which its loss counts
+
+
+def losses_from(statistics: list[Tensor], style_targets: list[Target], weights: Tensor, layers: int) -> Tensor:
     """The losses (total, content, style), a tensor of three numbers, from `statistics_of` the whole image.
 
-    style_targets: {layer: Gram matrix (C, C) to match}. weights: a tensor of the content weight, the style weight and
-    one weight for each style layer, the paper's w_l. total = content weight * content + style weight * style.
+    style_targets: a `Target` for each Gram matrix. weights: a tensor of the content weight, the style weight, one
+    weight for each of so many style `layers`, the paper's w_l, and one for each style, its share of the blend.
+    total = content weight * content + style weight * style. Unlike Gatys et al. 2017, who leave it to the user, a
+    region counts by its share of the image: a small one is matched no better than a large one at its expense.
     """
-    content_weight, style_weight, *layer_weights = weights
+    content_weight, style_weight, *others = weights
+    layer_weights, blend = others[:layers], others[layers:]
     split = len(statistics) - len(style_targets)
     zero = statistics[0].new_zeros(())  # for a loss without layers
+    style = zero
+    for gram, target in zip(statistics[split:], style_targets):
+        wanted = sum(blend[k] * each for k, each in target.grams.items())
+        style = style + target.share * layer_weights[target.layer] * mean_square(gram - wanted)
     content = sum(statistics[:split], zero)
-    errors = [gram - target for gram, target in zip(statistics[split:], style_targets.values())]
-    style = sum((weight * mean_square(error) for weight, error in zip(layer_weights, errors)), zero)
     return torch.stack([content_weight * content + style_weight * style, content.detach(), style.detach()])
 
 

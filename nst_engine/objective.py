@@ -1,6 +1,7 @@
 """What a run minimises: a task, and its objective for images of one shape, made of network, targets and losses."""
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,16 +9,19 @@ from torch import Tensor, nn
 
 from .images import resize
 from .layers import Shape, stride
-from .losses import losses_from, statistics_of
+from .losses import Target, losses_from, statistics_of
 from .network import feature_maps, halo_and_stride, map_size, memory_per_pixel
-from .tiles import Objective, plan_tiles, smallest_tile, sum_statistics, tiles_of_rank
+from .styles import Style, as_styles, average, blending, mask_of, regions, resize_mask
+from .tiles import Objective, Tile, plan_tiles, smallest_tile, sum_statistics, tiles_of_rank
+
+MASKED = 16  # bytes per pixel of the image that a mask takes, by itself and at the layers' resolutions
 
 
 class Task(NamedTuple):
     """What an image is to match: feature maps of `content`, Gram matrices of `style`, or both ([style], eq. 7)."""
 
     content: Tensor | None  # (1, 3, H, W), or None and no content layers
-    style: Tensor | None  # likewise, of any size
+    style: Tensor | Style | Sequence | None  # likewise, of any size; or a `Style`, or several of either
     content_layers: tuple = ()
     style_layers: Mapping = {}  # {layer: its weight}, the paper's w_l
     content_weight: float = 1.0
@@ -28,15 +32,25 @@ class Task(NamedTuple):
         return (*self.content_layers, *self.style_layers)
 
     @property
+    def styles(self) -> tuple[Style, ...]:
+        return as_styles(self.style)
+
+    @property
     def reference(self) -> Tensor:
-        """The image whose size and device a result has: the content, or a texture's style."""
-        return self.style if self.content is None else self.content
+        """The image whose size and device a result has: the content, or a texture's first style."""
+        return self.styles[0].image if self.content is None else self.content
 
     @property
     def weights(self) -> Tensor:
-        """The content weight, the style weight, and one weight for each style layer."""
-        weights = [self.content_weight, self.style_weight, *self.style_layers.values()]
+        """The content weight, the style weight, one weight for each style layer, and each style's share of a blend."""
+        weights = [self.content_weight, self.style_weight, *self.style_layers.values(), *blending(self.styles)]
         return torch.tensor(weights, device=self.reference.device)
+
+    @property
+    def made_of(self) -> tuple:
+        """Its images and masks, by identity, and layers: equal for tasks that differ by weights alone."""
+        tensors = [self.content, *(each for style in self.styles for each in style._replace(weight=None))]
+        return (*map(id, tensors), tuple(self.content_layers), tuple(self.style_layers))
 
     @property
     def smallest_side(self) -> int:
@@ -49,17 +63,21 @@ class Task(NamedTuple):
         return max(24, 8 * content, 64 if style else 0, 16 * style)
 
     def at_scale(self, shape: Shape, full_size: Shape) -> "Task":
-        """The task with its images scaled for a run at `shape`, a scale of `full_size`.
+        """The task with its images and masks scaled for a run at `shape`, a scale of `full_size`.
 
         The content has that shape. The style is as much smaller as the scale is, yet large enough for its deepest
         layer. Images without layers are left out.
         """
-        content, style = resize(self.content, shape) if self.content_layers else None, None
-        if self.style_layers:
-            sides, smallest = self.style.shape[-2:], max(map(stride, self.style_layers))
+
+        def scaled(style):
+            sides, smallest = style.image.shape[-2:], max(map(stride, self.style_layers))
             factor = min(1.0, max(min(shape) / min(full_size), smallest / min(sides)))
-            style = resize(self.style, tuple(max(1, round(side * factor)) for side in sides))
-        return self._replace(content=content, style=style)
+            sides = tuple(max(1, round(side * factor)) for side in sides)
+            masks = {"mask": resize_mask(style.mask, shape), "image_mask": resize_mask(style.image_mask, sides)}
+            return style._replace(image=resize(style.image, sides), **masks)
+
+        content = resize(self.content, shape) if self.content_layers else None
+        return self._replace(content=content, style=tuple(map(scaled, self.styles)) if self.style_layers else None)
 
 
 def objective_of(network: nn.Sequential, task: Task, shape: Shape, budget_bytes: float) -> Objective:
@@ -69,35 +87,66 @@ def objective_of(network: nn.Sequential, task: Task, shape: Shape, budget_bytes:
     sizes = {name: map_size(network, name, shape) for name in layers}
     target_bytes = sum(sizes[name] for name in content_layers) * network.conv1_1.weight.element_size()
     store = target_bytes <= budget_bytes / 4  # the content's feature maps, which are otherwise computed each time
-    tiles, kept = tiles_of(network, shape, budget_bytes - target_bytes * store)
+    parts, styles = regions(task.styles), task.styles
+    masks = [styles[members[0]].mask for members in parts]
+    mask_bytes = MASKED * math.prod(shape) * sum(mask is not None for mask in masks)
+    tiles, kept = tiles_of(network, shape, budget_bytes - target_bytes * store - mask_bytes)
 
     def content_maps(tile):
         with torch.no_grad():
             return feature_maps(network, task.content[tile.window], content_layers) if content_layers else {}
 
     stored = {tile: content_maps(tile) for tile in tiles_of_rank(tiles)} if store else {}
-    style_targets = gram_matrices(network, task.style, style_layers, budget_bytes) if style_layers else {}
+    masks_in = masks_by_layer(network, masks, style_layers, tiles)
+    grams = [gram_matrices(network, style.image, style_layers, budget_bytes, style.image_mask) for style in styles]
+    style_targets = [
+        Target({k: grams[k][name] for k in members}, number, 1.0 if mask is None else average(mask, name).mean().item())
+        for number, name in enumerate(style_layers)
+        for members, mask in zip(parts, masks)
+    ]
 
     def statistics(part, tile):
         targets = stored[tile] if store else content_maps(tile)
-        return statistics_of(feature_maps(network, part, layers), targets, style_layers, sizes, tile.halo)
+        maps = feature_maps(network, part, layers)
+        return statistics_of(maps, targets, style_layers, sizes, tile.halo, masks_in(tile))
 
     def losses(statistics, weights):
-        return losses_from(statistics, style_targets, weights)
+        return losses_from(statistics, style_targets, weights, len(style_layers))
 
     return Objective(statistics, losses, tiles, kept)
 
 
-def gram_matrices(network: nn.Sequential, image: Tensor, layers: Iterable[str], budget_bytes: float) -> dict:
-    """{layer: Gram matrix (C, C)} of an image of any size, within a budget of memory."""
+def masks_by_layer(network: nn.Sequential, masks: list, layers: Iterable[str], tiles: Sequence[Tile]) -> Callable:
+    """The function tile -> function layer -> its `Mask` for each of the masks (H, W), or None for None.
+
+    They are made here, once: how far a mask reaches is a question for which a GPU would have to wait.
+    """
+    dtype = network.conv1_1.weight.dtype
+    if all(mask is None for mask in masks):
+        return lambda tile: lambda layer: masks
+    made = {
+        (tile, spacing): [mask_of(mask, tile, name, dtype) for mask in masks]
+        for tile in tiles_of_rank(tiles)
+        for spacing, name in {stride(name): name for name in layers}.items()
+    }
+    return lambda tile: lambda layer: made[tile, stride(layer)]
+
+
+def gram_matrices(
+    network: nn.Sequential, image: Tensor, layers: Iterable[str], budget_bytes: float, mask: Tensor | None = None
+) -> dict:
+    """{layer: Gram matrix (C, C)} of an image of any size, or of what `mask` (H, W) leaves, within a memory budget."""
     shape = tuple(image.shape[-2:])
     sizes = {name: map_size(network, name, shape) for name in layers}
+    tiles = tiles_of(network, shape, budget_bytes - MASKED * math.prod(shape) * (mask is not None))[0]
+    masks_in = masks_by_layer(network, [mask], layers, tiles)
 
     def statistics(tile):
         with torch.no_grad():
-            return statistics_of(feature_maps(network, image[tile.window], layers), {}, layers, sizes, tile.halo)
+            maps = feature_maps(network, image[tile.window], layers)
+            return statistics_of(maps, {}, layers, sizes, tile.halo, masks_in(tile))
 
-    return dict(zip(layers, sum_statistics(statistics, tiles_of(network, shape, budget_bytes)[0])))
+    return dict(zip(layers, sum_statistics(statistics, tiles)))
 
 
 def least_memory(network: nn.Sequential) -> float:

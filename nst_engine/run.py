@@ -155,8 +155,7 @@ class Run:
         if task.reference.device != self.device:
             raise UserError(f"the task is on {task.reference.device} and the run on {self.device}: bring both to one")
         check_size(self.scales[0], task.layers)
-        same = task.content is before.content and task.style is before.style
-        if not (same and [*task.layers] == [*before.layers] and len(task.style_layers) == len(before.style_layers)):
+        if task.made_of != before.made_of:
             self._evaluators = {}
         self._networks = {key: network for key, network in self._networks.items() if key[0] == deepest(task.layers)}
         state = self._start(state.scales, state.image, state.image if state.step else state.iterate.x)

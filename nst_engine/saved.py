@@ -43,7 +43,8 @@ def read_settings(path: str | Path) -> dict:
         raise UserError(f"{str(path)!r} holds no settings: {ADVICE}")
     try:
         found = json.loads(text)
-        return found | {name: check(found[name]) for name, check in CHECKS.items()}
+        checks = {name: CHECKS[name] for name in CHECKS if name in found or name not in OPTIONAL}
+        return found | {name: check(found[name]) for name, check in checks.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         problem = f", {error}" if isinstance(error, UserError) else ""
         raise UserError(f"the settings in {str(path)!r} are damaged{problem}: {ADVICE}") from error
@@ -61,9 +62,20 @@ def _file_name(value):
     return value
 
 
+def _styles(found):
+    return [
+        [_file_name(image), as_weight(weight, "weight of a style"), mask if mask == REST else _file_name(mask)]
+        for image, weight, mask in found
+    ]
+
+
+REST = "rest"  # in place of a mask: where the others are not
+OPTIONAL = ("styles", "keep_colours")  # not said by images of earlier versions
 CHECKS = {
     "content": _file_name,  # without its folder; None for a texture
     "style": _file_name,  # likewise; None for a reconstruction
+    "styles": _styles,  # of several: [[image, weight, mask, REST or None], ...], of which `style` is the first
+    "keep_colours": bool,
     "size": lambda value: as_whole(value, "size"),
     "content_layer": layer_name,
     "content_weight": lambda value: as_weight(value, "content_weight"),

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from nst_engine.losses import losses_from, statistics_of
+from nst_engine.losses import Target, losses_from, statistics_of
 from nst_engine.network import cut_network
 from nst_engine.objective import Task, objective_of
 from nst_utils import content_loss, features, gram_matrices, gram_matrix, make_objective, style_loss
@@ -116,9 +116,10 @@ def finite_differences(function, maps, step=1e-4):
 
 def fast_losses(maps, content_targets, style_targets, weights=(1.0, 1.0), layer_weights=None):
     """(total, content, style) by the engine."""
-    weights = torch.tensor([*weights, *(layer_weights or dict.fromkeys(style_targets, 1.0)).values()])
+    weights = torch.tensor([*weights, *(layer_weights or dict.fromkeys(style_targets, 1.0)).values(), 1.0])
     statistics = statistics_of(maps, content_targets, style_targets, sizes_of(maps))
-    return losses_from(statistics, style_targets, weights)
+    targets = [Target({0: gram}, layer, 1.0) for layer, gram in enumerate(style_targets.values())]
+    return losses_from(statistics, targets, weights, len(targets))
 
 
 def sizes_of(maps):

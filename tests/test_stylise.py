@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 import nst_stylise
 import nst_utils
+from nst_engine import run_file
 from nst_engine.painter import Painter, Settings
 from nst_engine.saved import as_png, read_settings
 
@@ -139,7 +140,7 @@ def test_a_run_that_cannot_be_read_or_saved_is_kept(run, program, monkeypatch):
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(program, "save_file", full)
+        patch.setattr(run_file, "save_file", full)
         with pytest.raises(SystemExit, match="cannot be written, and is as it was: No space left on device"):
             run(stop=2)
     assert path.read_bytes() == kept and len(list(Path().iterdir())) == 4
