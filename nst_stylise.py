@@ -62,7 +62,7 @@ def parse(arguments):
     options = parser.parse_args(arguments)
     if options.like:
         saved = read_settings(options.like)
-        parser.set_defaults(**defaults_like(options.like, saved))
+        parser.set_defaults(**defaults_like(options.like, saved, len(options.style or ())))
         options = parser.parse_args(arguments)
     if None in (options.content, *(options.style or [None])):
         names = [saved["content"], *styles_in(saved)[0]] if options.like else []
@@ -85,8 +85,11 @@ def parse(arguments):
     return options
 
 
-def defaults_like(path, saved):
-    """The options that make a saved image again; its images are looked for beside it, here, and among the project's."""
+def defaults_like(path, saved, given):
+    """The options that make a saved image again; its images are looked for beside it, here, and among the project's.
+
+    given: how many other styles there are in place of its own. Of another number they have no weights and masks here.
+    """
     if None in (saved["content"], saved["style"]):
         kind = "content" if saved["content"] else "style"
         raise nst.UserError(f"{str(path)!r} was made from a {kind} image alone: open its settings in the panel")
@@ -98,9 +101,10 @@ def defaults_like(path, saved):
 
     styles, blend, masks = styles_in(saved)
     found = {"content": find(saved["content"]), "style": [*map(find, styles)], "init": saved["start"]}
-    if len(styles) > 1:
+    same = given in (0, len(styles))
+    if same and len(styles) > 1:
         found |= {"blend": blend}
-    if any(masks):
+    if same and any(masks):
         found |= {"masks": [name if name in (None, REST) else find(name) or name for name in masks]}
     return {name: saved[name] for name in (*CHOSEN, *TASK) if name in saved} | found
 
@@ -138,7 +142,12 @@ def picture_of(image, options):
 
 def save(options, run, settings, recorder):
     """Save the image, and beside it the state of the run and of its film."""
-    write_state(options.state, run.state_dict() | (recorder.state_dict() if options.film else {}), settings)
+    state = run.state_dict()
+    if options.film:
+        if recorder.evaluations < options.evaluations - state["left"]:  # interrupted before it saw the last
+            recorder(image_of(run, options), nst.Step(*state["step"]))
+        state |= recorder.state_dict()
+    write_state(options.state, state, settings)
     write(options.output, lambda path: path.write_bytes(picture_of(image_of(run, options), options)))
 
 
@@ -241,14 +250,14 @@ def work(run, options, settings, recorder, first):
     saved, described = time.monotonic(), False
     with tqdm(total=run.pixels_left / 1e6, unit="Mpx", bar_format=BAR, disable=not first, dynamic_ncols=True) as bar:
         while step := run.step():
+            if first and options.film:
+                recorder(image_of(run, options), step)
             if first and not described and step.shape == run.shape:
                 tqdm.write(run.describe())
                 described = True
             pixels = step.shape[0] * step.shape[1] / 1e6
             bar.update(min(pixels, bar.total - bar.n))  # what a coarse scale spares goes to the last
             bar.set_postfix_str(f"{step.shape[1]} x {step.shape[0]}, loss {step.total:.4g}")
-            if first and options.film:
-                recorder(image_of(run, options), step)
             if first and time.monotonic() - saved > SECONDS:
                 save(options, run, settings, recorder)
                 saved = time.monotonic()

@@ -28,7 +28,7 @@ from torch import optim
 import nst_utils as nst
 from nst_engine.evaluation import pick_precisions
 from nst_engine.layers import deepest
-from nst_engine.network import cut_network
+from nst_engine.network import cut_network, feature_maps
 
 HERE = Path(__file__).resolve().parent
 PAIRS = [
@@ -189,6 +189,20 @@ def spst(make, start, record):
         optimiser.step(closure_of(make(shape), image, record))
 
 
+def plain_objective(vgg, content, style, content_layers, style_layers, content_weight, style_weight):
+    """`nst.make_objective` without a look at the image's values, which rivals let leave [-1, 2] or become nan."""
+    with torch.no_grad():
+        content_targets = feature_maps(vgg, content, content_layers)
+        style_targets = nst.gram_matrices(feature_maps(vgg, style, style_layers))
+
+    def objective(image):
+        maps = feature_maps(vgg, image, {**content_targets, **style_targets})
+        content_part, style_part = nst.content_loss(maps, content_targets), nst.style_loss(maps, style_targets)
+        return torch.stack([content_weight * content_part + style_weight * style_part])
+
+    return objective
+
+
 # {name: (recipe, the tasks it is run on)}, each from the start that its author takes by default.
 RIVALS = {
     "PyTorch tutorial": (pytorch_tutorial, [*TASKS][:4]),
@@ -220,7 +234,7 @@ def run_cell(cell, rivals, precisions, vgg):
     content, style = load_pair(pair, size, device)
     weights = (content_layers, style_layers, content_weight, style_weight)
     noise = torch.rand(content.shape, generator=torch.Generator().manual_seed(seed)).to(device)
-    objective = nst.make_objective(vgg, content, style, *weights)
+    objective = plain_objective(vgg, content, style, *weights)
     goal = nst.Task(
         content if content_layers else None,
         style if style_layers else None,
@@ -233,7 +247,7 @@ def run_cell(cell, rivals, precisions, vgg):
 
     def make(shape):
         smaller = [round(side * min(shape) / size) for side in style.shape[-2:]]
-        return nst.make_objective(network, nst.resize(content, shape), nst.resize(style, smaller), *weights)
+        return plain_objective(network, nst.resize(content, shape), nst.resize(style, smaller), *weights)
 
     def ours(precision):
         def recipe(make, start_image, record):
@@ -255,7 +269,7 @@ def run_cell(cell, rivals, precisions, vgg):
         recipe(make, noise if start == "noise" else content, record)
         record.end()
         with torch.no_grad():
-            losses = [objective(nst.resize(x.clamp(0, 1), (size, size)))[0].item() for _, x in record.kept]
+            losses = [objective(shown(x, (size, size)))[0].item() for _, x in record.kept]
         losses = [loss if math.isfinite(loss) else math.inf for loss in losses]
         times = [elapsed for elapsed, _ in record.kept]
         images.append([kept_at(record, moment, (size, size)) for moment in MOMENTS])
@@ -269,8 +283,13 @@ def run_cell(cell, rivals, precisions, vgg):
 
 def kept_at(record, moment, shape):
     """The image displayed at a moment; before the first was kept, that one."""
-    shown = [image for elapsed, image in record.kept if elapsed <= moment] or [record.kept[0][1]]
-    return nst.resize(shown[-1].clamp(0, 1), shape)
+    found = [image for elapsed, image in record.kept if elapsed <= moment] or [record.kept[0][1]]
+    return shown(found[-1], shape)
+
+
+def shown(image, shape):
+    """An image as a viewer shows it; what is nan, as black."""
+    return nst.resize(image.nan_to_num(0, 0, 0).clamp(0, 1), shape)
 
 
 # --- What to make of it --------------------------------------------------------------------------

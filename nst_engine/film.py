@@ -34,7 +34,6 @@ class Recorder:
         self.kept = {}  # {evaluation: (total loss, JPEG file)}
 
     def __call__(self, image: Tensor, step) -> None:
-        latest = max(self.kept, default=0)
         kept = {n: frame for n, frame in self.kept.items() if (n - 1) % self.every == 0}
         if len(kept) == self.most:
             self.every *= 2
@@ -42,7 +41,12 @@ class Recorder:
         scale, buffer = min(1.0, self.side / max(image.shape[-2:])), io.BytesIO()
         smaller = resize(image, tuple(max(1, round(side * scale)) for side in image.shape[-2:]))
         to_pil(smaller).save(buffer, "jpeg", quality=QUALITY, subsampling=0)
-        self.kept = kept | {latest + 1: (step.total, buffer.getvalue())}
+        self.kept = kept | {self.evaluations + 1: (step.total, buffer.getvalue())}
+
+    @property
+    def evaluations(self) -> int:
+        """How many it has seen."""
+        return max(self.kept, default=0)
 
     @property
     def frames(self) -> list[Frame]:

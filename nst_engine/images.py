@@ -240,8 +240,9 @@ def keep_colours(image: Tensor, content: Tensor) -> Tensor:
     Where that would leave [0, 1], the chroma is scaled down, which keeps the hue: clipping would not. Luma alone is
     taken over in Gatys et al. 2016, Preserving Color in Neural Artistic Style Transfer. Raises UserError for no image.
     """
-    content, image = resize(content, image.shape[-2:]).clamp(0, 1), resize(image, image.shape[-2:]).clamp(0, 1)
-    grey, chroma = luma(image).clamp(0, 1), content - luma(content)
+    check_shown(image, "image")
+    content = resize(content, image.shape[-2:]).clamp(0, 1)
+    grey, chroma = luma(image.clamp(0, 1)), content - luma(content)
     room = torch.where(chroma > 0, 1 - grey, grey) / chroma.abs().clamp(min=1e-6)
     return (grey + chroma * room.amin(1, keepdim=True).clamp(max=1)).clamp(0, 1)
 

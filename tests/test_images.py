@@ -13,13 +13,15 @@ from PIL import Image, ImageCms, ImageOps
 from PIL.PngImagePlugin import PngImageFile
 
 from nst_engine.errors import MissingFileError
-from nst_engine.images import is_picture, pick_device
+from nst_engine.images import is_picture, luma, pick_device
 from nst_utils import (
     IMAGES,
     difference_map,
     difference_numbers,
     features,
+    keep_colours,
     load_image,
+    load_mask,
     resize,
     show_images,
     to_pil,
@@ -679,3 +681,48 @@ def test_different_shapes_have_no_difference(refuses, picture):
     for difference in (difference_map, difference_numbers):
         with refuses("(1, 3, 4, 5) and (1, 3, 5, 4)"):
             difference(picture(4, 5), picture(5, 4))
+
+
+def hue(image):
+    """Chroma as directions: zero where there is none."""
+    chroma = image - luma(image)
+    return torch.nn.functional.normalize(chroma, dim=1)
+
+
+def test_colours_are_kept_with_the_images_luma_and_the_contents_hue(picture):
+    image, content = picture(20, 30), picture(20, 30, 1)
+    found = keep_colours(image, content)
+    torch.testing.assert_close(luma(found), luma(image))
+    assert found.min() >= 0 and found.max() <= 1
+    torch.testing.assert_close(hue(found), hue(content), atol=2e-3, rtol=0)
+    chroma, wanted = (x - luma(x) for x in (found, content))
+    full = ((luma(image) + wanted >= 0) & (luma(image) + wanted <= 1)).all(1, keepdim=True)
+    assert 0.05 < full.float().mean() < 0.95  # of some pixels all of it, of others as much as there is room for
+    torch.testing.assert_close((chroma * full), (wanted * full))
+    assert (chroma.norm(dim=1) <= wanted.norm(dim=1) + 1e-5).all()
+
+
+def test_colours_of_an_image_onto_itself_change_nothing_and_of_grey_take_all(picture):
+    image = picture(8, 9)
+    torch.testing.assert_close(keep_colours(image, image), image)
+    grey = keep_colours(image, torch.full((1, 3, 16, 18), 0.3))
+    torch.testing.assert_close(grey, luma(image).expand(1, 3, 8, 9))
+    for value in (0.0, 1.0):  # black and white have room for no colour
+        torch.testing.assert_close(
+            keep_colours(torch.full((1, 3, 8, 9), value), image), torch.full((1, 3, 8, 9), value)
+        )
+
+
+def test_the_luma_is_what_television_shows():
+    red, green, blue = torch.eye(3).view(3, 1, 3, 1, 1)
+    assert [luma(x).item() for x in (red, green, blue)] == pytest.approx([0.299, 0.587, 0.114])
+
+
+def test_a_mask_is_an_images_luma(tmp_path, refuses):
+    Image.fromarray(np.array([[0, 255], [128, 0], [0, 64]], np.uint8)).save(tmp_path / "mask.png")
+    found = load_mask(tmp_path / "mask.png", 2, "cpu")
+    torch.testing.assert_close(found, torch.tensor([[0, 255], [128, 0], [0, 64]]) / 255)
+    with refuses("no picture at", MissingFileError):
+        load_mask(tmp_path / "other.png")
+    with refuses("image is str"):
+        keep_colours("photo.jpg", torch.rand(1, 3, 4, 4))

@@ -421,3 +421,114 @@ def test_no_image_or_one_is_too_few(program, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["stylise.py", *images])
         with pytest.raises(SystemExit, match="error: give two images, content and style"):
             program.main()
+
+
+@pytest.fixture
+def several(program):
+    """A second painting, and two masks that overlap: the left two thirds and the right two thirds."""
+    Image.open(ROOT / "images/style/great_wave.jpg").resize((96, 64)).save("wave.jpg")
+    for name, box in (("left.png", (0, 0, 64, 64)), ("right.png", (32, 0, 96, 64))):
+        mask = Image.new("L", (96, 64))
+        mask.paste(255, box)
+        mask.save(name)
+
+
+def made_by(*words):
+    return ("photo.jpg", "painting.jpg", "wave.jpg", "--size", "64", *words)
+
+
+def test_several_styles_are_blended_or_have_their_places(run, several):
+    """As by the helper. Without weights in equal parts; 'rest' is where the others are not."""
+    content, *styles = (nst_utils.load_image(name, 64, "cpu") for name in ("photo.jpg", "painting.jpg", "wave.jpg"))
+    left, right = (nst_utils.load_mask(name, 64, "cpu") for name in ("left.png", "right.png"))
+    Style, third = nst_utils.Style, (torch.arange(96) < 64).float().repeat(64, 1)
+    assert torch.equal(left, third)
+    for words, expected in [
+        ((), [Style(styles[0]), Style(styles[1])]),
+        (("--blend", "1", "3"), [Style(styles[0], 0.25), Style(styles[1], 0.75)]),
+        (("--masks", "left.png", "right.png"), [Style(styles[0], 1.0, left), Style(styles[1], 1.0, right)]),
+        (("--masks", "rest", "left.png"), [Style(styles[0], 1.0, 1 - left), Style(styles[1], 1.0, left)]),
+        (("--masks", "left.png", "left.png", "--blend", "3", "1"),
+         [Style(styles[0], 3.0, left), Style(styles[1], 1.0, left)]),
+    ]:  # fmt: skip
+        run(*made_by(*words, "--output", "made.png"))
+        result = nst_utils.transfer_style(content, expected, evaluations=12, progress=False)
+        assert Path("made.png").read_bytes()[:4] == b"\x89PNG"
+        with Image.open("made.png") as file:
+            assert file.tobytes() == nst_utils.to_pil(result.image).tobytes(), words
+        Path("made.png").unlink()
+
+
+def test_an_image_of_several_styles_says_so_and_is_made_again(run, several, capsys):
+    words = ("--masks", "rest", "left.png", "--blend", "2", "0.5", "--keep-colours")
+    run(*made_by(*words, "--output", "first.png"))
+    saved = read_settings("first.png")
+    assert saved["styles"] == [["painting.jpg", 2.0, "rest"], ["wave.jpg", 0.5, "left.png"]]
+    assert saved["style"] == "painting.jpg" and saved["keep_colours"] is True
+    run("photo.jpg", "--like", "first.png", "--output", "second.png")
+    assert Path("second.png").read_bytes() == Path("first.png").read_bytes()
+    run("photo.jpg", "painting.jpg", "--like", "first.png", "--output", "one.png")
+    assert "styles" not in read_settings("one.png")
+    run("photo.jpg", "wave.jpg", "painting.jpg", "--like", "first.png", "--output", "third.png")
+    assert read_settings("third.png")["styles"] == [["wave.jpg", 2.0, "rest"], ["painting.jpg", 0.5, "left.png"]]
+    Path("left.png").unlink()
+    with pytest.raises(SystemExit, match="no picture at 'left.png'"):
+        run("photo.jpg", "--like", "first.png", "--output", "fourth.png")
+
+
+def test_styles_that_do_not_fit_are_named(run, several):
+    for words, problem in [
+        (("--blend", "1"), "--blend has 1 and there are 2 styles: give one each"),
+        (("--masks", "left.png", "rest", "rest"), "--masks has 3 and there are 2 styles"),
+        (("--masks", "rest", "rest"), "--masks are rest rest: 'rest' is where the others are not"),
+        (("--masks", "left.png", "nowhere.png"), "no picture at 'nowhere.png'"),
+        (("--blend", "0", "0"), "all have weight 0"),
+        (("--film", "film.mp4"), "--film is 'film.mp4': give a name that ends in .gif or .webp"),
+    ]:
+        with pytest.raises(SystemExit, match=problem):
+            run(*made_by(*words))
+    assert not [*Path().glob("*.safetensors")] and not [*Path().glob("photo_*")]
+
+
+def test_an_interrupted_runs_blend_and_masks_must_be_the_same(run, several):
+    with pytest.raises(SystemExit, match="goes on from here"):
+        run(*made_by("--masks", "left.png", "rest", "--output", "made.png"), stop=2)
+    for words, problem in [
+        (("--masks", "right.png", "rest"), "other masks"),
+        (("--masks", "left.png", "rest", "--blend", "1", "2"), "--blend None"),
+        (("--masks", "left.png", "rest", "--keep-colours"), "--keep-colours False"),
+    ]:
+        with pytest.raises(SystemExit, match=problem):
+            run(*made_by(*words, "--output", "made.png"))
+    assert run(*made_by("--masks", "left.png", "rest", "--output", "made.png"))
+
+
+def test_colours_are_kept_in_all_that_is_saved(run):
+    content = nst_utils.load_image("photo.jpg", 64, "cpu")
+    run("--output", "plain.png")
+    with pytest.raises(SystemExit, match="goes on from here"):
+        run("--keep-colours", "--output", "kept.png", stop=7)
+    middle = nst_utils.load_image("kept.png", 64, "cpu")
+    run("--keep-colours", "--output", "kept.png")
+    plain, kept = (nst_utils.load_image(name, 64, "cpu") for name in ("plain.png", "kept.png"))
+    for image in (middle, kept):
+        torch.testing.assert_close(nst_utils.keep_colours(image, content), image, atol=0.01, rtol=0)
+    torch.testing.assert_close(nst_utils.keep_colours(plain, content), kept, atol=0.01, rtol=0)
+    assert (plain - kept).abs().mean() > 0.02
+
+
+@pytest.mark.parametrize("stops", [(1,), (3, 5), (11,)])
+def test_the_film_of_a_run_that_was_interrupted_has_no_gap_and_nothing_twice(stops, run):
+    run("--film", "whole.gif", "--output", "whole.png")
+    with Image.open("whole.gif") as file:
+        assert file.n_frames == 12 and file.size == (96, 64)
+    before = 0
+    for stop in stops:
+        with pytest.raises(SystemExit, match="goes on from here"):
+            run("--film", "parts.gif", "--output", "parts.png", stop=stop - before)
+        assert not Path("parts.gif").exists()
+        before = stop
+    run("--film", "parts.gif", "--output", "parts.png")
+    assert Path("parts.gif").read_bytes() == Path("whole.gif").read_bytes()
+    with pytest.raises(SystemExit, match="'parts.gif' is there already: give another name with --film"):
+        run("--film", "parts.gif", "--output", "other.png")
