@@ -12,7 +12,14 @@ import nst_utils as nst
 from nst_engine.painter import Settings
 
 STYLE_LAYERS = (*nst.FIRST_FIVE, "conv4_1", "conv5_1")  # the assignment's, and what Gatys et al. add below
+SIDE = 512  # pixels: the longer side of the living picture on display
+INPUT = 130  # pixels: the height of the images that go in
 WRAP = {"flex_flow": "row wrap", "width": "100%"}
+LEFT = {"max_width": "100%", "margin": "0 12px 8px 0"}
+RIGHT = {"flex": "1 1 340px", "max_width": "520px", "margin": "0 0 8px 0"}
+INPUTS = {"max_width": "100%", "margin": "0 12px 8px 0"}
+CURVES = {"flex": "1 1 380px", "max_width": "640px"}
+HIDDEN = '"position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%);white-space:nowrap"'
 
 
 def stored(kind: str) -> list[Path]:
@@ -51,7 +58,7 @@ def uploaded_files(value: tuple | dict) -> list[tuple[str, bytes]]:
 
 def labelled(label: str, kind: str, options: dict) -> widgets.Widget:
     """A control of ipywidgets' class `kind`, with its label to the left."""
-    layout, style = {"width": "340px", "max_width": "100%"}, {"description_width": "112px"}
+    layout, style = {"width": "auto", "flex": "1 1 220px", "margin": "0 2px"}, {"description_width": "112px"}
     return getattr(widgets, kind)(description=label, layout=layout, style=style, **options)
 
 
@@ -90,6 +97,9 @@ class Controls:
             ("start_from", "start from", "Dropdown", {"options": starts}),
             ("seed", "noise seed", "BoundedIntText", {"max": 10**6}),
             ("compare", "difference to", "Dropdown", {"options": ["nothing", "the start", "the snapshot"]}),
+            ("second", "second style", "Dropdown", {"options": [("none", None)]}),
+            ("blend", "blend", "FloatSlider", {"max": 1.0, "step": 0.05, "value": 0.5}),
+            ("keep_colours", "Keep the colours of the content image", "Checkbox", {}),
         ]
         for name, label, kind, options in declared:
             setattr(self, name, labelled(label, kind, options))
@@ -102,6 +112,7 @@ class Controls:
             options = labelled_once(paths if path in paths else [path, *paths])
             self.choices[kind] = labelled(kind, "Dropdown", {"options": options, "value": path})
             self.uploaders[kind] = widgets.FileUpload(description=f"Upload {kind}", **upload)
+        self.offer_second()
         tooltip = "Those of a PNG file that was saved here or by stylise"
         self.opener = widgets.FileUpload(
             description="Open settings", accept=".png", tooltip=tooltip, layout={"width": "168px"}
@@ -114,7 +125,8 @@ class Controls:
         weights = [self.content_weight, self.style_weight] if len(self.choices) == 2 else []
         content = [self.content_layer] if "content" in self.choices else []
         style = [*self.layer_weights.values()] if "style" in self.choices else []
-        return [*self.choices.values(), *weights, *content, *style, self.size]
+        several = [self.second, self.blend] if "style" in self.choices else []
+        return [*self.choices.values(), *several, *weights, *content, *style, self.size]
 
     def offer(self, kind: str, path: Path) -> None:
         """Choose an image, which is offered first in its list if it is not there yet."""
@@ -123,12 +135,21 @@ class Controls:
         if path not in paths:
             control.options = labelled_once([path, *paths])  # a new list has its first image chosen
         control.value = path
+        self.offer_second()
+
+    def offer_second(self) -> None:
+        """Offer the styles as a second one, too; what was chosen stays."""
+        chosen = self.second.value
+        self.second.options = [("none", None), *getattr(self.choices.get("style"), "options", ())]
+        self.second.value = chosen
 
     def settings(self) -> Settings:
         content, style = (getattr(self.choices.get(kind), "value", None) for kind in ("content", "style"))
         weights = tuple((name, slider.value) for name, slider in self.layer_weights.items() if slider.value and style)
         totals = self.content_weight.value * bool(content), self.style_weight.value * bool(style)
-        return Settings(content, style, self.size.value, self.content_layer.value, *totals, weights)
+        blend = self.blend.value if self.second.value else 0.0
+        single = content, style, self.size.value, self.content_layer.value, *totals, weights
+        return Settings(*single, self.second.value, blend)
 
     def reset(self) -> None:
         """Go back to the layers and weights that the panel opened with."""
@@ -141,6 +162,10 @@ class Controls:
         set_slider(self.style_weight, settings["style_weight"] or 1.0)
         for name, slider in self.layer_weights.items():
             set_slider(slider, settings["layer_weights"].get(name, 0.0), largest=2)
+
+    def offered(self, kind: str, name: str) -> Path | None:
+        """The image of that name among those that are offered."""
+        return next((path for _, path in self.choices[kind].options if path.name == name), None)
 
     def take_all(self, settings: dict) -> list[str]:
         """Take up all settings of a saved image; returns what is missing, as sentences. Raises UserError if unfit."""
@@ -155,13 +180,23 @@ class Controls:
             raise nst.UserError(f"there is no slider for {strange[0]} here: open a panel with it among style_layers")
         if not 0 <= settings["seed"] <= self.seed.max:
             raise nst.UserError(f"the seed is {settings['seed']}: a panel's are 0 to {self.seed.max}")
+        names, weights, masks = [*zip(*settings.get("styles", [])), (), (), ()][:3]
+        if len(names) > 2 or any(masks):
+            raise nst.UserError(
+                "they are those of several styles with masks, or of three: stylise --like makes it again"
+            )
         missing = []
         for kind in kinds:
-            offered = {path.name: path for _, path in self.choices[kind].options}
-            if settings[kind] in offered:
-                self.choices[kind].value = offered[settings[kind]]
+            if path := self.offered(kind, settings[kind]):
+                self.choices[kind].value = path
             else:
                 missing.append(f"upload {settings[kind]!r} as {kind}")
+        self.second.value = self.offered("style", names[1]) if len(names) == 2 else None
+        if len(names) == 2 and not self.second.value:
+            missing.append(f"upload {names[1]!r} as style, and choose it as the second")
+        if len(names) == 2:
+            set_slider(self.blend, weights[1] / sum(weights), largest=1)
+        self.keep_colours.value = settings.get("keep_colours", False)
         self.take(settings)
         choose(self.size, settings["size"], sorted)
         self.start_from.value, self.seed.value = settings["start"], settings["seed"]
@@ -186,15 +221,21 @@ class Display:
     """The widgets that show: the living picture, difference map, loss curves, inputs and status line."""
 
     def __init__(self, kinds: Iterable[str]):
-        fluid = {"width": "100%", "max_width": "400px", "display": "none"}
-        self.picture, self.difference, self.chart = (
-            widgets.Image(format=form, layout=fluid) for form in ("jpeg", "jpeg", "png")
+        fluid = {"width": "100%", "max_width": "100%"}
+        self.picture, self.difference = (
+            widgets.Image(format="jpeg", layout={**fluid, "display": "none"}) for _ in range(2)
         )
-        small = {"width": "130px", "max_width": "100%"}
-        self.inputs = {kind: widgets.Image(format="jpeg", layout=small) for kind in kinds}
+        self.chart = widgets.Image(format="png", layout={**fluid, "display": "none", "max_width": "640px"})
+        small = {"height": f"{INPUT}px", "width": "auto", "max_width": "100%"}
+        self.inputs = {kind: widgets.Image(format="jpeg", layout=small) for kind in (*kinds, "second style")}
+        self.boxes = {
+            kind: widgets.VBox([widgets.Label(kind), described(image, f"The {kind} image.")])
+            for kind, image in self.inputs.items()
+        }
         self.picture.add_class("living-picture")
         self.difference.add_class("difference-map")
         self.status = widgets.HTML(layout={"width": "100%"})
+        self.spoken = widgets.HTML(layout={"width": "100%", "height": "0", "margin": "0"})
         self.caption = widgets.Label(layout={"display": "none"})
         # The browser copies the number `sent` to `seen`, by which the kernel hears that it is there.
         self.sent, self.seen = (widgets.IntText(layout={"display": "none"}) for _ in range(2))
@@ -204,33 +245,55 @@ class Display:
         shown = {self.picture: frame.picture, self.chart: frame.chart or self.chart.value}
         for image, value in (shown | {self.difference: frame.difference}).items():
             image.value, image.layout.display = value or b"", "" if value else "none"
+        height, width = frame.image.shape[-2:]
+        for image in (self.picture, self.difference):
+            image.layout.width = f"{round(SIDE * min(1, width / height))}px"
         self.caption.layout.display = self.difference.layout.display
         self.caption.value = f"difference map, mean {frame.mean:.4f}"
 
-    def parts(self) -> list[widgets.Widget]:
-        """What there is to see, and the two numbers."""
-        column = {"margin": "0 8px 8px 0", "max_width": "100%"}
-        inputs = [widgets.VBox([widgets.Label(kind), image], layout=column) for kind, image in self.inputs.items()]
-        row = widgets.HBox(inputs, layout=WRAP)
-        return [self.picture, self.caption, self.difference, row, self.chart, self.sent, self.seen]
+    def show_input(self, kind: str, picture: bytes) -> None:
+        """Show an image among the inputs; empty: none."""
+        self.inputs[kind].value, self.boxes[kind].layout.display = picture, "" if picture else "none"
+
+
+def described(image: widgets.Image, text: str) -> widgets.VBox:
+    """An image and, for screen readers, what it shows: ipywidgets has no alternative text."""
+    if image.has_trait("tooltip"):  # since ipywidgets 8
+        image.tooltip = text
+    return widgets.VBox(
+        [image, widgets.HTML(f"<span style={HIDDEN}>{text}</span>", layout={"height": "0", "margin": "0"})]
+    )
 
 
 def lay_out(controls: Controls, display: Display, buttons: Iterable[widgets.Button]) -> widgets.VBox:
-    """The panel: buttons and status line, below them the pictures beside the controls, or above them where narrow."""
-    left = widgets.VBox(display.parts(), layout={"width": "400px", "max_width": "100%", "margin": "0 16px 0 0"})
-    chosen, others = controls.inputs()[: len(controls.choices)], controls.inputs()[len(controls.choices) :]
-    uploads = widgets.HBox([*controls.uploaders.values()], layout=WRAP)
+    """The panel: buttons and status line; the living picture and the controls to its right; inputs and loss curves."""
+    picture, difference, chart = (
+        described(image, text)
+        for image, text in (
+            (display.picture, "The image that is being optimised, as it is now."),
+            (display.difference, "Difference map: bright where the image differs from what it is compared to."),
+            (display.chart, "The loss after each evaluation, in a log scale; the status line has the latest."),
+        )
+    )
+    left = [picture, display.caption, difference, display.sent, display.seen]
+    several = len(controls.choices) == 2
+    rows = [*controls.inputs()[:-1], *[controls.keep_colours] * several]
+    pairs = (controls.size, controls.compare), (controls.start_from, controls.seed)
+    rows += [widgets.HBox(two, layout=WRAP) for two in pairs]
+    inputs = [
+        widgets.VBox([box, *filter(None, [controls.uploaders.get(kind)])], layout=INPUTS)
+        for kind, box in display.boxes.items()
+    ]
     folders = " or ".join(f"images/{kind}" for kind in controls.uploaders)
     text = f"Files of more than 10 MB: put them into {folders}, and run this cell again."
-    limit = widgets.HTML(
-        f'<div style="line-height:1.3;font-size:smaller">{text}</div>', layout={"margin": "2px 2px 6px"}
-    )
-    rows = [*chosen, uploads, limit, *others, controls.start_from, controls.seed, controls.compare]
-    right = widgets.VBox(rows, layout={"width": "360px", "max_width": "100%"})
+    limit = widgets.HTML(f'<div style="line-height:1.3;font-size:smaller">{text}</div>')
     return widgets.VBox(
         [
             widgets.HBox([*buttons, controls.opener], layout=WRAP),
             display.status,
-            widgets.HBox([left, right], layout=WRAP),
+            display.spoken,
+            widgets.HBox([widgets.VBox(left, layout=LEFT), widgets.VBox(rows, layout=RIGHT)], layout=WRAP),
+            widgets.HBox([*inputs, widgets.VBox([chart], layout=CURVES)], layout=WRAP),
+            limit,
         ]
     )

@@ -26,10 +26,10 @@ from pathlib import Path
 
 import ipywidgets as widgets
 from IPython.display import publish_display_data
-from torch import nn
+from torch import Tensor, nn
 
 import nst_utils as nst
-from nst_controls import Controls, Display, Frame, lay_out, tree, uploaded_files
+from nst_controls import HIDDEN, INPUT, Controls, Display, Frame, lay_out, tree, uploaded_files
 from nst_engine.painter import Painter, Settings
 from nst_engine.saved import as_png, read_settings
 from nst_engine.scales import EVALUATIONS
@@ -38,7 +38,7 @@ FRAME = 1 / 30  # seconds: no more than so many images a second are drawn
 CHART = 2.0  # seconds from one drawing of the loss curves to the next, since each takes a tenth of one
 ANSWER = 0.1  # seconds, at most, that the browser waits for the answer to what it asks for
 PATIENCE = 60  # seconds without an acknowledgement, after which no browser is taken to be there
-INPUT = 130  # pixels along the shorter side of the images that go in, as they are shown
+SPOKEN = 15  # seconds from one time that a screen reader hears of the loss to the next
 BUTTONS = [  # (label, method of `Studio`, icon, tooltip)
     ("Start", "start", "play", "Go on from the present image"),
     ("Pause", "pause", "pause", "Stop at the image on display"),
@@ -49,10 +49,10 @@ BUTTONS = [  # (label, method of `Studio`, icon, tooltip)
     ("Reset", "reset", "undo", "The layers and weights that the panel opened with"),
 ]
 STATES = {
-    "ready": "Ready. Press Start.",
-    "running": "Running; the kernel is free for other cells.",
+    "ready": "Ready: press Start.",
+    "running": "Running. The kernel stays free for other cells.",
     "paused": "Paused.",
-    "done": "Finished: progress is slow, or all evaluations are used up. A moved control or Start goes on.",
+    "done": "Finished: converged, or all evaluations used. Move a control or press Start to continue.",
     "closed": "Closed. Run the cell again.",
 }
 
@@ -95,7 +95,7 @@ class Studio:
         self.shown, self.snapshot = None, None  # the last Frame, and an image that was kept
         self.single, self.restarting = False, False  # what the last button asked for
         self.presses = self.answered = 0  # of buttons that ask for a frame, and that the frame under way knows of
-        self.moments, self.last_chart = deque(maxlen=20), -math.inf
+        self.moments, self.last_chart, self.last_spoken = deque(maxlen=20), -math.inf, -math.inf
         self.controls = Controls(opening)
         self.display = Display(self.controls.choices)
         self.choices, self.uploaders = self.controls.choices, self.controls.uploaders
@@ -110,6 +110,7 @@ class Studio:
             control.observe(lambda _: self.moved(), "value")
         for control in (self.controls.start_from, self.controls.seed, self.controls.compare):
             control.observe(lambda _: self.chosen(), "value")
+        self.controls.keep_colours.observe(lambda _: self.recolour(), "value")
         for kind, uploader in self.uploaders.items():
             uploader.observe(lambda _, kind=kind: self.take_upload(kind), "value")
         self.controls.opener.observe(lambda _: self.open_settings(), "value")
@@ -157,9 +158,13 @@ class Studio:
         settings, (start, seed) = self.shown.settings, self.shown.start
         names = {kind: getattr(settings, kind) for kind in self.choices}
         about = settings._asdict() | {kind: path.name for kind, path in names.items()}
+        second, blend = about.pop("second"), about.pop("blend")
+        if second:
+            about["styles"] = [(settings.style.name, 1 - blend, None), (second.name, blend, None)]
+        about |= {"keep_colours": self.controls.keep_colours.value}
         about |= {"layer_weights": dict(settings.layer_weights), "start": start, "seed": seed}
         about |= {"evaluations": EVALUATIONS, "coarse_to_fine": start == "noise"}  # as the painter runs
-        image = as_png(self.shown.image, about | {"losses": self.shown.step._asdict()})
+        image = as_png(self.image_shown(), about | {"losses": self.shown.step._asdict()})
         stem = nst.joint_stem(*names.values())
         try:
             self.tell(note=f"saved {nst.write_numbered(Path('saved'), stem, '.png', image)}")
@@ -226,14 +231,21 @@ class Studio:
         if self.state == "done":
             self.start()
 
+    @action
+    def recolour(self) -> None:
+        """Show the image in other colours; the run is not touched."""
+        if self.shown:
+            self.put_on_display()
+
     chosen = action(lambda self: None)  # another start or comparison, which the next step or restart asks for
 
     def draw_inputs(self) -> None:
         """Show the inputs, those that have been chosen or written anew."""
-        for kind, control in self.choices.items():
-            wanted = control.value, nst.file_version(control.value)
+        paths = {kind: control.value for kind, control in self.choices.items()}
+        for kind, path in (paths | {"second style": self.controls.second.value}).items():
+            wanted = path, path and nst.file_version(path)
             if self.drawn.get(kind) != wanted:
-                self.display.inputs[kind].value = nst.jpeg(nst.load_image(control.value, INPUT, "cpu"))
+                self.display.show_input(kind, nst.jpeg(nst.load_image(path, INPUT, "cpu")) if path else b"")
                 self.drawn[kind] = wanted
 
     # One frame after another
@@ -307,9 +319,20 @@ class Studio:
         """Show a frame, unless the panel was paused meanwhile, or a button pressed, of which it is not the answer."""
         if self.state == "running" and self.answered == self.presses:
             self.shown = frame
-            self.display.show(frame)
+            self.put_on_display()
             self.display.sent.value += not self.pull
             self.tell("done" if finished else "paused" if self.single else None)
+
+    def image_shown(self) -> Tensor:
+        """The image of the last frame, in the colours that are asked for."""
+        image, settings = self.shown.image, self.shown.settings
+        if not (self.controls.keep_colours.value and settings.content):
+            return image
+        return nst.keep_colours(image, self.painter.image(settings.content, settings.size))
+
+    def put_on_display(self) -> None:
+        frame, image = self.shown, self.image_shown()
+        self.display.show(frame if image is frame.image else frame._replace(picture=nst.jpeg(image)))
 
     def turn(self, settings: Settings, start: tuple | None, compare: str, single: bool) -> tuple[Frame, bool]:
         """On the worker's thread: evaluations for as long as a frame lasts, at least one.
@@ -354,10 +377,11 @@ class Studio:
             if running and len(self.moments) > 1:
                 rate = (len(self.moments) - 1) / (self.moments[-1] - self.moments[0])
                 numbers += f" · {rate:.1f} evaluations a second"
-        self.status.value = (
-            f'<div role="status" aria-live="polite" data-state="{self.state}" style="line-height:1.4">'
-            f"<b>{STATES[self.state]}</b> {escape(self.note)}<br>{numbers}</div>"
-        )
+        text = f"<b>{STATES[self.state]}</b> {escape(self.note)}"
+        self.status.value = f'<div data-state="{self.state}" style="line-height:1.4">{text}<br>{numbers}</div>'
+        if state or note or time.perf_counter() > self.last_spoken + SPOKEN:
+            self.last_spoken = time.perf_counter()
+            self.display.spoken.value = f'<div role="status" aria-live="polite" style={HIDDEN}>{text} {numbers}</div>'
 
     def _ipython_display_(self):
         """Show the panel; where there is no kernel, a still of it in use."""

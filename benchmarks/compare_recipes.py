@@ -321,14 +321,15 @@ def our_run(cell, precision="mixed"):
     return max((run for run in cell if run["recipe"] == "ours"), key=lambda run: run["precision"] == precision)
 
 
-def level_of(rival):
-    """The loss that ours is to reach: the rival's best displayed one; SPST's last, which is what it gives."""
+def goal_of(rival):
+    """The rival's best displayed loss; SPST's last, which is what it gives."""
     return rival["losses"][-1] if rival["recipe"] == "SPST" else min(rival["losses"])
 
 
-def ratio_of(rival, our):
-    """The rival's time to its level over ours to the same; 0 where ours ends above it."""
-    return time_to(rival, level_of(rival)) / time_to(our, level_of(rival))
+def times_to_both(rival, our):
+    """(the rival's time, ours) to the loss that both reach: the rival's goal, or our end where that is higher."""
+    level = max(goal_of(rival), our["losses"][-1])
+    return time_to(rival, level), time_to(our, level)
 
 
 def report(runs, about):
@@ -349,8 +350,9 @@ def report(runs, about):
             row = [task, f"{pair}, {seed}, {size}", rival["recipe"], f"{rival['evals']}"]
             row += [f"{best:.4g} ({time_to(rival, best):.1f})", f"{end:.4g} ({rival['times'][-1]:.1f})"]
             for our in (our_run(cell, precision) for precision in precisions):
-                ratio, seconds = ratio_of(rival, our), time_to(our, level_of(rival))
-                row += [f"{seconds:.1f}", f"{ratio:.1f}"] if ratio else ["-", "-"]
+                its, own = times_to_both(rival, our)
+                mark = "" if our["losses"][-1] <= goal_of(rival) else "*"
+                row += [f"{own:.1f}{mark}", f"{its / own:.1f}{mark}"]
                 row += [f"{our['losses'][-1]:.4g} ({our['times'][-1]:.1f}, {our['evals']} evaluations)"]
             lines.append("| " + " | ".join(row) + " |")
     lines += ["", "Against the best rival of each cell:", ""]
@@ -361,8 +363,8 @@ def report(runs, about):
     for (task, found), precision in itertools.product([*groups, ("the first four", everything)], precisions):
         if found:
             pairs = [(best_rival(cell), our_run(cell, precision)) for cell in found]
-            ratios = [ratio_of(rival, our) for rival, our in pairs]
-            below = sum(our["losses"][-1] < level_of(rival) for rival, our in pairs)
+            ratios = [its / own for its, own in (times_to_both(rival, our) for rival, our in pairs)]
+            below = sum(our["losses"][-1] < goal_of(rival) for rival, our in pairs)
             worst = max(our["losses"][-1] / min(our["losses"]) for _, our in pairs)
             lines.append(
                 f"| {task} | {precision} | {min(ratios):.1f} | {statistics.median(ratios):.1f} "

@@ -111,7 +111,7 @@ def draw_losses(curves: list[tuple]) -> bytes:
     totals, contents, styles = zip(*curves)
     both = any(contents) and any(styles)  # or else the other curve would lie on the total
     named = {"total": totals} | ({"content × its weight": contents, "style × its weight": styles} if both else {})
-    figure = plot_losses(named, size=(5.2, 2.3))
+    figure = plot_losses(named, size=(5.6, 2.3))
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=100)
+    figure.savefig(buffer, dpi=110)
     return buffer.getvalue()

@@ -4,13 +4,14 @@ import functools
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import UserError
 from .files import file_version
 from .images import load_image
 from .objective import Task
 from .run import Run, Step
+from .styles import Style
 
 
 class Settings(NamedTuple):
@@ -23,6 +24,8 @@ class Settings(NamedTuple):
     content_weight: float
     style_weight: float
     layer_weights: tuple  # ((style layer, weight above 0), ...)
+    second: Path | None = None  # a second style, blended with the first
+    blend: float = 0.0  # its share, 0 to 1
 
 
 class Painter:
@@ -30,7 +33,7 @@ class Painter:
 
     def __init__(self, vgg: nn.Sequential):
         self.vgg = vgg
-        self.read = functools.lru_cache(maxsize=2)(lambda path, version, *options: load_image(path, *options))
+        self.read = functools.lru_cache(maxsize=3)(lambda path, version, *options: load_image(path, *options))
         self.run = self.asked = None  # asked: the settings that the run has, and the versions of their files
         self.first = self.start = None  # the image that the run began with, and (kind, seed) of that beginning
         self.layers = ()  # of the style, since the start
@@ -43,7 +46,7 @@ class Painter:
         start: None to go on from the present image, or where to begin again: ("noise", seed), ("content", 0) or
         ("present", 0). Raises what `nst_utils` raises for bad input.
         """
-        asked = settings, *map(file_version, filter(None, (settings.content, settings.style)))
+        asked = settings, *map(file_version, filter(None, (settings.content, settings.style, settings.second)))
         if start or asked != self.asked:
             self.change(settings, start)
             self.asked = asked
@@ -71,12 +74,17 @@ class Painter:
             self.run.retarget(task)
         self.layers = tuple(task.style_layers)
 
+    def image(self, path: Path, size: int) -> Tensor:
+        """An image as the run has it; the last three are kept."""
+        return self.read(path, file_version(path), size, self.vgg.mean.device)
+
     def task(self, settings: Settings, layers: tuple) -> Task:
         """layers: of the style, which stay though their weight has become 0: another set would be prepared anew."""
-        content, style = (
-            path and self.read(path, file_version(path), settings.size, self.vgg.mean.device)
-            for path in (settings.content, settings.style)
+        content, style, second = (
+            path and self.image(path, settings.size) for path in (settings.content, settings.style, settings.second)
         )
+        if second is not None:
+            style = Style(style, 1 - settings.blend), Style(second, settings.blend)
         weights = dict(settings.layer_weights) if settings.style else {}
         style_layers = {name: weights.get(name, 0.0) for name in (*layers, *weights) if weights}
         content_layers = (settings.content_layer,) if settings.content else ()
