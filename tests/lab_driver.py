@@ -1,6 +1,7 @@
 """Drives the panel in a real JupyterLab with a real Chromium, for the browser tests and the panel's benchmark."""
 
 import contextlib
+import io
 import os
 import re
 import secrets
@@ -240,9 +241,26 @@ class Notebook:
     def screenshot(self, name):
         self.page.screenshot(path=ARTEFACTS / f"{name}.png")
 
+    @property
+    def whole(self):
+        """The panel alone."""
+        return self.page.locator(".jp-OutputArea-output:has([data-state]) > .jupyter-widgets").first
+
     def still(self, name):
-        """The panel alone, as the notebooks show it where there is no kernel."""
+        """The panel, as the notebooks show it where there is no kernel."""
         path = ARTEFACTS / f"{name}.png"
-        self.page.locator(".jp-OutputArea-output:has([data-state]) > .jupyter-widgets").first.screenshot(path=path)
+        self.whole.screenshot(path=path)
         with Image.open(path) as file:
             file.convert("RGB").save(path.with_suffix(".jpg"), quality=85)
+
+    def film(self, name, moves, width=640):
+        """A film of the panel: an image after each of the `moves`, functions, and the last is held."""
+        images = []
+        for move in moves:
+            move()
+            image = Image.open(io.BytesIO(self.whole.screenshot())).convert("RGB")
+            images.append(image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS))
+        images = [image.resize(images[0].size).quantize(96, dither=Image.Dither.NONE) for image in images]
+        times = [250] * (len(images) - 1) + [2000]
+        path = ARTEFACTS / f"{name}.gif"
+        images[0].save(path, save_all=True, append_images=images[1:], duration=times, loop=0, optimize=True)

@@ -4,8 +4,10 @@ It compares ends, or holds the painter at a gate, so nothing depends on the mach
 test-artifacts/.
 """
 
+import io
 import json
 
+import numpy as np
 import pytest
 from lab_driver import CHROMIUM, Notebook, chromium, jupyterlab
 from PIL import Image
@@ -46,6 +48,12 @@ layers, weights = zip(*now.layer_weights)
 print(f"{now.content_layer} {now.content_weight:.9g} {layers} {set(weights)} {now.style_weight:.9g}")
 """
 NOTEBOOK = 'print(f"{CONTENT_LAYERS[0]} {CONTENT_WEIGHT:.9g} {(*STYLE_LAYERS,)} {{1.0}} {STYLE_WEIGHT:.9g}")'
+
+
+def difference(one, other):
+    """The mean difference of two screenshots, in 8-bit steps."""
+    one, other = (np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")).astype(float) for picture in (one, other))
+    return np.abs(one - other).mean()
 
 
 def test_style_transfer_from_start_to_a_closed_panel(browser, server):
@@ -99,11 +107,43 @@ def test_style_transfer_from_start_to_a_closed_panel(browser, server):
     assert little["content"] < 0.1 * middle["content"] and little["style"] > 2 * middle["style"]
     book.screenshot("little_style")
 
+    # The film of a slider in motion, for the README.
+    def more():
+        handle.press("ArrowRight")
+        handle.press("ArrowRight")
+        book.page.wait_for_timeout(700)
+
+    book.film("panel_film", [more] * 24)
+    book.finish()
+
     # Reset puts the weights back to the notebook's.
     book.button("Reset").click()
     book.finish()
     assert book.ask(PANEL) == book.ask(NOTEBOOK)
     book.show_panel()
+
+    # A second style, and a slider from the first to the second: the picture follows.
+    first, pictures = book.losses(), [book.pixels()]
+    book.page.get_by_label("second style").select_option("great wave")
+    for key in ("Home", "PageUp", "End"):
+        book.slider("blend").press(key)
+        book.finish()
+        pictures.append(book.pixels())
+    near, far = (difference(picture, pictures[0]) for picture in (pictures[1], pictures[3]))
+    assert near < 0.2 * far and difference(pictures[2], pictures[0]) < far
+    assert book.losses()["loss"] != pytest.approx(first["loss"], rel=0.02)
+    book.screenshot("blended")
+
+    # The photograph's colours, at once and without an evaluation, and back.
+    status, box = book.status, book.page.get_by_label("Keep the colours of the content image")
+    box.check()
+    book.wait_for(lambda: difference(book.pixels(), pictures[3]) > 5)
+    assert book.status == status
+    book.screenshot("colours_kept")
+    box.uncheck()
+    book.wait_for(lambda: book.pixels() == pictures[3])
+    book.page.get_by_label("second style").select_option("none")
+    book.finish()
 
     # Another image: one of those that are there, and an uploaded one, which Save writes down.
     book.step()

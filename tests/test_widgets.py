@@ -1174,3 +1174,134 @@ def test_what_a_panel_has_not_is_said_and_asked_for(saved, studio, opened, clock
     upload(other, "settings", ("wave.jpg", WAVE.read_bytes()))
     assert note(other).startswith("'wave.jpg' holds no settings: give a PNG file that was saved")
     assert other.controls.settings() == before
+
+
+# Two styles, colours, and what a screen reader hears
+
+
+def test_a_blend_has_both_styles_losses_and_its_slider_moves_no_image_or_layer(watched, vgg):
+    """Shares 0 and 1 are the one and the other style alone. A moved slider prepares nothing anew."""
+    painter, totals, made = Painter(watched.vgg), {}, []
+    for blend in (0.0, 0.3, 1.0):
+        settings = TRANSFER._replace(second=WAVE, blend=blend)
+        totals[blend] = steps(Painter(vgg), settings, 1, ("content", 0)).style
+        painter.step(settings)
+        made.append(watched.targets())
+        assert painter.run.task.weights[-2:].tolist() == pytest.approx([1 - blend, blend])
+    assert made == made[:1] * 3
+    for blend, path in ((0.0, NIGHT), (1.0, WAVE)):
+        alone = steps(Painter(vgg), TRANSFER._replace(style=path), 1, ("content", 0)).style
+        assert totals[blend] == pytest.approx(alone, rel=1e-4)
+    assert totals[0.3] < 0.7 * totals[0.0] + 0.3 * totals[1.0]  # by the distance between both, which none can lower
+
+
+def test_a_second_style_and_the_slider_reach_the_next_step(panel):
+    controls = panel.controls
+    assert [path for _, path in controls.second.options][1:] == [path for _, path in controls.choices["style"].options]
+    start(panel, 0)
+    controls.blend.value = 0.75  # without a second style it has no meaning
+    release(panel)
+    controls.second.value = WAVE
+    release(panel)
+    controls.blend.value = 0.2
+    release(panel, 2)
+    found = [settings for settings, _ in panel.painter.calls]
+    assert found[:2] == [TRANSFER, TRANSFER]
+    assert found[2] == TRANSFER._replace(second=WAVE, blend=0.75) and found[-1].blend == 0.2
+    assert pixels(panel.display.inputs["second style"].value).shape[0] == 130
+    assert panel.display.boxes["second style"].layout.display == ""
+    controls.second.value = None
+    assert panel.display.boxes["second style"].layout.display == "none"
+
+
+def test_an_uploaded_style_may_be_the_second_and_what_was_chosen_stays(panel):
+    panel.controls.second.value = WAVE
+    upload(panel, "style", ("mine.jpg", WAVE.read_bytes()))
+    assert panel.controls.second.value == WAVE
+    path = panel.choices["style"].value
+    panel.choices["style"].value = NIGHT
+    panel.controls.second.value = path
+    assert panel.controls.settings()[1::6] == (NIGHT, path)
+
+
+def test_colours_are_kept_on_display_and_in_the_file_and_the_run_is_not_touched(studio, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    panel = studio(CASTLE, NIGHT)
+    press(panel, "Step")
+    until(panel, lambda: panel.state == "paused")
+    image, plain = panel.shown.image, panel.display.picture.value
+    expected = nst.keep_colours(image, nst.load_image(CASTLE, 40, "cpu"))
+    evaluations = panel.shown.evaluations
+    panel.controls.keep_colours.value = True
+    assert np.abs(pixels(panel.display.picture.value) - np.asarray(nst.to_pil(expected))).mean() < 6
+    press(panel, "Save")
+    with Image.open("saved/chenonceau_starry_night_001.png") as file:
+        assert np.array_equal(np.asarray(file), np.asarray(nst.to_pil(expected)))
+    assert read_settings("saved/chenonceau_starry_night_001.png")["keep_colours"] is True
+    assert panel.state == "paused" and panel.shown.evaluations == evaluations and panel.shown.image is image
+    press(panel, "Step")
+    until(panel, lambda: panel.state == "paused")
+    assert panel.shown.evaluations == evaluations + 1
+    again = nst.keep_colours(panel.shown.image, nst.load_image(CASTLE, 40, "cpu"))
+    assert np.abs(pixels(panel.display.picture.value) - np.asarray(nst.to_pil(again))).mean() < 6
+    panel.controls.keep_colours.value = False
+    assert panel.display.picture.value == panel.shown.picture != plain
+
+
+def test_settings_of_two_styles_and_of_kept_colours_are_saved_and_taken_up(studio, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    panel = studio(CASTLE, NIGHT)
+    panel.controls.second.value, panel.controls.blend.value, panel.controls.keep_colours.value = WAVE, 0.25, True
+    press(panel, "Step")
+    until(panel, lambda: panel.state == "paused")
+    press(panel, "Save")
+    path = Path("saved/chenonceau_starry_night_001.png")
+    saved = read_settings(path)
+    assert saved["styles"] == [["starry_night.jpg", 0.75, None], ["great_wave.jpg", 0.25, None]]
+    assert "second" not in saved and str(nst.IMAGES) not in json.dumps(saved)
+    settings, content = panel.controls.settings(), path.read_bytes()
+    other = studio(CASTLE, WAVE)
+    upload(other, "settings", ("mine.png", content))
+    assert note(other) == "Restart makes it again"
+    assert other.controls.settings() == settings and other.controls.keep_colours.value
+    masked = saved | {"styles": [["starry_night.jpg", 1, "sky.png"], ["great_wave.jpg", 1, "rest"]], "size": 80}
+    upload(other, "settings", ("theirs.png", as_png(torch.zeros(1, 3, 2, 2), masked)))
+    assert "several styles with masks, or of three: stylise --like makes it again" in note(other)
+    assert other.controls.settings() == settings
+    unknown = saved | {"styles": [["starry_night.jpg", 3, None], ["mine.jpg", 2, None]]}
+    upload(other, "settings", ("theirs.png", as_png(torch.zeros(1, 3, 2, 2), unknown)))
+    assert note(other) == "upload 'mine.jpg' as style, and choose it as the second, and then press Restart"
+    assert other.controls.second.value is None and other.controls.blend.value == pytest.approx(0.4)
+    before = saved.copy()
+    del before["styles"], before["keep_colours"]  # as the first version wrote them
+    upload(other, "settings", ("old.png", as_png(torch.zeros(1, 3, 2, 2), before)))
+    assert other.controls.settings() == TRANSFER and not other.controls.keep_colours.value
+
+
+@pytest.mark.parametrize(
+    ("paths", "controls"),
+    [((CASTLE, NIGHT), 3), ((None, NIGHT), 2), ((CASTLE, None), 0)],
+)
+def test_controls_that_mean_nothing_are_not_there(paths, controls, studio):
+    panel = studio(*paths)
+    shown = [*nst_controls.tree(panel.view)]
+    own = panel.controls.second, panel.controls.blend, panel.controls.keep_colours
+    assert [control in shown for control in own] == [True] * controls + [False] * (3 - controls)
+
+
+def test_a_screen_reader_hears_what_is_shown_and_the_loss_now_and_then(panel, clock):
+    """Each image has a text beside it. The loss is spoken every fifteen seconds, a state or a note at once."""
+    for box in nst_controls.tree(panel.view):
+        for k, child in enumerate(getattr(box, "children", ())):
+            if isinstance(child, widgets.Image):
+                assert re.search(r">[\w :;,-]+\.</span>", box.children[k + 1].value)
+    heard = []
+    panel.display.spoken.observe(lambda change: heard.append(change["new"]), "value")
+    start(panel)
+    assert [("Running" in text) for text in heard] == [True] and 'aria-live="polite"' in heard[0]
+    clock.step = 4.0
+    release(panel, 9)
+    assert [re.search(r"loss ([\d.]+)", text)[1] for text in heard[1:]] == ["0.8", "0.4444"]
+    press(panel, "Pause")
+    assert "Paused" in heard[-1] and len(heard) == 4
+    assert "aria-live" not in says(panel)
