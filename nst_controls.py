@@ -183,7 +183,7 @@ class Controls:
         names, weights, masks = [*zip(*settings.get("styles", [])), (), (), ()][:3]
         if len(names) > 2 or any(masks):
             raise nst.UserError(
-                "they are those of several styles with masks, or of three: stylise --like makes it again"
+                "they are those of an image with masks, or of more than two styles: stylise --like makes it again"
             )
         missing = []
         for kind in kinds:
@@ -193,7 +193,7 @@ class Controls:
                 missing.append(f"upload {settings[kind]!r} as {kind}")
         self.second.value = self.offered("style", names[1]) if len(names) == 2 else None
         if len(names) == 2 and not self.second.value:
-            missing.append(f"upload {names[1]!r} as style, and choose it as the second")
+            missing.append(f"upload {names[1]!r} as style, choose it as the second and {names[0]!r} as style again")
         if len(names) == 2:
             set_slider(self.blend, weights[1] / sum(weights), largest=1)
         self.keep_colours.value = settings.get("keep_colours", False)
@@ -215,6 +215,7 @@ class Frame(NamedTuple):
     difference: bytes | None
     mean: float  # difference to the reference, averaged over pixels and channels; nan without one
     chart: bytes | None
+    content: Tensor | None  # whose colours may be kept
 
 
 class Display:

@@ -12,7 +12,6 @@ Several styles are blended, or each has its place, where its mask is white:
 import argparse
 import contextlib
 import hashlib
-import io
 import os
 import signal
 import sys
@@ -28,6 +27,7 @@ import nst_utils as nst
 from nst_engine.run_file import alone, begin_state, read_state, write, write_state
 from nst_engine.saved import REST, as_png, find_picture, read_settings
 from nst_engine.styles import resize_mask
+from nst_engine.terminal import Terminal
 
 CHOSEN = ("size", "style_size", "style_weight", "init", "seed", "evaluations", "keep_colours")  # by options
 LAYERS = {"content_layer": "conv1_2", "layer_weights": dict.fromkeys(nst.FIRST_FIVE, 1.0)}
@@ -44,9 +44,8 @@ def parse(arguments):
     parser.add_argument("--blend", type=float, nargs="+", help="how much of each style, in their order (equal parts)")
     text = "for each style where it goes: an image, white there, or 'rest', where the others are not"
     parser.add_argument("--masks", nargs="+", help=text)
-    parser.add_argument(
-        "--keep-colours", action="store_true", help="take the photograph's, and the style's light and dark"
-    )
+    text = "keep the photograph's, and change light and dark alone"
+    parser.add_argument("--keep-colours", action=argparse.BooleanOptionalAction, default=False, help=text)
     parser.add_argument("--like", type=Path, help="a saved PNG file, whose settings hold where no others are given")
     parser.add_argument("-o", "--output", type=Path, help="a PNG file; by default CONTENT_STYLE.png, here")
     parser.add_argument("--size", type=int, default=256, help="of the shorter side, in pixels (%(default)s)")
@@ -54,17 +53,21 @@ def parse(arguments):
     parser.add_argument("--style-weight", type=float, default=1e4, help="the content's is 1 (%(default)g)")
     parser.add_argument("--init", choices=("noise", "content"), default="noise", help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
-    parser.add_argument("--film", type=Path, help="a .gif or .webp file: the run in 100 images of at most 512 pixels")
+    parser.add_argument(
+        "--film", type=Path, help="a .gif or .webp file: the run in up to 100 images of at most 512 pixels"
+    )
     parser.add_argument("--evaluations", type=int, default=80, help="of the network, at most (%(default)s)")
     parser.add_argument("--memory", type=float, help="GiB that a process may take; by default what is free")
     parser.add_argument("--device", help="by default the best here")
     parser.set_defaults(**TASK)
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if options.like:
         saved = read_settings(options.like)
         parser.set_defaults(**defaults_like(options.like, saved, len(options.style or ())))
-        options = parser.parse_args(arguments)
+        options = parser.parse_intermixed_args(arguments)
     if None in (options.content, *(options.style or [None])):
+        if not options.like and (options.masks or options.blend):
+            raise nst.UserError("give the images first, content and styles, and then --masks and --blend")
         names = [saved["content"], *styles_in(saved)[0]] if options.like else []
         missing = [name for name, path in zip(names, [options.content, *options.style]) if path is None]
         named = f"{' and '.join(map(repr, missing))} not found: " if missing else ""
@@ -72,15 +75,18 @@ def parse(arguments):
     count = len(options.style)
     for name in ("blend", "masks"):
         if len(getattr(options, name) or options.style) != count:
-            raise nst.UserError(
-                f"--{name} has {len(getattr(options, name))} and there are {count} styles: give one each"
-            )
+            problem = f"--{name} has {len(getattr(options, name))} and there are {count} styles"
+            raise nst.UserError(f"{problem}: give one for each style")
+    options.blend = [*map(float, options.blend or [1] * count)]
     options.style_size = options.size if options.style_size is None else options.style_size
     options.output = options.output or Path(f"{nst.joint_stem(options.content, *options.style)}.png")
     for name, suffixes in (("output", [".png"]), ("film", [".gif", ".webp"])):
         path = getattr(options, name)
         if path and path.suffix.lower() not in suffixes:
             raise nst.UserError(f"--{name} is {str(path)!r}: give a name that ends in {' or '.join(suffixes)}")
+    if options.film and not os.access(options.film.parent, os.W_OK):
+        problem = "it cannot be written" if options.film.parent.is_dir() else "there is no such folder"
+        raise nst.UserError(f"--film is {str(options.film)!r}: {problem}")
     options.state = options.output.with_suffix(".safetensors")
     return options
 
@@ -135,8 +141,7 @@ def picture_of(image, options):
     about |= {"content": options.content.name, "style": options.style[0].name}
     if len(options.style) > 1 or options.masks:
         names = [mask and Path(mask).name for mask in options.masks or [None] * len(options.style)]
-        weights = options.blend or [1.0] * len(options.style)
-        about["styles"] = [(path.name, *rest) for path, *rest in zip(options.style, weights, names)]
+        about["styles"] = [(path.name, *rest) for path, *rest in zip(options.style, options.blend, names)]
     return as_png(image, about)
 
 
@@ -145,20 +150,21 @@ def save(options, run, settings, recorder):
     state = run.state_dict()
     if options.film:
         if recorder.evaluations < options.evaluations - state["left"]:  # interrupted before it saw the last
-            recorder(image_of(run, options), nst.Step(*state["step"]))
+            recorder(image_of(run.image, run, options), nst.Step(*state["step"]))
         state |= recorder.state_dict()
     write_state(options.state, state, settings)
-    write(options.output, lambda path: path.write_bytes(picture_of(image_of(run, options), options)))
+    write(options.output, lambda path: path.write_bytes(picture_of(image_of(run.image, run, options), options)))
 
 
 def read(options, settings):
     """The state of the run that is to go on, empty if it has no evaluations yet; None if there is no run."""
     words = {name: f"another {name.replace('_', ' ')}" for name in TASK}
     words |= {"content": "another content image", "style": "another style image", "masks": "other masks"}
+    words |= {"blend": "another blend", "film": "another film, or none", "keep_colours": "other colours"}
     state = read_state(options.state, settings, words)
-    for name in ("output", "film"):
+    for name, new in (("output", state is None), ("film", True)):  # a film is written when all is done
         path = getattr(options, name)
-        if state is None and path and path.exists():
+        if new and path and path.exists():
             raise nst.UserError(f"{str(path)!r} is there already: give another name with --{name}")
     return state
 
@@ -195,11 +201,10 @@ def stylise(options, first):
         try:
             work(run, options, settings, recorder, first)
             if first:
-                image = nst.resize(image_of(run, options), run.shape)
+                image = image_of(nst.resize(run.image, run.shape), run, options)
                 write(options.output, lambda path: path.write_bytes(picture_of(image, options)))
                 if options.film:
-                    film = nst.film_of(recorder.frames, options.film.suffix[1:].lower())
-                    write(options.film, lambda path: path.write_bytes(film))
+                    save_film(options.film, nst.film_of(recorder.frames, options.film.suffix[1:].lower()))
                 options.state.unlink(missing_ok=True)
                 tqdm.write(f"{options.output}: {run.shape[1]} x {run.shape[0]} pixels")
         except BaseException:  # an interrupt, or another process that has died
@@ -227,15 +232,23 @@ def task_of(options):
         masks[REST] = 1 - sum(masks.values()).clamp(max=1)
     styles = [
         nst.Style(nst.load_image(path, options.style_size, options.device), weight, masks.get(name))
-        for path, weight, name in zip(options.style, options.blend or [1.0] * len(names), names)
+        for path, weight, name in zip(options.style, options.blend, names)
     ]
     layers = (options.content_layer,), options.layer_weights
     return nst.Task(content, styles, *layers, options.content_weight, options.style_weight)
 
 
-def image_of(run, options):
-    """The image of the run as it is saved."""
-    return nst.keep_colours(run.image, run.task.content) if options.keep_colours else run.image
+def image_of(image, run, options):
+    """An image of the run as it is saved."""
+    return nst.keep_colours(image, run.task.content) if options.keep_colours else image
+
+
+def save_film(path, film):
+    """Write the film, unless another was written to its name in the meantime."""
+    try:
+        nst.write_new(path, film)
+    except OSError as error:
+        raise nst.UserError(f"{str(path)!r} cannot be written, move it away: {error.strerror}") from error
 
 
 def hold_to(memory, device):
@@ -251,7 +264,7 @@ def work(run, options, settings, recorder, first):
     with tqdm(total=run.pixels_left / 1e6, unit="Mpx", bar_format=BAR, disable=not first, dynamic_ncols=True) as bar:
         while step := run.step():
             if first and options.film:
-                recorder(image_of(run, options), step)
+                recorder(image_of(run.image, run, options), step)
             if first and not described and step.shape == run.shape:
                 tqdm.write(run.describe())
                 described = True
@@ -261,26 +274,6 @@ def work(run, options, settings, recorder, first):
             if first and time.monotonic() - saved > SECONDS:
                 save(options, run, settings, recorder)
                 saved = time.monotonic()
-
-
-class Terminal(io.TextIOBase):
-    """A stream that takes every text: what it cannot show is shown by its codes, and when it has gone nothing is."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def write(self, text):
-        encoding = getattr(self.stream, "encoding", None) or "utf-8"
-        try:
-            self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
-            self.stream.flush()
-        except (OSError, ValueError, AttributeError):  # its other end is closed, it is full or closed, or there is none
-            with contextlib.suppress(OSError, AttributeError):  # so that what it has kept goes somewhere
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-        return len(text)
-
-    def fileno(self):
-        return self.stream.fileno()
 
 
 def main():

@@ -71,6 +71,9 @@ def gram_matrix(feature_map: Tensor, mask: Tensor | None = None) -> Tensor:
     rows = feature_map[0].flatten(1)
     if mask is None:
         return rows @ rows.T / rows.numel()
+    if mask.shape != feature_map.shape[-2:]:
+        shape = tuple(feature_map.shape[-2:])
+        raise UserError(f"the mask is {tuple(mask.shape)} and the feature map {shape}: give one of that shape")
     return rows * mask.flatten() @ rows.T / (len(rows) * mask.sum())
 
 

@@ -25,6 +25,7 @@ from html import escape
 from pathlib import Path
 
 import ipywidgets as widgets
+import torch
 from IPython.display import publish_display_data
 from torch import Tensor, nn
 
@@ -86,7 +87,7 @@ class Studio:
 
     def __init__(self, opening: Settings, painter: Painter, pull: bool = False):
         self.loop, self.pull = asyncio.get_running_loop(), pull
-        self.worker = ThreadPoolExecutor(1, thread_name_prefix="style-studio")
+        self.worker = ThreadPoolExecutor(1, "style-studio", torch.set_num_threads, (torch.get_num_threads(),))
         self.painter, self.uploads = painter, tempfile.TemporaryDirectory(prefix="style-studio-")
         self.state, self.turns, self.watching = "ready", None, None  # the asyncio tasks of `work` and `watch`
         self.frame = None  # the `Future` of the frame that is being made
@@ -325,10 +326,8 @@ class Studio:
 
     def image_shown(self) -> Tensor:
         """The image of the last frame, in the colours that are asked for."""
-        image, settings = self.shown.image, self.shown.settings
-        if not (self.controls.keep_colours.value and settings.content):
-            return image
-        return nst.keep_colours(image, self.painter.image(settings.content, settings.size))
+        image, content = self.shown.image, self.shown.content
+        return image if content is None or not self.controls.keep_colours.value else nst.keep_colours(image, content)
 
     def put_on_display(self) -> None:
         frame, image = self.shown, self.image_shown()
@@ -357,7 +356,7 @@ class Studio:
         if len(painter.curves) > 1 and (with_chart or time.perf_counter() > self.last_chart + CHART):
             chart, self.last_chart = nst.draw_losses(painter.curves), time.perf_counter()
         about = image, painter.last, settings, painter.start, len(painter.curves)
-        return Frame(*about, nst.jpeg(image), difference, mean, chart)
+        return Frame(*about, nst.jpeg(image), difference, mean, chart, painter.run.task.content)
 
     def tell(self, state: str | None = None, note: str | None = None) -> None:
         """Change to `state`, and say in the status line what goes on; by default state and note stay."""

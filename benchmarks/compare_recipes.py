@@ -7,7 +7,7 @@ code does, in float32, by the plain formulas of nst_utils; ours by the engine. N
 time; afterwards each kept image is clamped to [0, 1] as a viewer would see it, brought to full size, and its loss
 computed in float32. The clock includes the targets for all; for ours also the network's copy and the preconditioner.
 Writes results/NAME.json, .md and .png, and NAME_strip.jpg: the first transfer from noise, as displayed after some
-seconds, of the best rival and ours. DeepTextures' optimiser needs scipy, which nothing else here does.
+seconds, of the best rival and ours. DeepTextures' optimiser needs scipy, which nothing else here needs.
 """
 
 import argparse
@@ -95,7 +95,6 @@ def pytorch_tutorial(make, start, record):
     closure = closure_of(make(start.shape[-2:]), image, record, clamp=True)
     while record.evaluations <= 300:
         optimiser.step(closure)
-    record(image)
 
 
 def neural_style_pt(make, start, record):

@@ -15,7 +15,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from compare_recipes import PAIRS, Recorder, load_pair, plain_objective, pytorch_tutorial, time_to
+from compare_recipes import PAIRS, Recorder, load_pair, plain_objective, pytorch_tutorial, shown, time_to
 
 import nst_utils as nst
 from nst_engine.convergence import Window
@@ -50,7 +50,7 @@ def second_of_two(recipe, objective, shape):
         end = time.perf_counter() - record.start
         record.end()
     with torch.no_grad():
-        losses = [objective(nst.resize(image.clamp(0, 1), shape))[0].item() for _, image in record.kept]
+        losses = [objective(shown(image, shape))[0].item() for _, image in record.kept]
     return {"times": [t for t, _ in record.kept], "losses": losses, "evaluations": record.evaluations, "end": end}
 
 

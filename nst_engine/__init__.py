@@ -4,6 +4,7 @@ run.py          the run: the one owner of task, scales, image, precision, curvat
 painter.py      a run whose settings change: what the panel drives
 saved.py        a saved PNG file says how it was made
 run_file.py     the file of a run that goes on after an interruption
+terminal.py     what the program prints, into terminals of every kind
 objective.py    what a run minimises: a task, and its objective made of network, targets and losses
 styles.py       several styles, blended or each in its region, by masks
 losses.py       the losses in two parts: statistics of feature maps, losses from statistics

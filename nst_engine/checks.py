@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .errors import UserError, shown
 from .layers import Shape, as_names, layer_name
-from .styles import Style, as_styles, regions
+from .styles import Style, as_styles, regions, with_shared_masks
 
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 LARGEST_NUMBER = 10**9  # of pixels or evaluations
@@ -73,11 +73,12 @@ def as_several(style) -> Tensor | tuple[Style, ...]:
         named = zip((f"mask of {name}", f"image_mask of {name}"), masks)
         masks = [None if mask is None else as_mask(mask, what, image.device) for what, mask in named]
         styles.append(Style(image, weight, *masks))
+    styles = with_shared_masks(styles)
     for members in regions(styles):
         if not any(styles[k].weight for k in members):
-            which = ", ".join(f"style[{k}]" for k in members)
-            raise UserError(f"the styles with one mask, {which}, all have weight 0: give one of them a weight above 0")
-    return tuple(styles)
+            which = ", ".join(f"style[{k}]" for k in members) if len(styles) > 1 else "style"
+            raise UserError(f"weight 0 is all that {which} have where they are to go: give one a weight above 0")
+    return styles
 
 
 def check_feature_map(feature_map) -> None:

@@ -53,15 +53,15 @@ def show_images(images: Iterable, titles: list | None = None, columns: int | Non
 
 
 def filmstrip(recorder: Recorder, count: int = 6, width: float = 1.7) -> Figure:
-    """Draw `count` of the images that a `Recorder` has kept, the first and the last among them, evenly spaced.
+    """Draw `count` of the images that a `Recorder` has kept, evenly spaced, the first and the last among them.
 
     Under each stand its evaluation and its total loss. width: of an image, in inches. Raises UserError without images.
     """
-    frames, count = recorder.frames, as_whole(count, "count")
+    frames = recorder.frames
+    count = min(as_whole(count, "count"), len(frames))
     if not frames:
         raise UserError("the recorder has no images yet: give it to a task as `callback`")
-    last = len(frames) - 1
-    chosen = [frames[round(k * last / max(1, count - 1))] for k in range(min(count, len(frames)))] if last else frames
+    chosen = [frames[round(k * (len(frames) - 1) / (count - 1))] for k in range(count)] if count > 1 else frames[-1:]
     figure = Figure(figsize=(width * len(chosen), width * chosen[-1].image.height / chosen[-1].image.width + 0.45))
     figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     for axes, frame in zip(figure.subplots(1, len(chosen), squeeze=False).flat, chosen):
@@ -99,10 +99,10 @@ def display_figure(figure: Figure, alt: str) -> None:
     publish_display_data({"image/jpeg": picture, "text/plain": alt}, metadata={"image/jpeg": {"alt": alt}})
 
 
-def jpeg(image: Tensor, quality: int = 88) -> bytes:
+def jpeg(image: Tensor) -> bytes:
     """An image (1, 3, H, W) as the bytes of a JPEG file: drawn in a tenth of the time of a PNG."""
     buffer = io.BytesIO()
-    to_pil(image).save(buffer, "jpeg", quality=quality)
+    to_pil(image).save(buffer, "jpeg", quality=88)
     return buffer.getvalue()
 
 

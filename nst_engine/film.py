@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .checks import as_whole
 from .images import resize, to_pil
 
 QUALITY = 95  # of the JPEG in which an image is kept: with 100 of 512 pixels some 10 MB
@@ -23,19 +24,19 @@ class Frame(NamedTuple):
 
 
 class Recorder:
-    """A callback of `optimise` that keeps images at even steps of evaluations, and the last; at most `most` of them.
+    """A callback of `optimise` that keeps images at even steps of evaluations, at most `most`, and the last.
 
     Where there would be more, every other one goes and the steps become twice as long. Larger ones are scaled to `side`
     pixels along the longer side.
     """
 
     def __init__(self, most: int = 100, side: int = 512):
-        self.most, self.side, self.every = most, side, 1
+        self.most, self.side, self.every = as_whole(most, "most"), as_whole(side, "side", " of pixels"), 1
         self.kept = {}  # {evaluation: (total loss, JPEG file)}
 
     def __call__(self, image: Tensor, step) -> None:
         kept = {n: frame for n, frame in self.kept.items() if (n - 1) % self.every == 0}
-        if len(kept) == self.most:
+        if len(kept) >= self.most:
             self.every *= 2
             kept = {n: frame for n, frame in kept.items() if (n - 1) % self.every == 0}
         scale, buffer = min(1.0, self.side / max(image.shape[-2:])), io.BytesIO()

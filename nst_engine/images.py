@@ -71,12 +71,14 @@ TURNS = {
 PROFILED = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}  # a profile's colours, and Pillow's mode for them
 
 
-def load_image(path: str | Path, size: int = 256, device: str | torch.device | None = None) -> Tensor:
+def load_image(
+    path: str | Path, size: int = 256, device: str | torch.device | None = None, background: str = "white"
+) -> Tensor:
     """Read an image file as float32 (1, 3, H, W), RGB in [0, 1], its shorter side `size` pixels.
 
     Camera rotation (EXIF) is applied, every colour mode becomes RGB, colours with a profile become sRGB, transparency
-    is laid over white. Raises MissingFileError if there is no such file, UserError if it cannot be read or is no image,
-    or if the result would have more than 180 million pixels.
+    is laid over `background`. Raises MissingFileError if there is no such file, UserError if it cannot be read or is no
+    image, or if the result would have more than 180 million pixels.
     """
     path, device, size = as_file(path, "picture"), pick_device(device), as_whole(size, "size", " of pixels")
     try:
@@ -85,7 +87,7 @@ def load_image(path: str | Path, size: int = 256, device: str | torch.device | N
         sides = [max(size, round(side * scale)) for side in picture.size]
         if math.prod(sides) > MOST_PIXELS:
             raise UserError(f"would be {sides[0]} x {sides[1]} pixels at size {size}: that is too large")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture).convert("RGB")
         pixels = np.array(picture.resize(sides, Image.Resampling.LANCZOS))
         return (torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255).to(device)
     except Exception as error:  # decoders raise whatever their authors thought of
@@ -93,8 +95,8 @@ def load_image(path: str | Path, size: int = 256, device: str | torch.device | N
 
 
 def load_mask(path: str | Path, size: int = 256, device: str | torch.device | None = None) -> Tensor:
-    """Read an image file as a mask (H, W) in [0, 1], white being 1, as `load_image` reads an image."""
-    return luma(load_image(path, size, device))[0, 0]
+    """Read an image file as a mask (H, W) in [0, 1]: 1 where it is white, 0 where black or transparent."""
+    return luma(load_image(path, size, device, "black"))[0, 0]
 
 
 def readable_formats() -> list[str]:
@@ -241,7 +243,7 @@ def keep_colours(image: Tensor, content: Tensor) -> Tensor:
     taken over in Gatys et al. 2016, Preserving Color in Neural Artistic Style Transfer. Raises UserError for no image.
     """
     check_shown(image, "image")
-    content = resize(content, image.shape[-2:]).clamp(0, 1)
+    content = resize(content, image.shape[-2:]).clamp(0, 1).to(image.device)
     grey, chroma = luma(image.clamp(0, 1)), content - luma(content)
     room = torch.where(chroma > 0, 1 - grey, grey) / chroma.abs().clamp(min=1e-6)
     return (grey + chroma * room.amin(1, keepdim=True).clamp(max=1)).clamp(0, 1)

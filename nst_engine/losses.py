@@ -88,13 +88,13 @@ def statistics_of(
     errors = {name: zero_halo(maps[name] - target, halo(name)) for name, target in content_targets.items()}
     squares = [_SquareSum.apply(error) / sizes[name] for name, error in errors.items()]
     return squares + [
-        _GramSum.apply(maps[name], halo(name), mask) / (sizes[name] * share_of(mask))
+        _GramSum.apply(maps[name], halo(name), mask) / (sizes[name] * share_left(mask))
         for name in style_layers
         for mask in masks(name)
     ]
 
 
-def share_of(mask) -> float:
+def share_left(mask) -> float:
     """The share of the image that a mask leaves, above 0."""
     return max(mask.share, torch.finfo(torch.float32).tiny) if mask else 1.0
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from .images import resize
-from .layers import Shape, stride
+from .layers import Shape, check_size, stride
 from .losses import Target, losses_from, statistics_of
 from .network import feature_maps, halo_and_stride, map_size, memory_per_pixel
-from .styles import Style, as_styles, average, blending, mask_of, regions, resize_mask
+from .styles import Style, as_styles, blending, equal, mask_of, regions, resize_mask, share_of
 from .tiles import Objective, Tile, plan_tiles, smallest_tile, sum_statistics, tiles_of_rank
 
 MASKED = 16  # bytes per pixel of the image that a mask takes, by itself and at the layers' resolutions
@@ -46,11 +46,15 @@ class Task(NamedTuple):
         weights = [self.content_weight, self.style_weight, *self.style_layers.values(), *blending(self.styles)]
         return torch.tensor(weights, device=self.reference.device)
 
-    @property
-    def made_of(self) -> tuple:
-        """Its images and masks, by identity, and layers: equal for tasks that differ by weights alone."""
-        tensors = [self.content, *(each for style in self.styles for each in style._replace(weight=None))]
-        return (*map(id, tensors), tuple(self.content_layers), tuple(self.style_layers))
+    def differs_by_weights_alone(self, other: "Task") -> bool:
+        """Whether another task has the same images, masks and layers."""
+
+        def parts(task):
+            masks = [(style.image, style.mask, style.image_mask) for style in task.styles]
+            return (*task.content_layers, None, *task.style_layers), [task.content, *sum(masks, ())]
+
+        (layers, tensors), (others, other_tensors) = parts(self), parts(other)
+        return layers == others and len(tensors) == len(other_tensors) and all(map(equal, tensors, other_tensors))
 
     @property
     def smallest_side(self) -> int:
@@ -69,12 +73,14 @@ class Task(NamedTuple):
         layer. Images without layers are left out.
         """
 
+        masks = {id(style.mask): resize_mask(style.mask, shape) for style in self.styles}
+
         def scaled(style):
             sides, smallest = style.image.shape[-2:], max(map(stride, self.style_layers))
             factor = min(1.0, max(min(shape) / min(full_size), smallest / min(sides)))
             sides = tuple(max(1, round(side * factor)) for side in sides)
-            masks = {"mask": resize_mask(style.mask, shape), "image_mask": resize_mask(style.image_mask, sides)}
-            return style._replace(image=resize(style.image, sides), **masks)
+            image_mask = resize_mask(style.image_mask, sides)
+            return style._replace(image=resize(style.image, sides), mask=masks[id(style.mask)], image_mask=image_mask)
 
         content = resize(self.content, shape) if self.content_layers else None
         return self._replace(content=content, style=tuple(map(scaled, self.styles)) if self.style_layers else None)
@@ -84,13 +90,13 @@ def objective_of(network: nn.Sequential, task: Task, shape: Shape, budget_bytes:
     """The `Objective` of a task for images of `shape`, which its content has too, within a budget of memory."""
     content_layers, style_layers = tuple(task.content_layers), tuple(task.style_layers)
     layers = dict.fromkeys((*content_layers, *style_layers))
+    check_size(shape, layers)
     sizes = {name: map_size(network, name, shape) for name in layers}
     target_bytes = sum(sizes[name] for name in content_layers) * network.conv1_1.weight.element_size()
     store = target_bytes <= budget_bytes / 4  # the content's feature maps, which are otherwise computed each time
-    parts, styles = regions(task.styles), task.styles
+    styles, parts = task.styles, regions(task.styles)
     masks = [styles[members[0]].mask for members in parts]
-    mask_bytes = MASKED * math.prod(shape) * sum(mask is not None for mask in masks)
-    tiles, kept = tiles_of(network, shape, budget_bytes - target_bytes * store - mask_bytes)
+    tiles, kept = tiles_of(network, shape, budget_bytes - target_bytes * store - mask_bytes(task, shape))
 
     def content_maps(tile):
         with torch.no_grad():
@@ -100,7 +106,7 @@ def objective_of(network: nn.Sequential, task: Task, shape: Shape, budget_bytes:
     masks_in = masks_by_layer(network, masks, style_layers, tiles)
     grams = [gram_matrices(network, style.image, style_layers, budget_bytes, style.image_mask) for style in styles]
     style_targets = [
-        Target({k: grams[k][name] for k in members}, number, 1.0 if mask is None else average(mask, name).mean().item())
+        Target({k: grams[k][name] for k in members}, number, share_of(mask, name))
         for number, name in enumerate(style_layers)
         for members, mask in zip(parts, masks)
     ]
@@ -124,10 +130,11 @@ def masks_by_layer(network: nn.Sequential, masks: list, layers: Iterable[str], t
     dtype = network.conv1_1.weight.dtype
     if all(mask is None for mask in masks):
         return lambda tile: lambda layer: masks
+    spacings = {stride(name): (name, [share_of(mask, name) for mask in masks]) for name in layers}
     made = {
-        (tile, spacing): [mask_of(mask, tile, name, dtype) for mask in masks]
+        (tile, spacing): [mask_of(mask, tile, name, dtype, share) for mask, share in zip(masks, shares)]
         for tile in tiles_of_rank(tiles)
-        for spacing, name in {stride(name): name for name in layers}.items()
+        for spacing, (name, shares) in spacings.items()
     }
     return lambda tile: lambda layer: made[tile, stride(layer)]
 
@@ -149,9 +156,14 @@ def gram_matrices(
     return dict(zip(layers, sum_statistics(statistics, tiles)))
 
 
-def least_memory(network: nn.Sequential) -> float:
-    """How many bytes the evaluation of the smallest tile takes."""
-    return memory_per_pixel(network) * smallest_tile(*halo_and_stride(network))
+def mask_bytes(task: Task, shape: Shape) -> int:
+    """How many bytes the masks of a task take at a scale."""
+    return MASKED * math.prod(shape) * len({id(style.mask) for style in task.styles} - {id(None)})
+
+
+def least_memory(network: nn.Sequential, task: Task, shape: Shape) -> float:
+    """How many bytes the evaluation of the smallest tile takes, and the masks."""
+    return memory_per_pixel(network) * smallest_tile(*halo_and_stride(network)) + mask_bytes(task, shape)
 
 
 def tiles_of(network: nn.Sequential, shape: Shape, budget_bytes: float) -> tuple:

@@ -4,7 +4,7 @@ import functools
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from .errors import UserError
 from .files import file_version
@@ -74,14 +74,11 @@ class Painter:
             self.run.retarget(task)
         self.layers = tuple(task.style_layers)
 
-    def image(self, path: Path, size: int) -> Tensor:
-        """An image as the run has it; the last three are kept."""
-        return self.read(path, file_version(path), size, self.vgg.mean.device)
-
     def task(self, settings: Settings, layers: tuple) -> Task:
         """layers: of the style, which stay though their weight has become 0: another set would be prepared anew."""
         content, style, second = (
-            path and self.image(path, settings.size) for path in (settings.content, settings.style, settings.second)
+            path and self.read(path, file_version(path), settings.size, self.vgg.mean.device)
+            for path in (settings.content, settings.style, settings.second)
         )
         if second is not None:
             style = Style(style, 1 - settings.blend), Style(second, settings.blend)

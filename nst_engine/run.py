@@ -58,7 +58,7 @@ class State(NamedTuple):
 
 
 class Run:
-    """An optimisation of an image of `shape` (H, W), by default the content's or a texture's style's, for a `Task`.
+    """An optimisation of an image of `shape` (H, W), by default the content's or first style's, for a `Task`.
 
     init: "noise" (soft clouds around grey, drawn from `seed`), "content", or an image to start from, which is scaled
     to `shape`; white noise is `torch.rand(1, 3, H, W)`.
@@ -155,7 +155,7 @@ class Run:
         if task.reference.device != self.device:
             raise UserError(f"the task is on {task.reference.device} and the run on {self.device}: bring both to one")
         check_size(self.scales[0], task.layers)
-        if task.made_of != before.made_of:
+        if not task.differs_by_weights_alone(before):
             self._evaluators = {}
         self._networks = {key: network for key, network in self._networks.items() if key[0] == deepest(task.layers)}
         state = self._start(state.scales, state.image, state.image if state.step else state.iterate.x)
@@ -290,7 +290,8 @@ class Run:
         return self._optimisers[key]
 
     def _fitting(self):
-        return fitting(self.shape, self.budget_bytes, least_memory(self._network(self.precisions[-1])), self.device)
+        least = least_memory(self._network(self.precisions[-1]), self.task, self.shape)
+        return fitting(self.shape, self.budget_bytes, least, self.device)
 
 
 def gradient_cosine(a: Tensor, b: Tensor, precondition: Callable[[Tensor], Tensor]) -> float:

@@ -34,7 +34,8 @@ def alone(output: Path, state: Path) -> Iterator[None]:
         yield
     finally:
         if lock.is_locked:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # Windows removes no file that is open
+                path.unlink()
         lock.release()
 
 
@@ -74,7 +75,7 @@ def begin_state(path: Path, settings: Mapping) -> None:
 def read_state(path: Path, settings: Mapping, words: Mapping) -> dict | None:
     """The state of the run that is to go on, empty if it has no evaluations yet; None if there is no run.
 
-    Raises UserError if its settings were others; words: {setting: "another ..."}, for those that no option sets.
+    Raises UserError if its settings were others; words: {setting: "another ..."}, where an option would not tell.
     """
     with contextlib.suppress(OSError):
         if path.stat().st_size == 0:  # of a run that was killed as it began
@@ -95,5 +96,5 @@ def read_state(path: Path, settings: Mapping, words: Mapping) -> dict | None:
         if before.get(name) != value
     )
     if others:
-        raise UserError(f"{str(path)!r} is of other settings, {others}: give these, or move it away")
+        raise UserError(f"{str(path)!r} is of other settings, {others}: give the same again, or move it away")
     return tensors | state

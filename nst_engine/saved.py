@@ -52,7 +52,7 @@ def read_settings(path: str | Path) -> dict:
 
 def find_picture(name: str, *folders: Path) -> Path | None:
     """A picture of this name in one of the folders, or else among those that come with the project."""
-    places = (*folders, IMAGES / "content", IMAGES / "style")
+    places = (*folders, *(IMAGES / kind for kind in ("content", "style", "masks")))
     return next((path for folder in places if is_picture(path := folder / name)), None)
 
 
@@ -63,10 +63,13 @@ def _file_name(value):
 
 
 def _styles(found):
-    return [
-        [_file_name(image), as_weight(weight, "weight of a style"), mask if mask == REST else _file_name(mask)]
+    styles = [
+        [_file_name(operator.add(image, "")), as_weight(weight, "weight of a style"), _file_name(mask)]
         for image, weight, mask in found
     ]
+    if not any(weight for _, weight, _ in styles):
+        raise ValueError
+    return styles
 
 
 REST = "rest"  # in place of a mask: where the others are not
@@ -74,8 +77,8 @@ OPTIONAL = ("styles", "keep_colours")  # not said by images of earlier versions
 CHECKS = {
     "content": _file_name,  # without its folder; None for a texture
     "style": _file_name,  # likewise; None for a reconstruction
-    "styles": _styles,  # of several: [[image, weight, mask, REST or None], ...], of which `style` is the first
-    "keep_colours": bool,
+    "styles": _styles,  # of several: [[image, weight, a mask or REST or None], ...], of which `style` is the first
+    "keep_colours": lambda value: [False, True][operator.index(value)],
     "size": lambda value: as_whole(value, "size"),
     "content_layer": layer_name,
     "content_weight": lambda value: as_weight(value, "content_weight"),

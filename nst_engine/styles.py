@@ -2,7 +2,7 @@
 
 A Gram matrix is a mean over positions, so a mask m makes it a weighted mean, F diag(m) F^T / (C sum m); see Gatys et
 al. 2017, Controlling Perceptual Factors in Neural Style Transfer, equation 5. And several styles with one mask are one
-target: sum_k b_k |G - G_k|^2 is |G - sum_k b_k G_k|^2 and a constant, if the b_k add up to 1.
+target: sum_k b_k |G - G_k|^2 is |G - sum_k b_k G_k|^2 plus a constant, if the b_k add up to 1.
 """
 
 from collections.abc import Iterable, Sequence
@@ -37,18 +37,24 @@ def as_styles(style: Tensor | Style | Iterable | None) -> tuple[Style, ...]:
 
 
 def regions(styles: Sequence[Style]) -> list[list[int]]:
-    """The styles by their numbers, those with equal masks together."""
-    found = []
+    """The styles by their numbers, those of one mask together."""
+    found = {}
     for k, style in enumerate(styles):
-        region = next((members for members in found if _equal(styles[members[0]].mask, style.mask)), None)
-        if region is None:
-            found.append(region := [])
-        region.append(k)
-    return found
+        found.setdefault(id(style.mask), []).append(k)
+    return [*found.values()]
 
 
-def _equal(a, b):
-    return a is b or (a is not None and b is not None and torch.equal(a, b))
+def equal(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two images or masks hold the same, or neither is there."""
+    return a is b or (a is not None and b is not None and a.device == b.device and torch.equal(a, b))
+
+
+def with_shared_masks(styles: Sequence[Style]) -> tuple[Style, ...]:
+    """The same styles; where masks are equal, one tensor stands for them, by which `regions` knows them."""
+    masks = []
+    for style in styles:
+        masks.append(next((mask for mask in masks if equal(mask, style.mask)), style.mask))
+    return tuple(style._replace(mask=mask) for style, mask in zip(styles, masks))
 
 
 def blending(styles: Sequence[Style]) -> list[float]:
@@ -73,6 +79,11 @@ def average(mask: Tensor, layer: str) -> Tensor:
     return F.avg_pool2d(mask[None], stride(layer))[0]
 
 
+def share_of(mask: Tensor | None, layer: str) -> float:
+    """The share of the image that a mask leaves at a layer."""
+    return 1.0 if mask is None else average(mask, layer).mean().item()
+
+
 class Mask(NamedTuple):
     """A mask in the feature map that a layer has for one tile, without what the tile's halo covers."""
 
@@ -81,8 +92,8 @@ class Mask(NamedTuple):
     share: float  # its mean over the whole image
 
 
-def mask_of(mask: Tensor | None, tile, layer: str, dtype: torch.dtype) -> Mask | None:
-    """The `Mask` of a `Tile` at a layer; mask: (H, W), as large as the image."""
+def mask_of(mask: Tensor | None, tile, layer: str, dtype: torch.dtype, share: float) -> Mask | None:
+    """The `Mask` of a `Tile` at a layer; mask: (H, W), as large as the image; share: its `share_of`."""
     if mask is None:
         return None
     part = average(mask[tile.window], layer)
@@ -90,7 +101,7 @@ def mask_of(mask: Tensor | None, tile, layer: str, dtype: torch.dtype) -> Mask |
         part[strip] = 0
     rows, columns = (_span(part.amax(dim)) if part.numel() else slice(0, 0) for dim in (1, 0))
     box = (..., rows, columns)
-    return Mask(box, part[box].sqrt().to(dtype), average(mask, layer).mean().item())
+    return Mask(box, part[box].sqrt().to(dtype), share)
 
 
 def _span(values):

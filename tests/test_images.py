@@ -722,6 +722,11 @@ def test_a_mask_is_an_images_luma(tmp_path, refuses):
     Image.fromarray(np.array([[0, 255], [128, 0], [0, 64]], np.uint8)).save(tmp_path / "mask.png")
     found = load_mask(tmp_path / "mask.png", 2, "cpu")
     torch.testing.assert_close(found, torch.tensor([[0, 255], [128, 0], [0, 64]]) / 255)
+    white = Image.new("RGBA", (4, 4), (255, 255, 255, 0))
+    white.putpixel((1, 2), (255, 255, 255, 255))
+    white.save(tmp_path / "transparent.png")
+    found = load_mask(tmp_path / "transparent.png", 4, "cpu")
+    assert found.sum() == found[2, 1] == 1
     with refuses("no picture at", MissingFileError):
         load_mask(tmp_path / "other.png")
     with refuses("image is str"):

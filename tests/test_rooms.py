@@ -34,7 +34,7 @@ def test_imports_run_one_way():
     assert IMPORTS["nst_utils"] < ENGINE
     assert IMPORTS["nst_controls"] == {"nst_utils", "painter"}
     assert IMPORTS["nst_widgets"] == {"nst_utils", "nst_controls", "painter", "saved", "scales"}
-    assert IMPORTS["nst_stylise"] == {"nst_utils", "run_file", "saved", "styles"}
+    assert IMPORTS["nst_stylise"] == {"nst_utils", "run_file", "saved", "styles", "terminal"}
     list(graphlib.TopologicalSorter(IMPORTS).static_order())  # a CycleError names the circle
 
 

@@ -54,6 +54,12 @@ def test_layers_may_go_by_count(written):
     "damage",
     [
         {"size": 0},
+        {"styles": []},
+        {"styles": [[None, 1, None]]},
+        {"styles": [["a.jpg", 0, None], ["b.jpg", 0, None]]},
+        {"styles": [["a.jpg", 1, "folder/mask.png"]]},
+        {"styles": [["a.jpg", 1]]},
+        {"keep_colours": "no"},
         {"size": 2.5},
         {"size": True},
         {"content_layer": "conv9_1"},

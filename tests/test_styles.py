@@ -7,9 +7,9 @@ import torch
 
 import nst_utils as nst
 from nst_engine.network import cut_network, memory_per_pixel
-from nst_engine.objective import Task, objective_of
+from nst_engine.objective import Task, least_memory, objective_of
 from nst_engine.run import Run
-from nst_engine.styles import Style, average, blending, mask_of, regions, resize_mask
+from nst_engine.styles import Style, average, blending, mask_of, regions, resize_mask, share_of
 from nst_engine.tiles import cut_tiles, losses_and_gradient, world_size
 from nst_utils import features, gram_matrix
 
@@ -44,9 +44,10 @@ def styles(picture):
         picture(*sides, seed).double() * 0.9**seed
         for seed, sides in enumerate([(30, 41), (26, 33), (40, 24), (37, 29)])
     ]
+    soft = ramp(*SHAPE)
     return (
-        Style(images[0], 3.0, ramp(*SHAPE)),
-        Style(images[1], 1.0, ramp(*SHAPE)),
+        Style(images[0], 3.0, soft),
+        Style(images[1], 1.0, soft),
         Style(images[2], 7.0, hard, part),
         Style(images[3]),
     )
@@ -75,7 +76,10 @@ def found(objective, image, task):
 
 def double(styles):
     """The same with masks in float64, to compare to more digits."""
-    return tuple(Style(*(x.double() if torch.is_tensor(x) else x for x in style)) for style in styles)
+    same = {}
+    return tuple(
+        Style(*(same.setdefault(id(x), x.double()) if torch.is_tensor(x) else x for x in style)) for style in styles
+    )
 
 
 def test_the_engines_loss_and_gradient_are_those_of_the_formulas(network, styles, picture):
@@ -96,7 +100,7 @@ def test_tiles_give_the_loss_and_gradient_of_the_whole(kept, network, styles, pi
     whole = objective_of(network, task, SHAPE, math.inf)
     tiles = objective_of(network, task, SHAPE, 0.6 * memory_per_pixel(network) * math.prod(SHAPE))
     assert len(whole.tiles) == 1 and len(tiles.tiles) > 4
-    hidden = [mask_of(styles[2].mask, tile, "conv3_1", torch.float64).root.numel() == 0 for tile in tiles.tiles]
+    hidden = [mask_of(styles[2].mask, tile, "conv3_1", torch.float64, 1.0).root.numel() == 0 for tile in tiles.tiles]
     assert any(hidden) and not all(hidden)
     losses, gradient = found(whole, image, task)
     losses_of_tiles, gradient_of_tiles = found(tiles._replace(kept=kept), image, task)
@@ -167,6 +171,7 @@ def test_no_mask_is_a_mask_of_ones(network, picture):
 def test_styles_with_equal_masks_are_one_region_and_their_weights_its_shares(picture):
     image, mask = picture(8, 8), ramp(6, 9)
     styles = [Style(image, 3.0, mask), Style(image, 2.0), Style(image, 1.0, mask.clone()), Style(image, 5.0, 1 - mask)]
+    styles = nst.as_task(Task(None, styles, (), LAYERS)).styles
     assert regions(styles) == [[0, 2], [1], [3]]
     assert blending(styles) == [0.75, 1.0, 0.25, 1.0]
     assert regions([]) == blending([]) == []
@@ -176,10 +181,12 @@ def test_only_where_a_mask_is_above_0_is_computed():
     mask = torch.zeros(40, 60)
     mask[8:21, 30:44] = 0.49
     (tile,) = cut_tiles((40, 60), 64, 0, 4)
-    box, root, share = mask_of(mask, tile, "conv3_1", torch.float64)
+    share = share_of(mask, "conv3_1")
+    box, root, kept = mask_of(mask, tile, "conv3_1", torch.float64, share)
     assert box == (..., slice(2, 6), slice(7, 11)) and root.shape == (4, 4)
     assert root[1, 1] == pytest.approx(0.7) and root[3, 0] == pytest.approx(math.sqrt(0.49 / 8))
-    assert share == pytest.approx(0.49 * 13 * 14 / 2400) and mask_of(None, tile, "conv1_1", torch.float64) is None
+    assert share == kept == pytest.approx(0.49 * 13 * 14 / 2400)
+    assert mask_of(None, tile, "conv1_1", torch.float64, 1.0) is None and share_of(None, "conv1_1") == 1
 
 
 def test_masks_of_any_size_are_resized_and_stay_masks():
@@ -254,8 +261,8 @@ def test_bad_styles_are_named(content, style, settings, refuses):
         ([], "style is empty"),
         ([style, "wave.jpg"], "style[1] is str"),
         ([Style(style, -1.0), style], "weight of style[0] is -1.0"),
-        ([Style(style, 0), Style(style, 0.0)], "style[0], style[1], all have weight 0"),
-        ([style, Style(style, 0, torch.ones(4, 4))], "style[1], all have weight 0"),
+        ([Style(style, 0), Style(style, 0.0)], "weight 0 is all that style[0], style[1] have where they are to go"),
+        ([style, Style(style, 0, torch.ones(4, 4))], "weight 0 is all that style[1] have"),
         (Style(style[0]), "style is (3, 40,"),
     ]:
         with refuses(problem):
@@ -266,3 +273,46 @@ def test_masks_of_truth_values_will_do_and_may_overlap(content, style, settings)
     sky = torch.arange(48)[:, None].expand(48, 64) < 30
     result = nst.transfer_style(content, [Style(style, mask=sky), Style(style.flip(1))], evaluations=3, **settings)
     assert result.image.shape == content.shape and result.image.isfinite().all()
+
+
+def test_masks_that_are_equal_once_scaled_stay_two_regions(vgg, content, style, settings):
+    """As they were given: each has its own target, and the loss is not that of a sum of both."""
+    other = content.flip(-1) * 0.5
+    tasks = [
+        Task(None, [Style(style, mask=torch.ones(8, 8)), Style(other, mask=mask)], (), {"conv1_1": 1.0})
+        for mask in (torch.ones(64, 64), torch.ones(64, 64) * 0.999)
+    ]
+    steps = [Run(task, (48, 64), vgg=vgg, init=content, precision="float32").step() for task in tasks]
+    assert steps[0].style == pytest.approx(steps[1].style, rel=0.01)
+
+
+def test_a_mask_at_a_layer_that_the_image_is_too_small_for_is_refused_in_a_sentence(content, style, settings, refuses):
+    with refuses("a 8x8 image is too small for conv5_1"):
+        nst.synthesize_texture(Style(style, mask=torch.ones(8, 8)), "conv5_1", shape=(8, 8), **settings)
+
+
+def test_masks_are_counted_where_memory_is_scarce(network, picture):
+    content, style = picture(*SHAPE), picture(20, 20)
+    tasks = [Task(content, each, ("conv1_2",), LAYERS) for each in (style, [Style(style, mask=ramp(*SHAPE))])]
+    budget = 0.6 * memory_per_pixel(network) * math.prod(SHAPE)
+    fewer, more = (len(objective_of(network, task, SHAPE, budget).tiles) for task in tasks)
+    assert least_memory(network, tasks[1], SHAPE) - least_memory(network, tasks[0], SHAPE) == 16 * math.prod(SHAPE)
+    assert more >= fewer
+
+
+def test_a_mask_of_truth_values_or_a_new_copy_keeps_the_targets(vgg, content, style):
+    """Of a retargeted run: what matters is what a mask holds."""
+    mask = torch.arange(48)[:, None].expand(48, 64) < 20
+    task = Task(content, [Style(style, mask=mask), Style(style.flip(1), mask=~mask)], ("conv1_2",), {"conv1_1": 1.0})
+    run = Run(task, vgg=vgg, precision="float32")
+    run.step()
+    evaluators = run._evaluators
+    run.retarget(task._replace(style_weight=3.0, content=content.clone()))
+    assert run._evaluators is evaluators
+    run.retarget(task._replace(style=[Style(style, mask=~mask), Style(style.flip(1), mask=mask)]))
+    assert not run._evaluators
+
+
+def test_a_mask_of_another_shape_than_the_feature_map_is_named(refuses):
+    with refuses("the mask is (4, 5) and the feature map (5, 4)"):
+        gram_matrix(torch.rand(1, 3, 5, 4), torch.ones(4, 5))

@@ -122,7 +122,7 @@ def test_a_run_that_cannot_be_read_or_saved_is_kept(run, program, monkeypatch):
     path = Path("photo_painting.safetensors")
     kept = path.read_bytes()
     for other in ("--seed=1", "--size=48", "--style-size=32", "--style-weight=1e3", "--init=content"):
-        with pytest.raises(SystemExit, match="is of other settings.*: give these, or move it away"):
+        with pytest.raises(SystemExit, match="is of other settings.*: give the same again, or move it away"):
             run(other)
     assert path.read_bytes() == kept
     for content in (kept[:1000], b"nonsense"):
@@ -203,7 +203,7 @@ def test_a_run_has_its_file_from_the_beginning_and_goes_on_when_killed_before_it
     Path("parts.png").unlink()
     Path("parts.safetensors").write_bytes(kept[0])
     Path(".parts.safetensors.lock").touch()  # as the killed one leaves it
-    with pytest.raises(SystemExit, match="is of other settings, --seed 0: give these"):
+    with pytest.raises(SystemExit, match="is of other settings, --seed 0: give the same again"):
         run("--output", "parts.png", "--seed", "1")
     assert len(run("--output", "parts.png")) == 12
     assert Path("parts.png").read_bytes() == Path("whole.png").read_bytes() and "parts.safetensors" not in files()
@@ -229,7 +229,9 @@ def test_a_run_does_not_go_on_with_another_image_of_the_same_name(changed, run):
     kept, image = Path("photo_painting.safetensors").read_bytes(), Path(changed).read_bytes()
     Image.open(ROOT / "images/style/great_wave.jpg").resize((90, 66)).save(changed)
     which = "style" if changed == "painting.jpg" else "content"
-    with pytest.raises(SystemExit, match=f"is of other settings, another {which} image: give these, or move it away"):
+    with pytest.raises(
+        SystemExit, match=f"is of other settings, another {which} image: give the same again, or move it away"
+    ):
         run()
     assert Path("photo_painting.safetensors").read_bytes() == kept
     Path("elsewhere.jpg").write_bytes(image)  # the same image by another name is the same run
@@ -242,7 +244,7 @@ def test_a_run_does_not_go_on_into_a_picture_of_another_name(run):
     with pytest.raises(SystemExit):
         run("--output", "a.png", stop=2)
     Path("a.PNG").write_bytes(b"mine")
-    with pytest.raises(SystemExit, match="is of other settings, --output a.png: give these"):
+    with pytest.raises(SystemExit, match="is of other settings, --output a.png: give the same again"):
         run("--output", "a.PNG")
     assert Path("a.PNG").read_bytes() == b"mine"
 
@@ -379,16 +381,21 @@ def test_a_saved_image_is_made_again(run, capsys):
 
 
 @pytest.mark.parametrize("start", [("noise", 5), ("content", 0)])
-def test_a_picture_of_the_panel_is_made_again(start, program, vgg, monkeypatch):
+@pytest.mark.parametrize("second", [False, True])
+def test_a_picture_of_the_panel_is_made_again(start, second, program, several, vgg, monkeypatch):
     """With layers and weights of its own, which the program has no options for: the same to the last pixel."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
-    images = [Path(name).absolute() for name in ("photo.jpg", "painting.jpg")]
-    settings = Settings(*images, 48, "conv2_1", 0.5, 300.0, (("conv1_1", 1.0), ("conv3_2", 0.4)))
+    images = [Path(name).absolute() for name in ("photo.jpg", "painting.jpg", "wave.jpg")]
+    settings = Settings(*images[:2], 48, "conv2_1", 0.5, 300.0, (("conv1_1", 1.0), ("conv3_2", 0.4)))
+    settings = settings._replace(second=images[2], blend=0.3) if second else settings
     painter = Painter(vgg)
     painter.step(settings, start)
     while painter.step(settings):
         pass
-    about = settings._asdict() | {"content": "photo.jpg", "style": "painting.jpg", "start": start[0], "seed": start[1]}
+    about = {name: value for name, value in settings._asdict().items() if name not in ("second", "blend")}
+    about |= {"content": "photo.jpg", "style": "painting.jpg", "start": start[0], "seed": start[1]}
+    if settings.second:
+        about["styles"] = [["painting.jpg", 0.7, None], ["wave.jpg", 0.3, None]]
     about |= {"layer_weights": dict(settings.layer_weights), "coarse_to_fine": start[0] == "noise", "evaluations": 225}
     Path("saved.png").write_bytes(as_png(painter.run.image, about))
     monkeypatch.setattr(sys, "argv", ["stylise.py", "--like", "saved.png", "--device", "cpu", "-o", "again.png"])
@@ -478,12 +485,13 @@ def test_an_image_of_several_styles_says_so_and_is_made_again(run, several, caps
 
 def test_styles_that_do_not_fit_are_named(run, several):
     for words, problem in [
-        (("--blend", "1"), "--blend has 1 and there are 2 styles: give one each"),
+        (("--blend", "1"), "--blend has 1 and there are 2 styles: give one for each style"),
         (("--masks", "left.png", "rest", "rest"), "--masks has 3 and there are 2 styles"),
         (("--masks", "rest", "rest"), "--masks are rest rest: 'rest' is where the others are not"),
         (("--masks", "left.png", "nowhere.png"), "no picture at 'nowhere.png'"),
-        (("--blend", "0", "0"), "all have weight 0"),
+        (("--blend", "0", "0"), "weight 0 is all that"),
         (("--film", "film.mp4"), "--film is 'film.mp4': give a name that ends in .gif or .webp"),
+        (("--film", "nowhere/film.gif"), "--film is 'nowhere/film.gif': there is no such folder"),
     ]:
         with pytest.raises(SystemExit, match=problem):
             run(*made_by(*words))
@@ -495,8 +503,8 @@ def test_an_interrupted_runs_blend_and_masks_must_be_the_same(run, several):
         run(*made_by("--masks", "left.png", "rest", "--output", "made.png"), stop=2)
     for words, problem in [
         (("--masks", "right.png", "rest"), "other masks"),
-        (("--masks", "left.png", "rest", "--blend", "1", "2"), "--blend None"),
-        (("--masks", "left.png", "rest", "--keep-colours"), "--keep-colours False"),
+        (("--masks", "left.png", "rest", "--blend", "1", "2"), "another blend"),
+        (("--masks", "left.png", "rest", "--keep-colours"), "other colours"),
     ]:
         with pytest.raises(SystemExit, match=problem):
             run(*made_by(*words, "--output", "made.png"))
@@ -532,3 +540,43 @@ def test_the_film_of_a_run_that_was_interrupted_has_no_gap_and_nothing_twice(sto
     assert Path("parts.gif").read_bytes() == Path("whole.gif").read_bytes()
     with pytest.raises(SystemExit, match="'parts.gif' is there already: give another name with --film"):
         run("--film", "parts.gif", "--output", "other.png")
+
+
+def test_a_film_that_someone_else_has_made_meanwhile_is_not_written_over(run):
+    """Neither where the run began without it, nor where it goes on."""
+    with pytest.raises(SystemExit, match="goes on from here"):
+        run("--film", "film.gif", "--output", "made.png", stop=3)
+    Path("film.gif").write_bytes(b"mine")
+    with pytest.raises(SystemExit, match="'film.gif' is there already"):
+        run("--film", "film.gif", "--output", "made.png")
+    Path("film.gif").unlink()
+    with pytest.raises(SystemExit, match="'film.gif' cannot be written, move it away: File exists"):
+        run("--film", "film.gif", "--output", "made.png", at={5: lambda: Path("film.gif").write_bytes(b"mine")})
+    assert Path("film.gif").read_bytes() == b"mine" and Path("made.safetensors").exists()
+    Path("film.gif").unlink()
+    assert not run("--film", "film.gif", "--output", "made.png")
+    with Image.open("film.gif") as file:
+        assert file.n_frames == 12
+
+
+def test_options_may_stand_between_the_images(run, several, refuses):
+    run("photo.jpg", "--keep-colours", "painting.jpg", "--size", "64", "wave.jpg", "--output", "made.png")
+    assert [name for name, *_ in read_settings("made.png")["styles"]] == ["painting.jpg", "wave.jpg"]
+    run("photo.jpg", "--like", "made.png", "--no-keep-colours", "--output", "plain.png")
+    assert read_settings("plain.png")["keep_colours"] is False
+    with refuses("give the images first, content and styles, and then --masks and --blend"):
+        nst_stylise.parse(["--masks", "left.png", "rest", "photo.jpg", "painting.jpg", "wave.jpg"])
+
+
+def test_a_run_goes_on_by_the_settings_of_what_it_has_saved(run, several):
+    """Equal parts are a blend like another; `--like` gives the same settings."""
+    with pytest.raises(SystemExit, match="goes on from here"):
+        run(*made_by("--output", "made.png"), stop=5)
+    assert len(run("photo.jpg", "--like", "made.png", "--output", "made.png")) == 7
+
+
+def test_a_mask_among_the_projects_is_found_again(run, several):
+    mask = ROOT / "images" / "masks" / "chenonceau_sky.png"
+    run(*made_by("--masks", str(mask), "rest", "--output", "made.png"))
+    run("photo.jpg", "--like", "made.png", "--output", "again.png")
+    assert Path("again.png").read_bytes() == Path("made.png").read_bytes()

@@ -351,7 +351,7 @@ REFUSED = [  # (what is said, task, options)
     *[("style is NoneType", task, {"style": None}) for task in ("texture", "transfer")],
     ("a 15x40 image is too small for conv5_1", "texture", {"layers": "conv5_1", "shape": (15, 40)}),
     ("a 15x41 image is too small for conv5_1", "reconstruction", {"layers": "conv5_1", "content": SMALL}),
-    ("content is on cpu and style on cuda:0", "transfer", {"style": SMALL.as_subclass(Elsewhere)}),
+    ("the images are on cpu and cuda:0", "transfer", {"style": SMALL.as_subclass(Elsewhere)}),
     *[("no layers given", task, {"layers": none}) for task, none in (("reconstruction", []), ("texture", ()))],
     ("no layers given", "transfer", {"content_layers": (), "style_layers": ()}),
     (NO_WEIGHT.format(0, 0), "transfer", {"content_weight": 0, "style_weight": 0}),

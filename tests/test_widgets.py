@@ -263,7 +263,8 @@ class StandIn:
             return None
         if start:
             self.curves, self.start, self.first = [], start, torch.zeros(1, 3, 4, 5)
-        self.run = SimpleNamespace(image=torch.full((1, 3, 4, 5), (count % 50) / 50))
+        image = torch.full((1, 3, 4, 5), (count % 50) / 50)
+        self.run = SimpleNamespace(image=image, task=SimpleNamespace(content=None))
         self.last = nst.Step((4, 5), "float32", 4 / count, 3 / count, 1 / count)
         self.curves.append(self.last[2:])
         return self.last
@@ -501,7 +502,9 @@ def test_the_difference_is_to_the_start_or_to_the_snapshot(panel):
     assert panel.shown.mean == pytest.approx(1 / 50) and panel.display.difference.value  # the stand-in's images
     assert panel.display.caption.value == "difference map, mean 0.0200"
     kept = panel.shown.image
-    panel.painter.run = SimpleNamespace(image=torch.ones(1, 3, 4, 5))  # the painter's is another one by now
+    panel.painter.run = SimpleNamespace(
+        image=torch.ones(1, 3, 4, 5), task=SimpleNamespace(content=None)
+    )  # the painter's is another one by now
     press(panel, "Snapshot")
     assert panel.snapshot is kept and panel.controls.compare.value == "the snapshot"
     release(panel, 3)
@@ -521,7 +524,9 @@ def test_a_saved_file_is_the_image_on_display_with_its_settings(panel, tmp_path,
     files = [tmp_path / "saved" / f"chenonceau_starry_night_00{k}.png" for k in (1, 2)]
     files[0].unlink()
     panel.controls.seed.value, panel.style_weight.value = 7, 10.0  # chosen after this image was made
-    panel.painter.run = SimpleNamespace(image=torch.ones(1, 3, 4, 5))  # the painter's is another one by now
+    panel.painter.run = SimpleNamespace(
+        image=torch.ones(1, 3, 4, 5), task=SimpleNamespace(content=None)
+    )  # the painter's is another one by now
     press(panel, "Save")
     assert sorted((tmp_path / "saved").iterdir()) == files
     with Image.open(files[0]) as file:
@@ -1266,11 +1271,12 @@ def test_settings_of_two_styles_and_of_kept_colours_are_saved_and_taken_up(studi
     assert other.controls.settings() == settings and other.controls.keep_colours.value
     masked = saved | {"styles": [["starry_night.jpg", 1, "sky.png"], ["great_wave.jpg", 1, "rest"]], "size": 80}
     upload(other, "settings", ("theirs.png", as_png(torch.zeros(1, 3, 2, 2), masked)))
-    assert "several styles with masks, or of three: stylise --like makes it again" in note(other)
+    assert "an image with masks, or of more than two styles: stylise --like makes it again" in note(other)
     assert other.controls.settings() == settings
     unknown = saved | {"styles": [["starry_night.jpg", 3, None], ["mine.jpg", 2, None]]}
     upload(other, "settings", ("theirs.png", as_png(torch.zeros(1, 3, 2, 2), unknown)))
-    assert note(other) == "upload 'mine.jpg' as style, and choose it as the second, and then press Restart"
+    asked = "upload 'mine.jpg' as style, choose it as the second and 'starry_night.jpg' as style again"
+    assert note(other) == f"{asked}, and then press Restart"
     assert other.controls.second.value is None and other.controls.blend.value == pytest.approx(0.4)
     before = saved.copy()
     del before["styles"], before["keep_colours"]  # as the first version wrote them

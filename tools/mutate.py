@@ -18,7 +18,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "benchmarks" / "results" / "mutants.md"
-FILES = {f"nst_engine/{name}.py": f"tests/test_{name}.py" for name in ("losses", "optimiser", "tiles")}
+FILES = {f"nst_engine/{name}.py": [f"tests/test_{name}.py"] for name in ("losses", "optimiser", "tiles")}
+FILES["nst_engine/losses.py"].append("tests/test_styles.py")  # masks
 PARTS = ["nst_engine", "nst_utils.py", "nst_controls.py", "nst_widgets.py", "tests", "images", "conftest.py"]
 HEAD = ["| file | line | mutation | reason |", "|---|---|---|---|"]
 NOTICED = {"killed", "timeout", "segfault", "caught by type check"}
@@ -41,7 +42,7 @@ def survivors(path, tests):
             copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
             copy(ROOT / part, Path(folder) / part)
         settings = {"source_paths": [path], "also_copy": PARTS, "timeout_multiplier": 2.0, "timeout_constant": 20.0}
-        settings |= {"pytest_add_cli_args_test_selection": [tests], "pytest_add_cli_args": ["-k", "not test_processes"]}
+        settings |= {"pytest_add_cli_args_test_selection": tests, "pytest_add_cli_args": ["-k", "not test_processes"]}
         lines = [f"{name} = {value!r}" for name, value in settings.items()]
         (Path(folder) / "pyproject.toml").write_text("\n".join(["[tool.mutmut]", *lines, ""]), encoding="utf-8")
         print(path, *re.findall(r"\d+/\d+ [^\r\n]*", mutmut(folder, "run"))[-1:], flush=True)
