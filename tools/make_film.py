@@ -7,7 +7,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, no
 
 import nst_utils as nst  # noqa: E402
 
-SIZE, FRAMES = 240, 34
+SIZE, FRAMES = 240, 30
 
 
 def main():
