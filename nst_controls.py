@@ -58,7 +58,7 @@ def uploaded_files(value: tuple | dict) -> list[tuple[str, bytes]]:
 
 def labelled(label: str, kind: str, options: dict) -> widgets.Widget:
     """A control of ipywidgets' class `kind`, with its label to the left."""
-    layout, style = {"width": "auto", "flex": "1 1 220px", "margin": "0 2px"}, {"description_width": "112px"}
+    layout, style = {"width": "auto", "margin": "0 2px"}, {"description_width": "112px"}
     return getattr(widgets, kind)(description=label, layout=layout, style=style, **options)
 
 
@@ -259,8 +259,6 @@ class Display:
 
 def described(image: widgets.Image, text: str) -> widgets.VBox:
     """An image and, for screen readers, what it shows: ipywidgets has no alternative text."""
-    if image.has_trait("tooltip"):  # since ipywidgets 8
-        image.tooltip = text
     return widgets.VBox(
         [image, widgets.HTML(f"<span style={HIDDEN}>{text}</span>", layout={"height": "0", "margin": "0"})]
     )
@@ -280,6 +278,8 @@ def lay_out(controls: Controls, display: Display, buttons: Iterable[widgets.Butt
     several = len(controls.choices) == 2
     rows = [*controls.inputs()[:-1], *[controls.keep_colours] * several]
     pairs = (controls.size, controls.compare), (controls.start_from, controls.seed)
+    for control in (*pairs[0], *pairs[1]):
+        control.layout.flex = "1 1 220px"
     rows += [widgets.HBox(two, layout=WRAP) for two in pairs]
     inputs = [
         widgets.VBox([box, *filter(None, [controls.uploaders.get(kind)])], layout=INPUTS)
