@@ -16,7 +16,7 @@ SIDE = 512  # pixels: the longer side of the living picture on display
 INPUT = 130  # pixels: the height of the images that go in
 WRAP = {"flex_flow": "row wrap", "width": "100%"}
 LEFT = {"max_width": "100%", "margin": "0 12px 8px 0"}
-RIGHT = {"flex": "1 1 340px", "max_width": "520px", "margin": "0 0 8px 0"}
+RIGHT = {"flex": "1 1 340px", "max_width": "600px", "margin": "0 0 8px 0"}
 INPUTS = {"max_width": "100%", "margin": "0 12px 8px 0"}
 CURVES = {"flex": "1 1 380px", "max_width": "640px"}
 HIDDEN = '"position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%);white-space:nowrap"'
@@ -97,7 +97,7 @@ class Controls:
             ("start_from", "start from", "Dropdown", {"options": starts}),
             ("seed", "noise seed", "BoundedIntText", {"max": 10**6}),
             ("compare", "difference to", "Dropdown", {"options": ["nothing", "the start", "the snapshot"]}),
-            ("second", "second style", "Dropdown", {"options": [("none", None)]}),
+            ("second", "second style", "Dropdown", {"options": [("none", "")]}),
             ("blend", "blend", "FloatSlider", {"max": 1.0, "step": 0.05, "value": 0.5}),
             ("keep_colours", "Keep the colours of the content image", "Checkbox", {}),
         ]
@@ -138,9 +138,9 @@ class Controls:
         self.offer_second()
 
     def offer_second(self) -> None:
-        """Offer the styles as a second one, too; what was chosen stays."""
+        """Offer the styles as a second one, too; "" is none, as a Dropdown shows None as a blank. The choice stays."""
         chosen = self.second.value
-        self.second.options = [("none", None), *getattr(self.choices.get("style"), "options", ())]
+        self.second.options = [("none", ""), *getattr(self.choices.get("style"), "options", ())]
         self.second.value = chosen
 
     def settings(self) -> Settings:
@@ -149,7 +149,7 @@ class Controls:
         totals = self.content_weight.value * bool(content), self.style_weight.value * bool(style)
         blend = self.blend.value if self.second.value else 0.0
         single = content, style, self.size.value, self.content_layer.value, *totals, weights
-        return Settings(*single, self.second.value, blend)
+        return Settings(*single, self.second.value or None, blend)
 
     def reset(self) -> None:
         """Go back to the layers and weights that the panel opened with."""
@@ -191,7 +191,7 @@ class Controls:
                 self.choices[kind].value = path
             else:
                 missing.append(f"upload {settings[kind]!r} as {kind}")
-        self.second.value = self.offered("style", names[1]) if len(names) == 2 else None
+        self.second.value = len(names) == 2 and self.offered("style", names[1]) or ""
         if len(names) == 2 and not self.second.value:
             missing.append(f"upload {names[1]!r} as style, choose it as the second and {names[0]!r} as style again")
         if len(names) == 2:
@@ -227,7 +227,7 @@ class Display:
             widgets.Image(format="jpeg", layout={**fluid, "display": "none"}) for _ in range(2)
         )
         self.chart = widgets.Image(format="png", layout={**fluid, "display": "none", "max_width": "640px"})
-        small = {"height": f"{INPUT}px", "width": "auto", "max_width": "100%"}
+        small = {"height": f"{INPUT}px", "width": "auto", "align_self": "flex-start"}
         self.inputs = {kind: widgets.Image(format="jpeg", layout=small) for kind in (*kinds, "second style")}
         self.boxes = {
             kind: widgets.VBox([widgets.Label(kind), described(image, f"The {kind} image.")])

@@ -260,7 +260,12 @@ class Notebook:
             move()
             image = Image.open(io.BytesIO(self.whole.screenshot())).convert("RGB")
             images.append(image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS))
-        images = [image.resize(images[0].size).quantize(96, dither=Image.Dither.NONE) for image in images]
+        height = max(image.height for image in images)
+        page = Image.new("RGB", (3 * width, height))  # of one palette, or colours that stay would change
+        for k, image in enumerate((images[0], images[len(images) // 2], images[-1])):
+            page.paste(image, (k * width, 0))
+        palette, plain = page.quantize(128), Image.Dither.NONE
+        images = [image.resize(images[0].size).quantize(palette=palette, dither=plain) for image in images]
         times = [250] * (len(images) - 1) + [2000]
         path = ARTEFACTS / f"{name}.gif"
         images[0].save(path, save_all=True, append_images=images[1:], duration=times, loop=0, optimize=True)

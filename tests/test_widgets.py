@@ -1202,6 +1202,7 @@ def test_a_blend_has_both_styles_losses_and_its_slider_moves_no_image_or_layer(w
 
 def test_a_second_style_and_the_slider_reach_the_next_step(panel):
     controls = panel.controls
+    assert controls.second.label == "none" and controls.settings() == TRANSFER
     assert [path for _, path in controls.second.options][1:] == [path for _, path in controls.choices["style"].options]
     start(panel, 0)
     controls.blend.value = 0.75  # without a second style it has no meaning
@@ -1215,7 +1216,7 @@ def test_a_second_style_and_the_slider_reach_the_next_step(panel):
     assert found[2] == TRANSFER._replace(second=WAVE, blend=0.75) and found[-1].blend == 0.2
     assert pixels(panel.display.inputs["second style"].value).shape[0] == 130
     assert panel.display.boxes["second style"].layout.display == ""
-    controls.second.value = None
+    controls.second.value = ""
     assert panel.display.boxes["second style"].layout.display == "none"
 
 
@@ -1277,7 +1278,7 @@ def test_settings_of_two_styles_and_of_kept_colours_are_saved_and_taken_up(studi
     upload(other, "settings", ("theirs.png", as_png(torch.zeros(1, 3, 2, 2), unknown)))
     asked = "upload 'mine.jpg' as style, choose it as the second and 'starry_night.jpg' as style again"
     assert note(other) == f"{asked}, and then press Restart"
-    assert other.controls.second.value is None and other.controls.blend.value == pytest.approx(0.4)
+    assert not other.controls.second.value and other.controls.blend.value == pytest.approx(0.4)
     before = saved.copy()
     del before["styles"], before["keep_colours"]  # as the first version wrote them
     upload(other, "settings", ("old.png", as_png(torch.zeros(1, 3, 2, 2), before)))
