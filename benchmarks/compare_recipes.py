@@ -339,7 +339,7 @@ def report(runs, about):
         "",
         "Loss (seconds). *Ratio*: the rival's time to its best over ours to the same; SPST's to its end.",
     ]
-    lines += ["`-`: ours ends above that.", ""]
+    lines += ["`*`: ours ends above that, since nobody sees a change any more: the times to our end.", ""]
     ours = [f"ours, {precision}: {what}" for precision in precisions for what in ("to the same", "ratio", "end")]
     lines += ["| task | pair, seed, size | rival | evaluations | its best | its end | " + " | ".join(ours) + " |"]
     lines += ["|---" * (6 + len(ours)) + "|"]
@@ -374,10 +374,9 @@ def report(runs, about):
 
 def strip(cell, images):
     """What is displayed after some seconds: a row for the best rival, one for ours."""
-    moments = MOMENTS
-    figure = Figure(figsize=(2.2 * len(moments) + 0.3, 4.7), layout="constrained")
-    for axes, run in zip(figure.subplots(2, len(moments)), (best_rival(cell), our_run(cell))):
-        for axis, moment, image in zip(axes, moments, images[cell.index(run)]):
+    figure = Figure(figsize=(2.2 * len(MOMENTS) + 0.3, 4.7), layout="constrained")
+    for axes, run in zip(figure.subplots(2, len(MOMENTS)), (best_rival(cell), our_run(cell))):
+        for axis, moment, image in zip(axes, MOMENTS, images[cell.index(run)]):
             axis.imshow(image[0].permute(1, 2, 0).cpu())
             axis.set(xticks=[], yticks=[])
             axis.set_title(f"{moment} s: {loss_at(run, moment):.4g}", fontsize=9)
