@@ -35,7 +35,7 @@ def test_a_notebook_is_valid_and_light(path):
     assert notebook.nbformat == 4
     assert notebook.metadata.kernelspec.name == "python3"
     assert "widgets" not in notebook.metadata
-    assert path.stat().st_size < 3_000_000
+    assert path.stat().st_size < 3_100_000
 
 
 @notebooks

@@ -111,7 +111,7 @@ def test_style_transfer_from_start_to_a_closed_panel(browser, server):
     def more():
         handle.press("ArrowRight")
         handle.press("ArrowRight")
-        book.page.wait_for_timeout(700)
+        book.page.wait_for_timeout(500)
 
     book.film("panel_film", [more] * 24)
     book.finish()
