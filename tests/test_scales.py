@@ -60,7 +60,7 @@ def test_a_coarse_scale_has_content_and_style_as_much_smaller(style, layer, expe
     task = Task(picture(240, 310), picture(*style), ("conv1_1",), {"conv1_1": 1.0, layer: 2.0}, 3.0, 4.0)
     for shape, style_shape in zip([(64, 75), (128, 150), (256, 300)], expected):
         scaled = task.at_scale(shape, (256, 300))
-        assert (*scaled.content.shape[-2:],) == shape and (*scaled.style.shape[-2:],) == style_shape
+        assert (*scaled.content.shape[-2:],) == shape and (*scaled.styles[0].image.shape[-2:],) == style_shape
         assert scaled[2:] == task[2:]
     assert task._replace(content_layers=()).at_scale((64, 75), (256, 300)).content is None
     assert task._replace(style_layers={}).at_scale((64, 75), (256, 300)).style is None
