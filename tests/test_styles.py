@@ -160,7 +160,15 @@ def test_a_blend_is_one_target_but_for_a_constant(network, picture):
 
 def test_no_mask_is_a_mask_of_ones(network, picture):
     image, style = picture(21, 30).double(), picture(17, 19, 1).double()
-    tasks = [Task(None, each, (), LAYERS) for each in (style, Style(style, 0.3), [Style(style, 1.0, torch.ones(3, 5))])]
+    tasks = [
+        Task(None, each, (), LAYERS)
+        for each in (
+            style,
+            Style(style, 0.3),
+            [Style(style, 1.0, torch.ones(3, 5))],
+            Style(style, image_mask=torch.ones(7, 3)),
+        )
+    ]
     tasks = [nst.as_task(task)._replace(style=double(task.at_scale((21, 30), (21, 30)).styles)) for task in tasks]
     (first, gradient), *others = [found(objective_of(network, task, (21, 30), math.inf), image, task) for task in tasks]
     for losses, other in others:
