@@ -24,8 +24,8 @@ def image_grid(
 ) -> Figure:  # fmt: skip
     """Draw images (1, 3, H, W), or single maps (H, W) in false colour, in a grid; return the Figure.
 
-    titles: of the images, or of the first row alone; rows: labels of the rows. columns: by default one row. width: of an
-    image, in inches. None in `images` leaves that place empty. Raises UserError for what is neither image nor map.
+    titles: of the images, or of the first row alone; rows: labels of the rows. columns: by default one row. width: of
+    an image, in inches. None in `images` leaves that place empty. Raises UserError for what is neither image nor map.
     """
     images = list(images)
     for k, image in enumerate(images):
@@ -62,14 +62,15 @@ def image_grid(
 
 
 def image_table(rows: Mapping[str, Tensor], columns: Mapping[str, Tensor], images: list, width: float = 2.1) -> Figure:
-    """Draw images by what they are made of: {title: image} down the side and along the top, small, and row by row the
-    results, all squares; return the Figure. width: of a result, in inches."""
+    """Draw images and, small along the edges, what they are made of; return the Figure. All are squares.
+
+    rows, columns: {title: image}; images: row by row, for each of `rows` one for each of `columns`. width: of one of
+    `images`, in inches.
+    """
     sizes = [0.4 * width, *[width] * len(columns)], [0.4 * width, *[width] * len(rows)]
     figure = Figure(figsize=(sum(sizes[0]), sum(sizes[1]) + 0.4))
     figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
     grid = figure.subplots(1 + len(rows), 1 + len(columns), width_ratios=sizes[0], height_ratios=sizes[1])
-    for axes, image in zip(grid.flat, [None, *columns.values()]):
-        axes.set_anchor("S")
     shown = [None, *columns.values()]
     for k, image in enumerate(rows.values()):
         shown += [image, *images[k * len(columns) : (k + 1) * len(columns)]]
@@ -134,7 +135,10 @@ def show(figure: Figure | Path | Iterable, *arguments, alt: str, form: str = "jp
     if isinstance(figure, Path):
         data = {"image/svg+xml": figure.read_text(encoding="utf-8")}
     else:
-        figure, buffer = figure if isinstance(figure, Figure) else image_grid(figure, *arguments, **options), io.BytesIO()
+        figure, buffer = (
+            figure if isinstance(figure, Figure) else image_grid(figure, *arguments, **options),
+            io.BytesIO(),
+        )
         quality = {"pil_kwargs": {"quality": 85}} if form == "jpeg" else {}
         figure.savefig(buffer, format=form, dpi=120, bbox_inches="tight", pad_inches=0.06, **quality)
         data = {f"image/{form}": base64.b64encode(buffer.getvalue()).decode()}

@@ -19,11 +19,11 @@ from nst_utils import (
     difference_map,
     difference_numbers,
     features,
+    image_grid,
     keep_colours,
     load_image,
     load_mask,
     resize,
-    image_grid,
     to_pil,
 )  # fmt: skip
 

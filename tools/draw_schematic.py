@@ -36,7 +36,9 @@ def picture(axes, image, x, y, height, label, below=True):
     """An image with its lower left corner at (x, y), and a label."""
     width = height * image.shape[-1] / image.shape[-2]
     axes.imshow(nst.to_pil(image), extent=(x, x + width, y, y + height), interpolation="lanczos", zorder=2)
-    axes.text(x + width / 2, y - 0.08 if below else y + height + 0.08, label, ha="center", va="top" if below else "bottom")
+    axes.text(
+        x + width / 2, y - 0.08 if below else y + height + 0.08, label, ha="center", va="top" if below else "bottom"
+    )
     return width
 
 
@@ -76,7 +78,16 @@ def draw(size, lit):
         gram(axes, x, GRAMS, red, (values / (scale[:, None] * scale)).numpy())
         top = MIDDLE + next(h for at, h, w in BLOCKS if at <= x <= at + w) / 2
         arrow(axes, (x, top), (x, GRAMS - 0.18), red, width=1.1)
-        axes.text(x + 0.03, GRAMS + 0.2, name, rotation=45, fontsize="small", ha="left", va="bottom", color=red if red != PALE else "#aaaaaa")
+        axes.text(
+            x + 0.03,
+            GRAMS + 0.2,
+            name,
+            rotation=45,
+            fontsize="small",
+            ha="left",
+            va="bottom",
+            color=red if red != PALE else "#aaaaaa",
+        )
     pale = {name: INK if name in lit else "#aaaaaa" for name in ("content", "style")}
     box(axes, 6.35, GRAMS, 1.35, "style loss", red)
     arrow(axes, (5.2, GRAMS), (6.32, GRAMS), red)
@@ -88,7 +99,9 @@ def draw(size, lit):
     box(axes, 6.35, BOTTOM, 1.35, "content loss", blue)
     axes.plot([2.8, 2.8], [MIDDLE - 0.95, BOTTOM], color=blue, linewidth=1.6, zorder=1)
     arrow(axes, (2.8, BOTTOM), (6.32, BOTTOM), blue)
-    axes.text(4.6, BOTTOM + 0.06, "feature map of conv1_2", ha="center", va="bottom", fontsize="small", color=pale["content"])
+    axes.text(
+        4.6, BOTTOM + 0.06, "feature map of conv1_2", ha="center", va="bottom", fontsize="small", color=pale["content"]
+    )
     picture(axes, castle, 8.65, BOTTOM - 0.5, 1.0, "the photograph")
     arrow(axes, (8.62, BOTTOM), (7.75, BOTTOM), blue)
     axes.text(8.18, BOTTOM + 0.06, "target", ha="center", va="bottom", fontsize="small", color=pale["content"])
