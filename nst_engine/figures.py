@@ -61,26 +61,24 @@ def image_grid(
     return figure
 
 
-def image_table(rows: Mapping[str, Tensor], columns: Mapping[str, Tensor], images: list, width: float = 2.1) -> Figure:
+def image_table(rows: list, columns: Mapping[str, Tensor], images: list, width: float = 2.1) -> Figure:
     """Draw images and, small along the edges, what they are made of; return the Figure. All are squares.
 
-    rows, columns: {title: image}; images: row by row, for each of `rows` one for each of `columns`. width: of one of
-    `images`, in inches.
+    rows: images; columns: {title: image}; images: row by row, for each of `rows` one for each of `columns`. width: of
+    one of `images`, in inches.
     """
     sizes = [0.4 * width, *[width] * len(columns)], [0.4 * width, *[width] * len(rows)]
     figure = Figure(figsize=(sum(sizes[0]), sum(sizes[1]) + 0.4))
     figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
     grid = figure.subplots(1 + len(rows), 1 + len(columns), width_ratios=sizes[0], height_ratios=sizes[1])
     shown = [None, *columns.values()]
-    for k, image in enumerate(rows.values()):
+    for k, image in enumerate(rows):
         shown += [image, *images[k * len(columns) : (k + 1) * len(columns)]]
     for axes, image in zip(grid.flat, shown):
         axes.set_axis_off()
         if image is not None:
             axes.imshow(to_pil(image))
     for axes, title in zip(grid[0, 1:], columns):
-        axes.set_title(title, fontsize=9)
-    for axes, title in zip(grid[1:, 0], rows):
         axes.set_title(title, fontsize=9)
     return figure
 

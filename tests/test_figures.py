@@ -117,12 +117,10 @@ def test_a_label_for_each_row(refuses):
 
 def test_a_table_has_what_its_images_are_made_of_along_its_edges():
     colours = [plain([k / 10, 0.0, 0.0]) for k in range(10)]
-    figure = image_table(
-        {"a": colours[0], "b": colours[1]}, {"x": colours[2], "y": colours[3], "z": colours[4]}, colours[4:]
-    )
+    figure = image_table(colours[:2], {"x": colours[2], "y": colours[3], "z": colours[4]}, colours[4:])
     shown = [round(float(axes.images[0].get_array()[0, 0, 0]) / 25.5) if axes.images else None for axes in figure.axes]
     assert shown == [None, 2, 3, 4, 0, 4, 5, 6, 1, 7, 8, 9]
-    assert [axes.get_title() for axes in figure.axes] == ["", "x", "y", "z", "a", "", "", "", "b", "", "", ""]
+    assert [axes.get_title() for axes in figure.axes][:4] == ["", "x", "y", "z"]
 
 
 def test_losses_against_seconds():
