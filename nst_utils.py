@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from nst_engine.checks import as_layers, as_task, as_whole, check_feature_map
 from nst_engine.errors import UserError, sentence
-from nst_engine.figures import display_figure, draw_losses, filmstrip, jpeg, plot_losses, show_images
+from nst_engine.figures import draw_losses, filmstrip, image_grid, image_table, jpeg, plot_losses, show
 from nst_engine.files import file_version, joint_stem, write_new, write_numbered
 from nst_engine.film import Recorder, film_of
 from nst_engine.images import (
@@ -51,7 +51,7 @@ __all__ = [
     "CONVOLUTIONS", "RELUS", "FIRST_FIVE", "layer_name", "load_vgg19", "features",
     "gram_matrix", "gram_matrices", "content_loss", "style_loss", "make_objective",
     "Task", "Style", "Run", "Step", "Result", "optimise", "reconstruct_content", "synthesize_texture", "transfer_style",
-    "show_images", "plot_losses", "filmstrip", "Recorder", "film_of", "display_figure", "jpeg", "draw_losses",
+    "show", "image_grid", "image_table", "plot_losses", "filmstrip", "Recorder", "film_of", "jpeg", "draw_losses",
     "UserError", "sentence", "as_task", "as_whole", "as_layers", "check_network",
     "is_picture", "file_version", "joint_stem", "write_new", "write_numbered",
 ]
@@ -136,6 +136,7 @@ class Result(NamedTuple):
     history: list  # one `Step` per evaluation
     evaluations: int
     seconds: float  # of optimisation alone
+    times: list  # seconds after each evaluation
 
 
 def optimise(
@@ -155,12 +156,13 @@ def optimise(
     if not (callback is None or callable(callback)):
         raise UserError(f"callback is {callback!r}: give a function of an image and a Step")
     run = Run(task, shape, **options)
-    history, start = [], time.perf_counter()
+    history, times, start = [], [], time.perf_counter()
     silent = not progress or "TQDM_DISABLE" in os.environ  # which tqdm's bar for notebooks ignores
     with tqdm(total=run.evaluations, disable=silent, leave=False, desc="optimising") as bar:
         try:
             while step := run.step():
                 history.append(step)
+                times.append(time.perf_counter() - start)
                 bar.update()
                 if callback:
                     callback(run.image, step)
@@ -168,7 +170,7 @@ def optimise(
             if not history:
                 raise
             _interrupted.update({current_cell()} - {None})
-    return Result(resize(run.image, run.shape), history, len(history), time.perf_counter() - start)
+    return Result(resize(run.image, run.shape), history, len(history), time.perf_counter() - start, times)
 
 
 _interrupted = set()  # notebook cells whose stop button was pressed: it was meant for all runs of the cell

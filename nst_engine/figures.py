@@ -1,9 +1,10 @@
-"""Images, single maps and loss curves, drawn."""
+"""Images, single maps and loss curves, drawn and shown."""
 
 import base64
 import io
 import itertools
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 from IPython.display import publish_display_data
@@ -17,21 +18,25 @@ from .film import Recorder
 from .images import to_pil
 
 
-def show_images(images: Iterable, titles: list | None = None, columns: int | None = None, width: float = 2.6) -> Figure:
+def image_grid(
+    images: Iterable, titles: list | None = None, columns: int | None = None, width: float = 2.6,
+    rows: list | None = None,
+) -> Figure:  # fmt: skip
     """Draw images (1, 3, H, W), or single maps (H, W) in false colour, in a grid; return the Figure.
 
-    columns: by default one row; width: of a panel, in inches. None in `images` leaves that place empty. Raises
-    UserError for what is neither.
+    titles: of the images, or of the first row alone; rows: labels of the rows. columns: by default one row. width: of
+    an image, in inches. None in `images` leaves that place empty. Raises UserError for what is neither image nor map.
     """
     images = list(images)
     for k, image in enumerate(images):
         if image is not None and not (torch.is_tensor(image) and image.dim() == 2 and image.numel()):
             check_shown(image, f"images[{k}]")
+    columns = max(1, len(images)) if columns is None else as_whole(columns, "columns")
     titles = list(titles or [""] * len(images))
+    titles += [""] * (len(images) - len(titles) if len(titles) == columns else 0)
     if not any(image is not None for image in images) or len(titles) != len(images):
         raise UserError(f"there are {len(images)} images and {len(titles)} titles: give one or more, and each a title")
     width = as_number(width, "width", 0.1, 100, " of inches, 0.1 to 100")
-    columns = len(images) if columns is None else as_whole(columns, "columns")
     heights = []  # of the rows in inches: the tallest image, and room for the title's lines
     for k in range(0, len(images), columns):
         shapes = [image.shape[-2:] for image in images[k : k + columns] if image is not None]
@@ -49,6 +54,32 @@ def show_images(images: Iterable, titles: list | None = None, columns: int | Non
         elif image is not None:
             axes.imshow(to_pil(image))
         axes.set_title(text, fontsize=9)
+    if len(rows or grid) != len(grid):
+        raise UserError(f"there are {len(grid)} rows and {len(rows)} labels: give each row a label")
+    for axes, text in zip(grid[:, 0], rows or ()):
+        axes.text(-0.03, 0.5, text, rotation=90, ha="right", va="center", fontsize=9, transform=axes.transAxes)
+    return figure
+
+
+def image_table(rows: list, columns: Mapping[str, Tensor], images: list, width: float = 2.1) -> Figure:
+    """Draw images and, small along the edges, what they are made of; return the Figure. All are squares.
+
+    rows: images; columns: {title: image}; images: row by row, for each of `rows` one for each of `columns`. width: of
+    one of `images`, in inches.
+    """
+    sizes = [0.4 * width, *[width] * len(columns)], [0.4 * width, *[width] * len(rows)]
+    figure = Figure(figsize=(sum(sizes[0]), sum(sizes[1]) + 0.4))
+    figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
+    grid = figure.subplots(1 + len(rows), 1 + len(columns), width_ratios=sizes[0], height_ratios=sizes[1])
+    shown = [None, *columns.values()]
+    for k, image in enumerate(rows):
+        shown += [image, *images[k * len(columns) : (k + 1) * len(columns)]]
+    for axes, image in zip(grid.flat, shown):
+        axes.set_axis_off()
+        if image is not None:
+            axes.imshow(to_pil(image))
+    for axes, title in zip(grid[0, 1:], columns):
+        axes.set_title(title, fontsize=9)
     return figure
 
 
@@ -72,31 +103,44 @@ def filmstrip(recorder: Recorder, count: int = 6, width: float = 1.7) -> Figure:
     return figure
 
 
-def plot_losses(curves: Mapping[str, list], ylabel: str = "loss", size: tuple = (7.5, 3.2)) -> Figure:
+def plot_losses(
+    curves: Mapping[str, list], ylabel: str = "loss", size: tuple = (7.5, 3.2), seconds: Mapping | None = None
+) -> Figure:
     """Draw {label: the loss after each evaluation} in a log scale; return the Figure, of `size` in inches.
 
-    Where a run goes on to a finer scale the loss jumps, since there is new detail to match.
+    seconds: {label: the time of each evaluation}, for loss against time. Where a run goes on to a finer scale the loss
+    jumps, since there is new detail to match.
     """
     figure = Figure(figsize=size, layout="constrained")  # not pyplot's: the panel draws on a thread of its own
     axes = figure.subplots()
     for (label, losses), line in zip(curves.items(), itertools.cycle(("-", "--", "-."))):
-        axes.semilogy(range(1, len(losses) + 1), losses, line, label=label, linewidth=1.4)
-    axes.set(xlabel="evaluations of the network", ylabel=ylabel)
+        x = seconds[label] if seconds else range(1, len(losses) + 1)
+        axes.semilogy(x, losses, line, label=label, linewidth=1.4)
+    axes.set(xlabel="seconds" if seconds else "evaluations of the network", ylabel=ylabel)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     figure.legend(loc="outside upper right", ncols=3, frameon=False, fontsize=9)
     return figure
 
 
-def display_figure(figure: Figure, alt: str) -> None:
-    """Show a Figure in a notebook as a light JPEG with the alternative text `alt`.
+def show(figure: Figure | Path | Iterable, *arguments, alt: str, form: str = "jpeg", **options) -> None:
+    """Show a figure in a notebook, with the alternative text `alt`.
 
-    The stored text is `alt` alone, so that a regression run compares nothing that a new machine would change.
+    figure: a Figure; images, which `image_grid` draws with the other arguments; or the path of an SVG file. form:
+    "jpeg", which is light, or "png", where each pixel counts. The stored text is `alt` alone, so that a regression run
+    compares nothing that a new machine would change.
     """
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="jpeg", dpi=120, pil_kwargs={"quality": 85}, bbox_inches="tight", pad_inches=0.06)
-    picture = base64.b64encode(buffer.getvalue()).decode()
-    publish_display_data({"image/jpeg": picture, "text/plain": alt}, metadata={"image/jpeg": {"alt": alt}})
+    if isinstance(figure, Path):
+        data = {"image/svg+xml": figure.read_text(encoding="utf-8")}
+    else:
+        figure, buffer = (
+            figure if isinstance(figure, Figure) else image_grid(figure, *arguments, **options),
+            io.BytesIO(),
+        )
+        quality = {"pil_kwargs": {"quality": 85}} if form == "jpeg" else {}
+        figure.savefig(buffer, format=form, dpi=120, bbox_inches="tight", pad_inches=0.06, **quality)
+        data = {f"image/{form}": base64.b64encode(buffer.getvalue()).decode()}
+    publish_display_data(data | {"text/plain": alt}, metadata={kind: {"alt": alt} for kind in data})
 
 
 def jpeg(image: Tensor) -> bytes:

@@ -35,6 +35,7 @@ class Recorder:
         self.kept = {}  # {evaluation: (total loss, JPEG file)}
 
     def __call__(self, image: Tensor, step) -> None:
+        """Look at an image; step: its `Step`, or its loss as a number."""
         kept = {n: frame for n, frame in self.kept.items() if (n - 1) % self.every == 0}
         if len(kept) >= self.most:
             self.every *= 2
@@ -42,7 +43,7 @@ class Recorder:
         scale, buffer = min(1.0, self.side / max(image.shape[-2:])), io.BytesIO()
         smaller = resize(image, tuple(max(1, round(side * scale)) for side in image.shape[-2:]))
         to_pil(smaller).save(buffer, "jpeg", quality=QUALITY, subsampling=0)
-        self.kept = kept | {self.evaluations + 1: (step.total, buffer.getvalue())}
+        self.kept = kept | {self.evaluations + 1: (getattr(step, "total", step), buffer.getvalue())}
 
     @property
     def evaluations(self) -> int:

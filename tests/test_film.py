@@ -89,3 +89,10 @@ def test_a_filmstrip_without_images_is_refused(refuses):
         nst.filmstrip(nst.Recorder())
     with refuses("count is 0"):
         nst.filmstrip(film(3, nst.Recorder()), 0)
+
+
+def test_a_loss_may_be_a_number():
+    recorder = nst.Recorder()
+    for k in (1, 2, 3):
+        recorder(torch.full((1, 3, 8, 12), k / 64), 10.0 / k)
+    assert [frame.total for frame in recorder.frames] == [10.0, 5.0, 10.0 / 3]

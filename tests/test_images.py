@@ -19,11 +19,11 @@ from nst_utils import (
     difference_map,
     difference_numbers,
     features,
+    image_grid,
     keep_colours,
     load_image,
     load_mask,
     resize,
-    show_images,
     to_pil,
 )  # fmt: skip
 
@@ -626,7 +626,7 @@ def test_what_is_no_image_is_refused_at_every_door(case, vgg, picture, refuses):
         "image ": [lambda: to_pil(value), lambda: resize(value, (4, 5)), lambda: features(vgg, value, "conv1_1")],
         "the first image ": [lambda: difference_map(value, good), lambda: difference_numbers(value, good)],
         "the second image ": [lambda: difference_map(good, value), lambda: difference_numbers(good, value)],
-        "images[1] ": [lambda: show_images([good, value, None])],
+        "images[1] ": [lambda: image_grid([good, value, None])],
     }
     for name, uses in doors.items():
         for use in uses:
@@ -661,7 +661,7 @@ def test_a_little_outside_is_taken_and_a_graph_too(vgg):
     image = torch.tensor([-1.0, -0.2, 0.5, 1.1, 1.7, 2.0]).view(1, 1, 2, 3).repeat(1, 3, 1, 1).requires_grad_()
     assert np.asarray(to_pil(image))[0, :, 0].tolist() == [0, 0, 128]
     assert difference_map(image, image + 0.0).max() == 0
-    assert show_images([image, image[0, 0]]) and resize(image, (5, 7)).requires_grad
+    assert image_grid([image, image[0, 0]]) and resize(image, (5, 7)).requires_grad
     features(vgg, image, "conv1_1")["conv1_1"].sum().backward()
     assert image.grad.abs().sum() > 0
 

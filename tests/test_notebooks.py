@@ -35,7 +35,7 @@ def test_a_notebook_is_valid_and_light(path):
     assert notebook.nbformat == 4
     assert notebook.metadata.kernelspec.name == "python3"
     assert "widgets" not in notebook.metadata
-    assert path.stat().st_size < 3_100_000
+    assert path.stat().st_size < 4_000_000
 
 
 @notebooks
@@ -75,7 +75,7 @@ def test_outputs_hold_no_progress_bar(path):
 def test_figures_have_alternative_text(path):
     figures = 0
     for output in outputs(path):
-        for kind in {"image/jpeg", "image/png"} & (output.get("data") or {}).keys():
+        for kind in {"image/jpeg", "image/png", "image/svg+xml"} & (output.get("data") or {}).keys():
             assert output.metadata.get(kind, {}).get("alt", "").strip(), f"a figure of {path.name} has none"
             figures += 1
     assert figures > 0

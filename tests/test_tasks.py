@@ -34,7 +34,8 @@ def test_a_transfer_gives_its_image_and_every_step_of_its_scales(settings):
     result = nst.transfer_style(content, nst.load_image(NIGHT, 100, "cpu"), evaluations=25, **options, **settings)
     assert result.image.shape == (1, 3, 128, 150) and result.image.dtype == torch.float32
     assert result.image.min() >= 0 and result.image.max() <= 1 and not result.image.requires_grad
-    assert len(result.history) == result.evaluations == 25 and 0 < result.seconds < 600
+    assert len(result.history) == len(result.times) == result.evaluations == 25
+    assert 0 < result.times[0] < result.times[-1] <= result.seconds < 600
     by_scale = {shape: list(steps) for shape, steps in itertools.groupby(result.history, lambda step: step.shape)}
     assert list(by_scale) == [(64, 75), (128, 150)]
     for steps in by_scale.values():  # losses never rise, and do fall

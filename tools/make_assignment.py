@@ -79,6 +79,11 @@ def is_question(cell):
     return is_solution(cell) and not is_exercise(cell)
 
 
+def is_copied(cell):
+    """Whether it is a function that the student has written in an earlier notebook."""
+    return is_solution(cell) and grade_id(cell).startswith("your-")
+
+
 # --- The release ---------------------------------------------------------------------------------
 
 
@@ -178,7 +183,7 @@ def questions(notebook):
     title, _ = next(sections(notebook))
     found = []
     for heading, cell in sections(notebook):
-        if is_question(cell):
+        if is_question(cell) and not is_copied(cell):
             own = [test for test in tests if f"{grade_id(test)}-".startswith(f"test-{grade_id(cell)}-")]
             tests = [test for test in tests if test not in own]
             worth = points(cell) + sum(map(points, own))

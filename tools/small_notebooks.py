@@ -4,10 +4,12 @@ import ast
 import copy
 
 SMALL = {
-    "1_content_reconstruction": {"SIZE": 48, "STEPS": 2, "EVALUATIONS": 2},
-    "2_texture_synthesis": {"SIZE": 48, "EVALUATIONS": 2},
-    "3_style_transfer": {"SIZE": 48, "GALLERY_SIZE": 48, "LARGE_SIZE": 64, "EVALUATIONS": 2, "FEWER": 2},
-}
+    "1_content_reconstruction": {"SIZE": 48, "SMALL": 48, "STEPS": 2},
+    "2_texture_synthesis": {"SIZE": 48, "SMALL": 48, "STEPS": 2},
+    "3_style_transfer": {
+        "SIZE": 48, "SMALL": 48, "STEPS": 2, "TUNING_SIZE": 48, "GALLERY_SIZE": 48, "LARGE_SIZE": 64, "FEWER": 2,
+    },
+}  # fmt: skip
 
 
 def made_small(name, notebook, parameters=None):

@@ -5,7 +5,6 @@ From a folder of its own, outside the clone: pip install of a clone, and what it
 tiles; the three notebooks, small, as their first cell sets them up; the panel. Prints a row for environments/README.md.
 """
 
-import ast
 import json
 import os
 import re
@@ -22,10 +21,12 @@ from tqdm import tqdm
 
 COLUMNS = ["torch", "torchvision", "numpy", "pillow", "matplotlib", "ipywidgets", "ipython", "ipykernel"]
 PARAMETERS = {
-    "1_content_reconstruction": {"SIZE": 64, "STEPS": 10, "EVALUATIONS": 10},
-    "2_texture_synthesis": {"SIZE": 64, "EVALUATIONS": 10},
-    "3_style_transfer": {"SIZE": 64, "GALLERY_SIZE": 64, "LARGE_SIZE": 80, "EVALUATIONS": 10, "FEWER": 10},
-}
+    "1_content_reconstruction": {"SIZE": 64, "SMALL": 64, "STEPS": 10},
+    "2_texture_synthesis": {"SIZE": 64, "SMALL": 64, "STEPS": 10},
+    "3_style_transfer": {
+        "SIZE": 64, "SMALL": 64, "STEPS": 10, "TUNING_SIZE": 64, "GALLERY_SIZE": 64, "LARGE_SIZE": 80, "FEWER": 10,
+    },
+}  # fmt: skip
 VERSIONS = """
 import importlib.metadata, json, platform
 found = {name: importlib.metadata.version(name) for name in %r}
@@ -67,13 +68,6 @@ for pull in (False, True):
     assert panel.state == "closed"
 assert len([*Path("saved").glob("*.png")]) == 2
 """
-
-
-class Passing(ast.NodeTransformer):
-    """The notebooks' checks are meant for the sizes that they come with."""
-
-    def visit_Assert(self, node):
-        return ast.copy_location(ast.Pass(), node)
 
 
 def layer_on(python, home):
@@ -126,10 +120,7 @@ def attempt(python, home):
     os.environ |= {"JUPYTER_PATH": str(home / "share"), "TQDM_DISABLE": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     for path in NOTEBOOKS:
         notebook = made_small(path.stem, nbformat.read(path, as_version=4), PARAMETERS[path.stem])
-        first, *others = (cell for cell in notebook.cells if cell.cell_type == "code")
-        first.source = first_cell(address, version)
-        for cell in others:
-            cell.source = ast.unparse(Passing().visit(ast.parse(cell.source)))
+        next(cell for cell in notebook.cells if cell.cell_type == "code").source = first_cell(address, version)
         execute(notebook, folder, "tried")
     execute(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(PANEL)]), folder, "tried")
     assert versions() == before, f"the first cell has changed {before} to {versions()}"
