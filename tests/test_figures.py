@@ -126,7 +126,7 @@ def test_a_table_has_what_its_images_are_made_of_along_its_edges():
 def test_losses_against_seconds():
     figure = plot_losses({"fast": [3.0, 1.0], "slow": [4.0]}, seconds={"fast": [0.5, 0.75], "slow": [2.0]})
     (axes,) = figure.axes
-    assert {line.get_label(): line.get_xdata() for line in axes.lines} == {"fast": [0.5, 0.75], "slow": [2.0]}
+    assert {line.get_label(): list(line.get_xdata()) for line in axes.lines} == {"fast": [0.5, 0.75], "slow": [2.0]}
     assert axes.get_xlabel() == "seconds"
 
 
