@@ -4,6 +4,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 import nbformat
@@ -87,6 +89,17 @@ def test_the_panel_leaves_a_still_where_there_is_no_kernel(path):
         output for output in outputs(path) if "application/vnd.jupyter.widget-view+json" in output.get("data", {})
     )
     assert len(panel.data["image/jpeg"]) > 20_000 and panel.data["text/plain"].startswith("The panel in use")
+
+
+@notebooks
+def test_the_package_brings_every_picture(path):
+    """A notebook opened in Colab has the installed package alone."""
+    metadata = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    shipped = metadata["tool"]["setuptools"]["package-data"]["nst_engine.pictures"]
+    sources = "\n".join(cell.source for cell in code_cells(path))
+    named = re.findall(r"nst\.IMAGES((?: / \"[^\"]+\")+)", sources)
+    names = ["/".join(re.findall(r"\"([^\"]+)\"", name)) for name in named if "." in name]
+    assert names and not [name for name in names if not any(fnmatch(name, pattern) for pattern in shipped)]
 
 
 def test_make_run_prints_nothing_odd(tmp_path):
