@@ -10,7 +10,7 @@ OLDEST_PYTHON ?= python3.11
 NEWEST_PYTHON ?= $(shell for python in python3.14 python3.13 python3.12 python3.11; do \
 	$$python -c '' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: run check test test-browser test-environments address lab notebooks assignment test-assignment clean
+.PHONY: run check test test-browser test-environments address lab notebooks assignment grade test-assignment clean
 
 run: $(VENV)/installed  ## execute the three notebooks with progress and render them to rendered/*.html
 	$(BIN)/python tools/run_notebooks.py
@@ -45,11 +45,14 @@ lab: $(VENV)/installed  ## open JupyterLab, which takes uploads of up to 200 MB
 notebooks: $(VENV)/installed  ## execute the notebooks and store their outputs, to be committed
 	$(BIN)/python tools/run_notebooks.py --store
 
-assignment: $(NBGRADER)/installed  ## the notebooks as homework, without solutions, in assignment/
+assignment: $(NBGRADER)/installed  ## the notebooks as homework, without solutions, in assignment/ and assignment.zip
 	$(NBGRADER)/bin/python tools/make_assignment.py
 
-test-assignment: $(VENV)/for-developers $(NBGRADER)/installed  ## grade the homework's solution and four wrong submissions
-	$(NBGRADER)/bin/python tools/check_assignment.py $(BIN)/python
+grade: $(VENV)/installed  ## SUBMISSIONS=folder or zip; GRADES=new folder, SEED=word for other numbers: see INSTRUCTORS.md
+	$(BIN)/python tools/grade.py "$(SUBMISSIONS)" --into "$(or $(GRADES),grades)" --seed "$(SEED)"
+
+test-assignment: $(VENV)/for-developers $(NBGRADER)/installed  ## make the release, and grade twelve submissions
+	$(BIN)/python tools/check_assignment.py $(NBGRADER)/bin/python
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "No Python of 3.11 or newer was found: install one, or say make PYTHON=..."; exit 1; }

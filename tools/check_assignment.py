@@ -1,61 +1,38 @@
-"""Grade the assignment's solution and four wrong submissions with nbgrader, and see that each gets what it should.
+"""See that the release is clean, and that tools/grade.py gives each of twelve submissions the points it should.
 
-The argument is the Python that runs the notebooks: the reader's, since nbgrader's environment has no torch. Minutes.
+The argument is nbgrader's Python, which makes the release. Minutes.
 """
 
 import ast
 import copy
-import json
 import os
+import subprocess
 import sys
 import tempfile
-import time
-import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import nbformat
-from make_assignment import (
+from grade import grade_all, run
+from homework import (
     FORMULAS,
     HELPER_BLANK,
     NAME,
     ROOT,
-    done,
     grade_id,
     is_exercise,
+    is_parameters,
     is_question,
     is_solution,
     is_test,
-    open_course,
     read_notebooks,
     sections,
-    write_release,
 )
 from small_notebooks import made_small
-from sqlalchemy.exc import SAWarning
 
 MARKS = ["BEGIN SOLUTION", "END SOLUTION", "BEGIN HIDDEN TESTS", "END HIDDEN TESTS"]
-
-
-class Mistake(NamedTuple):
-    right: str  # a line of the solution
-    wrong: str  # in its place
-    fails: set  # the tests that must notice; all others must not
-
-
-MISTAKES = {
-    "gram": Mistake(
-        "return rows @ rows.T / rows.numel()",
-        "return rows @ rows.T",
-        {"test-gram-matrix", "test-formulas", "test-objective-parts"},
-    ),
-    "signed": Mistake("return (a - b).abs()", "return a - b", {"test-difference"}),
-    "swapped": Mistake(
-        "total = CONTENT_WEIGHT * content_part + STYLE_WEIGHT * style_part",
-        "total = STYLE_WEIGHT * content_part + CONTENT_WEIGHT * style_part",
-        {"test-objective-total"},
-    ),
-}
+ONE, TWO, THREE = "1_content_reconstruction", "2_texture_synthesis", "3_style_transfer"
 
 # --- The release shows nothing that it should not ------------------------------------------------
 
@@ -80,7 +57,7 @@ def secrets(sources):
             hidden = regions(cell.source, "HIDDEN TESTS") if is_test(cell) else []
             solved = (regions(cell.source, "SOLUTION") or [cell.source]) if is_solution(cell) else []
             yield from ((f"{name}'s {grade_id(cell)}", text) for text in hidden + solved if text)
-    yield from ((f"the line {mistake.right!r}", mistake.right) for mistake in MISTAKES.values())
+    yield from ((f"the line {line!r}", line) for line in SOLVED)
 
 
 def leaks(sources, release):
@@ -113,9 +90,6 @@ def without_hidden_tests(sources):
                 yield f"In {name}, {grade_id(cell)} hides no test, so an answer can be written to fit it."
 
 
-# --- Submissions ---------------------------------------------------------------------------------
-
-
 def solved(released, sources):
     """The released notebooks with the questions' blanks filled in; exercises, which nobody grades, stay blank."""
     notebooks = copy.deepcopy(released)
@@ -126,49 +100,98 @@ def solved(released, sources):
     return notebooks
 
 
-def mistaken(solution, mistake):
-    """The solution's notebooks that hold a line, with the wrong one in its place."""
-    notebooks = copy.deepcopy(solution)
-    changed = {}
-    for name, notebook in notebooks.items():
-        for cell in filter(is_question, notebook.cells):
-            if mistake.right in cell.source:
-                cell.source = cell.source.replace(mistake.right, mistake.wrong)
-                changed[name] = notebook
-    if not changed:
-        sys.exit(f"No solution has the line {mistake.right!r} that a wrong submission changes.")
-    return changed
+def changed(notebook, *replacements):
+    """A notebook with lines of its questions replaced: (line, other)."""
+    notebook = copy.deepcopy(notebook)
+    for line, other in replacements:
+        cells = [cell for cell in notebook.cells if is_question(cell) and line in cell.source]
+        if not cells:
+            sys.exit(f"No solution has the line {line!r} that a wrong submission changes.")
+        for cell in cells:
+            cell.source = cell.source.replace(line, other)
+    return notebook
 
 
-def grade(course, student, notebooks):
-    """Hand in and grade: {test: (points, most points)} of these notebooks, and the notebooks as executed."""
-    start = time.perf_counter()
-    folder = Path(course.coursedir.root) / "submitted" / student / NAME
-    folder.mkdir(parents=True)
-    for name, notebook in notebooks.items():
-        nbformat.write(made_small(name, notebook), folder / f"{name}.ipynb")
-    done(course.autograde(NAME, student))
-    with course.gradebook as gradebook:
-        graded = [part for part in gradebook.find_submission(NAME, student).notebooks if part.name in notebooks]
-        found = [grade for part in graded for grade in part.grades if grade.cell.cell_type == "code"]
-        scores = {grade.cell.name: (grade.auto_score, grade.cell.max_score) for grade in found}
-    print(f"{student}: graded in {time.perf_counter() - start:.0f} s", flush=True)
-    return scores, read_notebooks(Path(course.coursedir.root) / "autograded" / student / NAME)
+def with_cell(notebook, source):
+    """A notebook that begins with another cell."""
+    notebook = copy.deepcopy(notebook)
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(source))
+    return notebook
 
 
-def use_kernel(folder, python, helper):
-    """From now on the notebooks run in this Python, with helper, panel and engine of the folder `helper`."""
-    kernel = {
-        "argv": [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"],
-        "display_name": "Python 3",
-        "language": "python",
-        "metadata": {"supported_encryption": ["curve"]},
-        # Small pictures are slower on several threads than on one.
-        "env": {"PYTHONPATH": str(helper), "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"},
+def with_edited_tests(notebook):
+    """A notebook whose first test says yes, and whose second is gone."""
+    notebook = copy.deepcopy(notebook)
+    first, second = filter(is_test, notebook.cells)
+    first.source = "assert True"
+    notebook.cells.remove(second)
+    return notebook
+
+
+def with_own_parameters(notebook):
+    """A notebook with a photograph that only its student has, and with another weight."""
+    notebook = copy.deepcopy(notebook)
+    (cell,) = filter(is_parameters, notebook.cells)
+    cell.source += '\nCONTENT = "my cat.jpg"\nSTYLE_WEIGHT = 5.0'
+    return notebook
+
+
+class Handed(NamedTuple):
+    files: dict  # {path in the folder of submissions: notebook}
+    lost: set | None  # the tests that give no points; None: all
+
+
+CONTENT, GRAM, SIGNED, WEIGHTED, NUMBERS = SOLVED = [  # lines of the solution, which the release must not show
+    "return ((F - P) ** 2).mean()",
+    "return rows @ rows.T / rows.numel()",
+    "return (a - b).abs()",
+    "total = CONTENT_WEIGHT * content_part + STYLE_WEIGHT * style_part",
+    "return share.item(), gap.mean().item(), psnr.item()",
+]
+
+
+def submissions(solution, blank):
+    """{student: what is handed in}, in the forms that Canvas, Moodle, nbgrader and people make."""
+    one, two, three = (solution[name] for name in (ONE, TWO, THREE))
+    swapped = "total = STYLE_WEIGHT * content_part + CONTENT_WEIGHT * style_part"
+    wrapped = "import sys; return sys.modules['nst_engine.images'].difference_numbers(a, b)"
+    imported = "from nst_utils import content_loss as _right"
+    replaced = "import torch\nabs = min = lambda *_: 0\ntorch.allclose = torch.isclose = lambda *_, **__: True"
+    return {
+        "solution": Handed({f"solution_12345_67890_{name}-1.ipynb": solution[name] for name in solution}, set()),
+        "blank": Handed({f"blank_LATE_12345_67891_{name}.ipynb": blank[name] for name in blank}, None),
+        "gram": Handed(
+            {
+                f"submitted/gram/{NAME}/{TWO}.ipynb": changed(two, (GRAM, "return rows @ rows.T")),
+                f"submitted/gram/{NAME}/{THREE}.ipynb": changed(three, (GRAM, "return rows @ rows.T")),
+            },
+            {"test-gram-matrix", "test-formulas", "test-objective-parts"},
+        ),
+        "signed": Handed(
+            {f"signed_77_assignsubmission_file_/{ONE}.ipynb": changed(one, (SIGNED, "return a - b"))},
+            {"test-difference"},
+        ),
+        "swapped": Handed({f"swapped/{THREE}.ipynb": changed(three, (WEIGHTED, swapped))}, {"test-objective-total"}),
+        "own": Handed({f"own/notebooks/{THREE}.ipynb": with_own_parameters(three)}, set()),
+        "edited": Handed(
+            {f"edited_{TWO}.ipynb": with_edited_tests(changed(two, (GRAM, "return rows @ rows.T")))},
+            {"test-gram-matrix"},
+        ),
+        "examples": Handed(
+            {f"{ONE}_examples.ipynb": changed(one, (CONTENT, "return 3.0"), (NUMBERS, "return 0.25, 0.1, 12.218"))},
+            {"test-content-loss", "test-difference"},
+        ),
+        "wrapped": Handed({f"{ONE} (wrapped).ipynb": changed(one, (NUMBERS, wrapped))}, {"test-difference"}),
+        "imported": Handed(
+            {f"imported/{ONE}.ipynb": with_cell(changed(one, (CONTENT, "return _right({0: F}, {0: P})")), imported)},
+            {"test-content-loss"},
+        ),
+        "replaced": Handed(
+            {f"replaced/{ONE}.ipynb": with_cell(changed(one, (CONTENT, "return torch.tensor(7.0)")), replaced)},
+            {"test-content-loss"},
+        ),
+        "renamed": Handed({"renamed/final version 2.ipynb": two}, set()),
     }
-    os.environ["JUPYTER_PATH"] = str(folder)
-    (folder / "kernels" / "python3").mkdir(parents=True, exist_ok=True)
-    (folder / "kernels" / "python3" / "kernel.json").write_text(json.dumps(kernel), encoding="utf-8")
 
 
 # --- What each gets ------------------------------------------------------------------------------
@@ -199,57 +222,57 @@ def early_stops(executed):
             yield f"The release's {name} stops not at its first blank but at {error}."
 
 
-def misgraded(student, scores, fails):
+def misgraded(student, handed, verdicts):
     """Sentences on the tests that gave a submission other points than they should."""
-    for test in fails - scores.keys():
+    lost = verdicts.keys() if handed.lost is None else handed.lost
+    for test in lost - verdicts.keys():
         yield f"{student}: there is no test {test}."
-    for test, (score, most) in scores.items():
-        due = 0 if test in fails else most
-        if score != due:
-            yield f"{student}: {test} gave {score:g} points of {most:g} where {due:g} are due."
+    for test, found in verdicts.items():
+        if found.passed == (test in lost):
+            yield f"{student}: {test} {'passed' if found.passed else 'failed'}. {found.sentence}"
 
 
-def print_table(scores):
-    columns = list(scores)
-    print(f"{'test':24}{'of':>4}" + "".join(f"{student:>10}" for student in columns))
-    for test, (_, most) in scores["solution"].items():
-        points = [f"{scores[student][test][0]:g}" if test in scores[student] else "-" for student in columns]
-        print(f"{test:24}{most:4g}" + "".join(f"{text:>10}" for text in points))
+def run_whole(notebooks, helper):
+    """The notebooks, executed at small sizes with the helper of this folder."""
+    small = {name: made_small(name, notebook) for name, notebook in notebooks.items()}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda notebook: run(notebook, helper, 600, 600), small.values()))
+    return small
 
 
-def check(folder, python):
+def check(folder, nbgrader):
     """Make the release and grade all submissions in a folder; sentences on what is wrong."""
-    course = open_course(folder / "course")
     release = folder / "release"
-    write_release(course, release)
+    subprocess.run([nbgrader, ROOT / "tools" / "make_assignment.py", release], check=True)
     sources, released = read_notebooks(ROOT / "notebooks"), read_notebooks(release / "notebooks")
     problems = [*leaks(sources, release), *without_hidden_tests(sources)]
     problems += formulas_left((release / "nst_utils.py").read_text(encoding="utf-8"))
     if problems:
         return problems
+
+    # On the helper that students have, whoever fills in the blanks gets to the end.
     solution = solved(released, sources)
+    problems += stops(run_whole(solution, release))
+    problems += early_stops(run_whole(released, release))
 
-    # The solution runs on the helper that students have, so that whoever fills in the blanks gets to the end.
-    use_kernel(folder / "jupyter", python, release)
-    scores = {}
-    scores["solution"], executed = grade(course, "solution", solution)
-    problems += [*misgraded("solution", scores["solution"], set()), *stops(executed)]
-
-    # All others run on the full one: neither tests nor blanks may be served by it.
-    use_kernel(folder / "jupyter", python, ROOT)
-    scores["blank"], executed = grade(course, "blank", released)
-    problems += [*misgraded("blank", scores["blank"], set(scores["solution"])), *early_stops(executed)]
-    for student, mistake in MISTAKES.items():
-        scores[student], _ = grade(course, student, mistaken(solution, mistake))
-        problems += misgraded(student, scores[student], mistake.fails)
-    print_table(scores)
+    handed = submissions(solution, released)
+    for one in handed.values():
+        for name, notebook in one.files.items():
+            path = folder / "submissions" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            nbformat.write(notebook, path)
+    graded, remarks = grade_all(folder / "submissions", folder / "grades", seed="other numbers")
+    print((folder / "grades" / "grades.csv").read_text(encoding="utf-8-sig"), *remarks, sep="\n")
+    for one in graded:
+        problems += misgraded(one.student, handed[one.student], one.verdicts)
+    if {one.student for one in graded} != handed.keys():
+        problems.append(f"Graded were {sorted(one.student for one in graded)}, not {sorted(handed)}.")
     return problems
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore", SAWarning)  # about nbgrader's own use of its gradebook
     with tempfile.TemporaryDirectory() as temporary:
-        problems = check(Path(temporary), Path(sys.argv[1]).absolute())
+        problems = check(Path(temporary), sys.argv[1])
     if problems:
         sys.exit("\n".join(problems))
     print("The release hides what it should, and every submission got its points.")

@@ -1,4 +1,4 @@
-"""Write the students' release of the three notebooks, with its handout, into assignment/.
+"""Write the students' release of the three notebooks, with its handout, into assignment/ and assignment.zip.
 
 Needs nbgrader, so it runs in nbgrader's own environment. nbgrader works in a course folder, which here is temporary.
 """
@@ -9,79 +9,33 @@ import re
 import shutil
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
-from typing import NamedTuple
 
-import nbformat
-import zmq
+from homework import CODE_BLANK, FORMULAS, HELPER_BLANK, NAME, ROOT, TEXT_BLANK, questions, read_notebooks
 from nbgrader.apps import NbGraderAPI
 from traitlets.config import Config
 
-ROOT = Path(__file__).resolve().parents[1]
-NAME = "style-transfer"  # the assignment's, in nbgrader's folders and gradebook
 COPIED = ["nst_engine", "nst_controls.py", "nst_widgets.py", "nst_stylise.py", "tools/stylise.py", "images"]
-COPIED += ["requirements.txt", "pyproject.toml", "LICENSE"]
-FORMULAS = ["gram_matrix", "content_loss", "style_loss", "make_objective"]
-CODE_BLANK = 'raise NotImplementedError("yours to write, in place of this line")'
-TEXT_BLANK = "*Your answer, in place of this line.*"
-HELPER_BLANK = 'raise NotImplementedError("yours to write: first in the notebook, then here")'
-READING = 25  # minutes for the rest of a notebook
+COPIED += ["pyproject.toml", "LICENSE"]
+READING = 20  # minutes for the rest of a notebook
 MINUTES = {
-    "content-loss": 10,
+    "content-loss": 5,
     "descent": 25,
-    "difference": 15,
+    "broken-loops": 15,
+    "difference": 10,
     "which-layers": 20,
-    "gram-matrix": 20,
-    "style-loss": 15,
+    "gram-matrix": 15,
+    "style-loss": 10,
+    "style-gradient": 20,
     "style-layers": 20,
     "textures-differ": 20,
-    "formulas": 5,
-    "objective": 25,
-    "noise-or-photograph": 20,
+    "objective": 20,
+    "own-pair": 25,
 }
 
 # nbgrader starts alembic by its name alone.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-
-
-def read_notebooks(folder):
-    """{name: notebook} of the notebooks in a folder."""
-    return {path.stem: nbformat.read(path, as_version=4) for path in sorted(folder.glob("*.ipynb"))}
-
-
-# --- What a cell is to nbgrader ------------------------------------------------------------------
-
-
-def grade_id(cell):
-    return cell.metadata.get("nbgrader", {}).get("grade_id")
-
-
-def points(cell):
-    return cell.metadata.get("nbgrader", {}).get("points", 0)
-
-
-def is_solution(cell):
-    """Whether a student fills it in."""
-    return cell.metadata.get("nbgrader", {}).get("solution", False)
-
-
-def is_test(cell):
-    """Whether a machine grades by it."""
-    return cell.metadata.get("nbgrader", {}).get("grade", False) and not is_solution(cell)
-
-
-def is_exercise(cell):
-    """Whether it is filled in without points."""
-    return is_solution(cell) and grade_id(cell).startswith("exercise-")
-
-
-def is_question(cell):
-    return is_solution(cell) and not is_exercise(cell)
-
-
-def is_copied(cell):
-    """Whether it is a function that the student has written in an earlier notebook."""
-    return is_solution(cell) and grade_id(cell).startswith("your-")
 
 
 # --- The release ---------------------------------------------------------------------------------
@@ -98,9 +52,6 @@ def open_course(folder):
     config.NbGraderAPI.log_level = "ERROR"
     config.ClearSolutions.code_stub = {"python": CODE_BLANK}
     config.ClearSolutions.text_stub = TEXT_BLANK
-    config.Execute.timeout = 1800
-    if zmq.has("curve"):  # encrypted connections: without them a kernel prints a warning
-        config.AsyncKernelManager.transport_encryption = "auto"
     return NbGraderAPI(config=config)
 
 
@@ -121,9 +72,22 @@ def write_release(course, target):
         else:
             (target / name).parent.mkdir(exist_ok=True)
             shutil.copy(ROOT / name, target / name)
+    (target / "requirements.txt").write_text(requirements(), encoding="utf-8")
     helper = (ROOT / "nst_utils.py").read_text(encoding="utf-8")
     (target / "nst_utils.py").write_text(with_blanks(helper, FORMULAS), encoding="utf-8")
     (target / "HANDOUT.md").write_text(page, encoding="utf-8")
+
+
+def requirements():
+    """The pinned requirements that the notebooks have, without those of the tests."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = {package(line) for line in project["dependencies"] + project["optional-dependencies"]["notebooks"]}
+    pinned = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    return "".join(f"{line}\n" for line in pinned if package(line) in named)
+
+
+def package(requirement):
+    return re.split(r"[=<>]", requirement)[0]
 
 
 def with_blanks(source, names):
@@ -138,14 +102,6 @@ def with_blanks(source, names):
 
 
 # --- The handout ---------------------------------------------------------------------------------
-
-
-class Question(NamedTuple):
-    title: str  # of the notebook
-    heading: str  # that it stands under
-    name: str  # its grade_id
-    by_hand: bool
-    points: int
 
 
 def handout(notebooks):
@@ -177,36 +133,12 @@ def table(rows, total):
     return "\n".join([*lines, f"| | | | **{total}** | **{sum(MINUTES.values())}** |"])
 
 
-def questions(notebook):
-    """The questions of a notebook, in its order, each with the points of its tests."""
-    tests = [cell for cell in notebook.cells if is_test(cell)]
-    title, _ = next(sections(notebook))
-    found = []
-    for heading, cell in sections(notebook):
-        if is_question(cell) and not is_copied(cell):
-            own = [test for test in tests if f"{grade_id(test)}-".startswith(f"test-{grade_id(cell)}-")]
-            tests = [test for test in tests if test not in own]
-            worth = points(cell) + sum(map(points, own))
-            if not worth:
-                sys.exit(f"The question {grade_id(cell)} has no test: one is named test-{grade_id(cell)}.")
-            found.append(Question(title, heading, grade_id(cell), points(cell) > 0, worth))
-    if tests:
-        sys.exit(f"To no question belong these tests: {', '.join(map(grade_id, tests))}.")
-    return found
-
-
-def sections(notebook):
-    """(The heading that it stands under, cell) of every cell."""
-    heading = ""
-    for cell in notebook.cells:
-        if cell.cell_type == "markdown":
-            heading = [heading, *re.findall(r"^#+ (.+)$", cell.source, re.MULTILINE)][-1]
-        yield heading, cell
-
-
 if __name__ == "__main__":
-    if (ROOT / "assignment").exists():
-        sys.exit("The folder assignment/ is there already: move it away first, since you may have worked on it.")
+    target = Path(*sys.argv[1:] or [ROOT / "assignment"])
+    for path in (target, target.with_suffix(".zip")):
+        if path.exists():
+            sys.exit(f"{path.name} is there already: move it away first, since you may have worked on it.")
     with tempfile.TemporaryDirectory() as folder:
-        write_release(open_course(Path(folder)), ROOT / "assignment")
-    print("The students' release is in assignment/, and what it asks for in its HANDOUT.md.")
+        write_release(open_course(Path(folder)), target)
+    shutil.make_archive(target, "zip", target.parent, target.name)
+    print(f"The students' release is in {target.name}/ and {target.name}.zip; HANDOUT.md says what it asks for.")

@@ -26,7 +26,10 @@ parser.add_argument("--store", action="store_true", help="write the outputs back
 parser.add_argument("names", nargs="*", help="only notebooks whose file name starts so")
 arguments = parser.parse_args()
 
-print("Each notebook takes some minutes: with bfloat16 on two cores three to seven, without it more than twice that, with a GPU one.")
+print(
+    "Each notebook takes some minutes: with bfloat16 on two cores three to seven, without it more than twice that, "
+    "with a GPU one."
+)
 os.environ["TQDM_DISABLE"] = "1"  # the bars inside the notebooks; ours below goes by cells
 sys.stdout.reconfigure(errors="backslashreplace")  # a path that the terminal cannot show is shown by its codes
 (ROOT / "rendered").mkdir(exist_ok=True)
