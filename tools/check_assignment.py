@@ -122,7 +122,7 @@ def with_cell(notebook, source):
 def with_edited_tests(notebook):
     """A notebook whose first test says yes, and whose second is gone."""
     notebook = copy.deepcopy(notebook)
-    first, second = filter(is_test, notebook.cells)
+    first, second, *_ = filter(is_test, notebook.cells)
     first.source = "assert True"
     notebook.cells.remove(second)
     return notebook
@@ -165,7 +165,7 @@ def submissions(solution, blank):
                 f"submitted/gram/{NAME}/{TWO}.ipynb": changed(two, (GRAM, "return rows @ rows.T")),
                 f"submitted/gram/{NAME}/{THREE}.ipynb": changed(three, (GRAM, "return rows @ rows.T")),
             },
-            {"test-gram-matrix", "test-formulas", "test-objective-parts"},
+            {"test-gram-matrix", "test-style-gradient", "test-objective-parts"},
         ),
         "signed": Handed(
             {f"signed_77_assignsubmission_file_/{ONE}.ipynb": changed(one, (SIGNED, "return a - b"))},
@@ -175,7 +175,7 @@ def submissions(solution, blank):
         "own": Handed({f"own/notebooks/{THREE}.ipynb": with_own_parameters(three)}, set()),
         "edited": Handed(
             {f"edited_{TWO}.ipynb": with_edited_tests(changed(two, (GRAM, "return rows @ rows.T")))},
-            {"test-gram-matrix"},
+            {"test-gram-matrix", "test-style-gradient"},
         ),
         "examples": Handed(
             {f"{ONE}_examples.ipynb": changed(one, (CONTENT, "return 3.0"), (NUMBERS, "return 0.25, 0.1, 12.218"))},

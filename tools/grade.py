@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import nbformat
 from homework import NAME, ROOT, grade_id, is_parameters, is_test, questions, read_notebooks
+from kernels import CONFIG
 from nbclient import NotebookClient
 from nbclient.exceptions import DeadKernelError
 from small_notebooks import made_small
@@ -126,13 +127,24 @@ def newest(found):
 
 def prepared(name, source, submitted, shift=0):
     """A submitted notebook, to be run: our parameters, made small, and our tests; nothing after the last test."""
-    ours = {key(cell): cell for cell in source.cells if is_test(cell) or is_parameters(cell)}
-    (parameters,) = (key(cell) for cell in source.cells if is_parameters(cell))
-    cells = [cell for cell in submitted.cells if key(cell) != "set-up" and cell.cell_type == "code"]
-    cells = [copy.deepcopy(ours.pop(key(cell), cell)) for cell in cells]
-    if parameters in ours:
-        cells.insert(0, copy.deepcopy(ours.pop(parameters)))
-    cells += copy.deepcopy(list(ours.values()))  # tests that were deleted
+    cells = [copy.deepcopy(cell) for cell in submitted.cells if cell.cell_type == "code" and key(cell) != "set-up"]
+    places = [key(cell) for cell in cells]
+    before = 0  # where a cell goes that the student has deleted: behind the one that it follows in ours
+    for cell in map(copy.deepcopy, source.cells):
+        ours = is_test(cell) or is_parameters(cell)
+        if key(cell) in places:
+            before = places.index(key(cell)) + 1
+            if is_test(cell):
+                cells[before - 1] = cell
+            elif ours:  # after the student's own, which may hold imports
+                cells[before - 1] = nbformat.v4.new_code_cell(cells[before - 1].source)
+                cells.insert(before, cell)
+                places.insert(before, key(cell))
+                before += 1
+        elif ours:
+            cells.insert(before, cell)
+            places.insert(before, key(cell))
+            before += 1
     while not is_test(cells[-1]):
         cells.pop()
     for cell in cells:
@@ -147,13 +159,18 @@ def prepared(name, source, submitted, shift=0):
 def with_other_numbers(source, shift):
     """A test with the seeds of its hidden part moved."""
     shown, mark, hidden = source.partition("### BEGIN HIDDEN TESTS")
-    return shown + mark + re.sub(r"manual_seed\((\w+)\)", rf"manual_seed({shift} + \1)", hidden)
+    return shown + mark + (re.sub(r"manual_seed\((\w+)\)", rf"manual_seed({shift} + \1)", hidden) if shift else hidden)
 
 
 def run(notebook, helper=ROOT, cell_limit=CELL_LIMIT, limit=LIMIT):
     """Execute a notebook as far as it goes, with the helper of this folder; a sentence if it was stopped."""
     client = NotebookClient(
-        notebook, kernel_name="python3", timeout=cell_limit, interrupt_on_timeout=True, allow_errors=True
+        notebook,
+        config=CONFIG,
+        kernel_name="python3",
+        timeout=cell_limit,
+        interrupt_on_timeout=True,
+        allow_errors=True,
     )
     # On small images several threads are slower than one, and each processor has a student's notebook to run.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "MPLBACKEND": "agg"}
@@ -315,9 +332,10 @@ def grade_all(submissions, target, seed=""):
             raise SystemExit("\n".join([f"No notebook of the homework was found in {submissions}.", *remarks]))
         chosen, doubles = newest(found)
         remarks += doubles
-        remarks += [f"{one.student}: {one.name} came late" for one in found if one.late]
+        remarks += [f"{student}: late" for student, own in chosen.items() if any(one.late for one in own.values())]
         for student, own in chosen.items():
-            remarks += [f"{student}: {name} is missing" for name in sources if name not in own]
+            missing = [name for name in sources if name not in own]
+            remarks += [f"{student}: not handed in: {', '.join(missing)}"] if missing else []
             remarks += [
                 f"{student}: {name} came as {one.path.name}" for name, one in own.items() if name not in one.path.stem
             ]

