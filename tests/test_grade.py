@@ -1,13 +1,14 @@
 """What `make grade` makes of files, before a notebook is run: who handed in what, and what is run of it."""
 
 import copy
+import html
 import zipfile
 from pathlib import Path
 
 import grade
 import nbformat
 import pytest
-from homework import ROOT, is_test, questions, read_notebooks
+from homework import ROOT, grade_id, is_test, questions, read_notebooks
 
 SOURCES = read_notebooks(ROOT / "notebooks")
 ONE, TWO, THREE = SOURCES
@@ -128,7 +129,7 @@ def test_points_and_feedback(tmp_path):
         "test-content-loss": grade.Verdict(True, ""),
         "test-descent": grade.Verdict(False, grade.explained("AssertionError", "nothing <moved>\nmore")),
     }
-    graded = grade.Graded("Ann/a", True, {ONE: submitted(ONE)}, verdicts)
+    graded = grade.Graded("Ann/a", True, {name: submitted(name) for name in SOURCES}, verdicts)
     grade.write_all(tmp_path / "grades", [graded], asked(), ["Ann/a: late"])
     header, row = (tmp_path / "grades" / "grades.csv").read_text(encoding="utf-8-sig").splitlines()
     points = dict(zip(header.split(","), row.split(",")))
@@ -136,6 +137,11 @@ def test_points_and_feedback(tmp_path):
     assert points["by machine"] == "2" and points["late"] == "late"
     page = (tmp_path / "grades" / "feedback" / "Ann_a.html").read_text(encoding="utf-8")
     assert "nothing &lt;moved&gt;" in page and "48 dB" in page and "not handed in" in page
+    for question in filter(lambda question: question.by_hand, asked()):
+        (answer,) = (
+            cell.source for source in SOURCES.values() for cell in source.cells if grade_id(cell) == question.name
+        )
+        assert html.escape(answer) in page
     tests = [cell.source.partition("### BEGIN HIDDEN TESTS")[2] for source in SOURCES.values() for cell in source.cells]
     hidden = [line.strip() for test in tests for line in test.splitlines() if "assert" in line]
     assert hidden and not [line for line in hidden if line in page]

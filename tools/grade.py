@@ -272,7 +272,8 @@ def row(graded, asked):
 def page(graded, asked):
     """A student's page of feedback: HTML, with the points, why they were lost, and the texts to be graded."""
     lines = []
-    texts = {key(cell): cell.source for notebook in graded.handed_in.values() for cell in notebook.cells}
+    cells = [cell for notebook in graded.handed_in.values() for cell in notebook.cells]
+    texts = {key(cell): cell.source for cell in cells if cell.cell_type == "markdown"}
     for question in asked:
         if question.by_hand:
             points, remark = f"of {question.points}", texts.get(question.name, "not handed in")
