@@ -18,7 +18,7 @@ run: $(VENV)/installed  ## execute the three notebooks with progress and render 
 check: $(VENV)/for-developers  ## style and unit tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pytest -m "not browser"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "not browser"  # two tests at once, of a thread each
 
 test: check  ## check, and the notebooks executed again and compared
 	$(BIN)/pytest --nbval --nbval-current-env --nbval-cell-timeout 1800 notebooks

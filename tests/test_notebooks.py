@@ -108,7 +108,8 @@ def test_make_run_prints_nothing_odd(tmp_path):
     (tmp_path / "tools").mkdir()
     small = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 + 1")])
     nbformat.write(small, tmp_path / "notebooks" / "small.ipynb")
-    shutil.copy(ROOT / "tools" / "run_notebooks.py", tmp_path / "tools")
+    for name in ("run_notebooks.py", "kernels.py"):
+        shutil.copy(ROOT / "tools" / name, tmp_path / "tools")
     command = [sys.executable, str(tmp_path / "tools" / "run_notebooks.py")]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0 and "rendered" in run.stdout and "small.ipynb: 100%" in run.stderr
