@@ -99,7 +99,8 @@ def filmstrip(recorder: Recorder, count: int = 6, width: float = 1.7) -> Figure:
         axes.imshow(frame.image.resize(chosen[-1].image.size, Image.Resampling.BICUBIC))
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
-        axes.set_xlabel(f"{frame.evaluation}\nloss {frame.total:.3g}", fontsize=8)
+        loss = f"{frame.total:.3g}" if frame.total < 999.5 else f"{frame.total:,.0f}"
+        axes.set_xlabel(f"{frame.evaluation}\nloss {loss}", fontsize=8)
     return figure
 
 

@@ -73,6 +73,14 @@ def test_a_film_has_all_images_in_the_size_of_the_last_which_is_held(form):
             assert file.info["duration"] == (HELD if k == 6 else SHOWN)
 
 
+def test_a_filmstrip_writes_a_large_loss_out():
+    recorder = nst.Recorder()
+    for loss in (12345.6, 999.9, 0.01234):
+        recorder(torch.full((1, 3, 8, 12), 0.5), loss)
+    found = [axes.get_xlabel() for axes in nst.filmstrip(recorder).axes]
+    assert found == ["1\nloss 12,346", "2\nloss 1,000", "3\nloss 0.0123"]
+
+
 def test_a_filmstrip_has_the_first_and_the_last_and_what_lies_between():
     recorder = film(11, nst.Recorder())
     figure = nst.filmstrip(recorder, count=3)
