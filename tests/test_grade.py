@@ -154,6 +154,7 @@ def test_points_and_feedback(tmp_path):
         ("AssertionError", "", "other numbers than the example"),
         ("KeyboardInterrupt", "", "stopped after 60 seconds"),
         ("TypeError", "unsupported operand type(s) for -: 'dict' and 'dict'", "a dictionary stands where"),
+        ("RuntimeError", "Trying to backward through the graph a second time (or", "in place"),
         ("NameError", "name 'x' is not defined", "NameError: name 'x' is not defined"),
     ],
 )

@@ -219,6 +219,8 @@ def explained(name, value):
         return first or "a test with other numbers than the example fails"
     if name == "TypeError" and "'dict'" in first:
         return f"a dictionary stands where one layer's feature map or Gram matrix belongs ({first})"
+    if "backward through the graph a second time" in first:
+        return "a new tensor took the image's place: change the one that the optimiser holds, in place"
     return f"{name}: {first}"
 
 
