@@ -37,12 +37,14 @@ def image_grid(
     if not any(image is not None for image in images) or len(titles) != len(images):
         raise UserError(f"there are {len(images)} images and {len(titles)} titles: give one or more, and each a title")
     width = as_number(width, "width", 0.1, 100, " of inches, 0.1 to 100")
-    heights = []  # of the rows in inches: the tallest image, and room for the title's lines
+    heights, above = [], []  # of each row in inches: the tallest image, and the room for the lines of its titles
     for k in range(0, len(images), columns):
         shapes = [image.shape[-2:] for image in images[k : k + columns] if image is not None]
         lines = max(text.count("\n") + 1 if text else 0 for text in titles[k : k + columns])
-        heights.append(width * max((h / w for h, w in shapes), default=0.0) + 0.09 + 0.2 * lines)
-    figure = Figure(figsize=(width * columns, sum(heights)))
+        heights.append(width * max((h / w for h, w in shapes), default=0.1))
+        above.append(0.09 + 0.2 * lines)
+    labels = 0.2 if rows else 0.0  # inches beside the first column
+    figure = Figure(figsize=(width * columns + labels, sum(heights + above)))
     figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.04, wspace=0, hspace=0)
     grid = figure.subplots(len(heights), columns, squeeze=False, gridspec_kw={"height_ratios": heights})
     for axes in grid.flat:

@@ -82,21 +82,16 @@ def statistics_of(
     matrix F diag(m) F^T, (C, C), with F the (C, h w) rows of the feature map. The first are divided by the size C h w
     that the layer's feature map has for the whole image, {layer: size}, the others by C sum m, so that those of the
     tiles add up to those of the whole. halo: the function layer -> indices of the strips of its feature map that belong
-    to other tiles. masks: layer -> for each region None, for m = 1, or a mask as `_GramSum` takes it, with its `share`,
-    the mean of m over the whole image.
+    to other tiles. masks: layer -> for each region None, for m = 1, or a mask as `_GramSum` takes it, with its `mean`
+    over the whole image, above 0.
     """
     errors = {name: zero_halo(maps[name] - target, halo(name)) for name, target in content_targets.items()}
     squares = [_SquareSum.apply(error) / sizes[name] for name, error in errors.items()]
     return squares + [
-        _GramSum.apply(maps[name], halo(name), mask) / (sizes[name] * share_left(mask))
+        _GramSum.apply(maps[name], halo(name), mask) / (sizes[name] * (mask.mean if mask else 1.0))
         for name in style_layers
         for mask in masks(name)
     ]
-
-
-def share_left(mask) -> float:
-    """The share of the image that a mask leaves, above 0."""
-    return max(mask.share, torch.finfo(torch.float32).tiny) if mask else 1.0
 
 
 class Target(NamedTuple):

@@ -89,7 +89,7 @@ class Mask(NamedTuple):
 
     box: tuple  # the index of the rows and columns beyond which it is 0
     root: Tensor  # its square root within them: F diag(m) F^T is the product of F sqrt(m) with itself
-    share: float  # its mean over the whole image
+    mean: float  # its mean over the whole image; where that is 0, the least number above
 
 
 def mask_of(mask: Tensor | None, tile, layer: str, dtype: torch.dtype, share: float) -> Mask | None:
@@ -101,7 +101,7 @@ def mask_of(mask: Tensor | None, tile, layer: str, dtype: torch.dtype, share: fl
         part[strip] = 0
     rows, columns = (_span(part.amax(dim)) if part.numel() else slice(0, 0) for dim in (1, 0))
     box = (..., rows, columns)
-    return Mask(box, part[box].sqrt().to(dtype), share)
+    return Mask(box, part[box].sqrt().to(dtype), max(share, torch.finfo(torch.float32).tiny))
 
 
 def _span(values):

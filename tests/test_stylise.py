@@ -542,6 +542,20 @@ def test_the_film_of_a_run_that_was_interrupted_has_no_gap_and_nothing_twice(sto
         run("--film", "parts.gif", "--output", "other.png")
 
 
+def test_a_film_that_was_interrupted_while_an_image_was_kept_has_no_gap(run):
+    """The run has taken that step, so the image will not come again."""
+    code, words = ROOT / "nst_engine" / "film.py", ("--evaluations", "6", "--film")
+    with Interruption(None, code) as undisturbed:
+        run(*words, "whole.gif", "--output", "whole.png")
+    for place in middles(undisturbed.count, 3):
+        with Interruption(place, code), pytest.raises(SystemExit, match="goes on from here"):
+            run(*words, "parts.gif", "--output", "parts.png")
+        run(*words, "parts.gif", "--output", "parts.png")
+        assert Path("parts.gif").read_bytes() == Path("whole.gif").read_bytes(), place
+        Path("parts.gif").unlink()
+        Path("parts.png").unlink()
+
+
 def test_a_film_that_someone_else_has_made_meanwhile_is_not_written_over(run):
     """Neither where the run began without it, nor where it goes on."""
     with pytest.raises(SystemExit, match="goes on from here"):

@@ -1200,6 +1200,25 @@ def test_a_blend_has_both_styles_losses_and_its_slider_moves_no_image_or_layer(w
     assert totals[0.3] < 0.7 * totals[0.0] + 0.3 * totals[1.0]  # by the distance between both, which none can lower
 
 
+@pytest.mark.parametrize("kind", ["content", "style", "second"])
+def test_an_image_whose_file_has_become_another_is_read_again(kind, painter, tmp_path):
+    own = {name: tmp_path / f"{name}.jpg" for name in ("content", "style", "second")}
+    for path, stored in zip(own.values(), (CASTLE, NIGHT, WAVE)):
+        shutil.copy(stored, path)
+    settings = TRANSFER._replace(**own, blend=0.5)
+    painter.step(settings)
+    of_task = {"content": lambda task: task.content, "style": lambda task: task.styles[0].image}
+    of_task["second"] = lambda task: task.styles[1].image
+    before = of_task[kind](painter.run.task)
+    with Image.open(own[kind]) as image:
+        turned = image.transpose(Image.Transpose.ROTATE_180)
+    turned.save(own[kind], quality=95)
+    painter.step(settings)
+    after = of_task[kind](painter.run.task)
+    assert after.shape == before.shape and not torch.equal(after, before)
+    assert torch.equal(after, nst.load_image(own[kind], 40, "cpu"))
+
+
 def test_a_second_style_and_the_slider_reach_the_next_step(panel):
     controls = panel.controls
     assert controls.second.label == "none" and controls.settings() == TRANSFER

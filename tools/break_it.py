@@ -29,7 +29,7 @@ FORMULAS = {
     "style loss summed, not averaged": ("nst_utils.py", "(gram_matrix(maps[name]) - gram).square().mean()", "(gram_matrix(maps[name]) - gram).square().sum()"),
     "content and style weights swapped": ("nst_utils.py", "content_weight * content_part + style_weight * style_part", "style_weight * content_part + content_weight * style_part"),
     "fast Gram sums of transposed rows": ("nst_engine/losses.py", "rows = feature_map.flatten(2).squeeze(0)\n    return (rows @", "rows = feature_map.squeeze(0).permute(1, 2, 0).reshape(feature_map.shape[1], -1)\n    return (rows @"),
-    "fast Gram sums not divided by C": ("nst_engine/losses.py", "/ (sizes[name] * share_left(mask))", "/ (sizes[name] * share_left(mask)) * maps[name].shape[1]"),
+    "fast Gram sums not divided by C": ("nst_engine/losses.py", "/ (sizes[name] * (mask.mean if mask else 1.0))", "/ (sizes[name] * (mask.mean if mask else 1.0)) * maps[name].shape[1]"),
     "fast losses not averaged": ("nst_engine/losses.py", "_SquareSum.apply(x) / x.numel()", "_SquareSum.apply(x) / x.shape[-1]"),
     "fast content loss not averaged": ("nst_engine/losses.py", "_SquareSum.apply(error) / sizes[name]", "_SquareSum.apply(error)"),
     "weights swapped in the engine": ("nst_engine/losses.py", "content_weight * content + style_weight * style", "style_weight * content + content_weight * style"),
@@ -46,6 +46,11 @@ FORMULAS = {
     "PSNR ten times the natural logarithm": ("nst_engine/images.py", "10 * math.log10(1 / mse)", "10 * math.log(1 / mse)"),
     "reference style loss is averaged over layers, not summed": ("nst_utils.py", "layer_weights or dict.fromkeys(targets, 1.0)", "layer_weights or dict.fromkeys(targets, 1.0 / len(targets))"),
     "Oxford's mean colour is BGR": ("nst_engine/weights.py", "[123.68, 116.779, 103.939]", "[103.939, 116.779, 123.68]"),
+    "a region's Gram sums not divided by its mask": ("nst_engine/losses.py", "/ (sizes[name] * (mask.mean if mask else 1.0))", "/ sizes[name]"),
+    "every region's loss counts in full": ("nst_engine/losses.py", "target.share * layer_weights[target.layer]", "layer_weights[target.layer]"),
+    "blended Gram matrices added, not averaged": ("nst_engine/losses.py", "sum(blend[k] * each for k", "sum(each for k"),
+    "luma weighs the colours equally": ("nst_engine/images.py", "[0.299, 0.587, 0.114]", "[1 / 3, 1 / 3, 1 / 3]"),
+    "the luma of the photograph kept, too": ("nst_engine/images.py", "grey, chroma = luma(image.clamp(0, 1)),", "grey, chroma = luma(content),"),
     "the assignment's layer names count from 0": ("nst_engine/layers.py", "enumerate(CONVOLUTIONS, 1)}", "enumerate(CONVOLUTIONS)}"),
 }  # fmt: skip
 
