@@ -37,7 +37,7 @@ def pick_precisions(device: torch.device, precision: str | None = None) -> tuple
 
 
 def evaluator(objective: Objective, image: Tensor, count: int, precision: str = "float32") -> Callable:
-    """The function: flat image (3 H W,), weights -> (list of losses, flat gradient of the first).
+    """The function: flat image (3 H W,), weights -> (losses (k,), flat gradient of the first).
 
     objective: an `Objective`, computed in `precision`. Only images of `image`'s shape and device fit, and tensors of
     `count` weights. Both are copied to where a CUDA graph reads them, so other weights need no other graph.
@@ -51,7 +51,7 @@ def evaluator(objective: Objective, image: Tensor, count: int, precision: str = 
         present.copy_(weights)
         with one_thread(place[0, 0].numel() < SMALL and not place.is_cuda):
             losses, gradient = replay()
-        return losses.tolist(), gradient.flatten().clone()  # a replay overwrites its outputs
+        return losses.clone(), gradient.flatten().clone()  # a replay overwrites its outputs
 
     return evaluate
 

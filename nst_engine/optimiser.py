@@ -1,14 +1,15 @@
 """Projected L-BFGS on flat tensors. It knows neither the network nor the losses.
 
+Between two evaluations all is tensor operations that never ask for a value, so that a GPU need not wait for the host;
+`step` asks once whether there is a step to take.
+
 [L-BFGS] Byrd, Nocedal & Schnabel 1994, Representations of Quasi-Newton Matrices and Their Use in Limited Memory Methods
 [two-metric] Bertsekas 1982, Projected Newton Methods for Optimization Problems with Simple Constraints
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,18 +18,24 @@ from .errors import UserError
 MAX_HALVINGS = 8  # of one step, before the correction pairs are discarded
 
 
+class Curvature(NamedTuple):
+    """What is known of the correction pairs, whose vectors are rows of the optimiser's history."""
+
+    ages: Tensor  # (history size,), whole numbers: 0 for a row that is not in use, and the newer the larger
+    sy: Tensor  # (history size, history size), float64: s_i . y_j for i not after j
+    yy: Tensor  # likewise: y_i . P y_j, with P the preconditioner
+
+
 class Iterate(NamedTuple):
     """The optimiser's state between two evaluations. It is replaced, never changed in place."""
 
     x: Tensor  # flat, (n,), values in [0, 1]
-    losses: list | None = None  # at x, the first of which is minimised; None before the first evaluation
+    losses: Tensor | None = None  # at x, (k,), the first of which is minimised; None before the first evaluation
     gradient: Tensor | None = None  # of the first loss at x
-    direction: Tensor | None = None  # of the trial step, once it has been refused
-    halvings: int = 0  # how often the trial step has been halved
-    pending: tuple = ()  # the newest correction pair (s, y), not yet in the history
-    slots: tuple = ()  # of the correction pairs in use, oldest first; the vectors are rows of the optimiser's history
-    sy: np.ndarray | None = None  # (history size, history size), float64: s_i . y_j for i not after j
-    yy: np.ndarray | None = None  # likewise: y_i . P y_j, with P the preconditioner
+    direction: Tensor | None = None  # of the trial step; found anew where that has not been halved yet
+    halvings: Tensor | None = None  # how often the trial step has been halved, ()
+    pending: tuple = ()  # the newest correction pair (s, y), not yet in the history; zeros where x has stayed
+    curvature: Curvature | None = None  # None before the first correction pair
 
 
 class ProjectedLBFGS:
@@ -36,31 +43,36 @@ class ProjectedLBFGS:
 
     precondition: the linear function of flat tensors that takes the place of the identity in the initial inverse
     Hessian, up to a factor. history_size: how many correction pairs are kept. A product with the inverse Hessian then
-    takes two products with one tall matrix.
+    takes two products with one tall matrix, and two small triangular systems, which are solved on the device `solver`.
 
     The object holds memory only. The state is the `Iterate` that `step` takes and returns, so a step that is
     interrupted anywhere can be done again.
     """
 
-    def __init__(self, x: Tensor, precondition: Callable[[Tensor], Tensor], history_size: int = 20):
+    def __init__(
+        self, x: Tensor, precondition: Callable[[Tensor], Tensor], history_size: int = 20, solver: str = "cpu"
+    ):
         self.precondition, self.history_size = precondition, history_size
         self.history = x.new_zeros(2 * history_size, x.numel())  # the s_i, then the preconditioned y_i
+        products = torch.zeros(history_size, history_size, dtype=torch.float64, device=solver)
+        self.unknown = Curvature(torch.zeros(history_size, dtype=torch.int64, device=solver), products, products)
 
     def step(self, iterate: Iterate, evaluate: Callable, relative_tolerance: float = 0.0) -> Iterate | None:
         """One evaluation, at the start or at a trial point; None, without one, when no step lowers the loss.
 
-        evaluate: x -> (list of losses, flat gradient of the first). Pixels at 0 or 1 that the gradient pushes outward
+        evaluate: x -> (losses (k,), flat gradient of the first). Pixels at 0 or 1 that the gradient pushes outward
         stay out of the direction, and the trial point is clamped ([two-metric]), so every point evaluated is an image
         that can be displayed. A step that does not lower the loss is halved. The loss never rises, except by
         `relative_tolerance` for a loss that is not known any better. Raises UserError if the first loss is not finite.
         """
         if iterate.losses is None:
             return begin(iterate, *evaluate(iterate.x))
-        iterate = self.find_direction(self.update(iterate))
-        if iterate is None:
+        iterate, downhill = self.find_direction(self.update(iterate))
+        if not downhill:
             return None
-        trial = (iterate.x + iterate.direction * 0.5**iterate.halvings).clamp(0, 1)
-        return accept(iterate, trial, *evaluate(trial), relative_tolerance)
+        trial = trial_of(iterate)
+        iterate = accept(iterate, trial, *evaluate(trial), relative_tolerance)
+        return iterate if iterate.halvings else iterate._replace(direction=None)  # whose memory the update needs
 
     def update(self, iterate: Iterate) -> Iterate:
         """Take the pending correction pair into the history, in place of the oldest where that is full.
@@ -69,94 +81,131 @@ class ProjectedLBFGS:
         """
         if not iterate.pending:
             return iterate
-        (s, y), slots, size = iterate.pending, iterate.slots, self.history_size
-        if not s @ y > 1e-4 * s.norm() * y.norm():
-            return iterate._replace(pending=())
-        free = [slot for slot in range(size) if slot not in slots]
-        slot, kept = (free[0], slots) if free else (slots[0], slots[1:])
-        self.history[slot], self.history[size + slot] = s, self.precondition(y)
-        products = (self.history @ y).cpu().double().numpy()
-        sy, yy = (np.zeros((size, size)) if m is None else m.copy() for m in (iterate.sy, iterate.yy))
-        sy[:, slot] = products[:size]
-        yy[:, slot] = yy[slot] = products[size:]
-        return iterate._replace(pending=(), slots=(*kept, slot), sy=sy, yy=yy)
+        (s, y), (ages, sy, yy), size = iterate.pending, iterate.curvature or self.unknown, self.history_size
+        curved = s @ y > 1e-4 * s.norm() * y.norm()
+        slot = ages.argmin().view(1)  # not in use, or the oldest
+        row = slot.to(s.device)
+        for vector, rows in ((s, self.history[:size]), (self.precondition(y), self.history[size:])):
+            rows.index_copy_(0, row, torch.where(curved, vector, rows.index_select(0, row)))
+        products, curved = (self.history @ y).to(sy), curved.to(sy.device)
+        of_s, of_y = products.view(2, size, 1)
+        found = ages.index_copy(0, slot, 1 + ages.amax().view(1)), sy.index_copy(1, slot, of_s)
+        found = *found, yy.index_copy(1, slot, of_y).index_copy(0, slot, of_y.T)
+        known = Curvature(*(torch.where(curved, new, old) for new, old in zip(found, (ages, sy, yy))))
+        return iterate._replace(pending=(), curvature=known)
 
-    def find_direction(self, iterate: Iterate) -> Iterate | None:
-        """The iterate with a direction to try; None if nothing is downhill, or all halvings were in vain.
+    def find_direction(self, iterate: Iterate) -> tuple[Iterate, Tensor]:
+        """(the iterate with a direction to try, whether there is one).
 
-        If correction pairs are in use, those are discarded first.
+        There is none if nothing is downhill, or all halvings were in vain. In the second case correction pairs that are
+        in use are discarded first.
         """
-        if iterate.halvings == MAX_HALVINGS:
-            if not iterate.slots:
-                return None
-            iterate = iterate._replace(direction=None, halvings=0, slots=())
-        if iterate.direction is not None:
-            return iterate
-        x, gradient = iterate.x, iterate.gradient
+        x, gradient, (ages, sy, yy) = iterate.x, iterate.gradient, iterate.curvature or self.unknown
+        in_vain = iterate.halvings == MAX_HALVINGS
+        hopeless = in_vain & ~ages.any().to(x.device)
+        ages = torch.where(in_vain.to(ages.device), 0, ages)
+        halvings = torch.where(in_vain, 0, iterate.halvings)
+        iterate = iterate._replace(halvings=halvings, curvature=Curvature(ages, sy, yy))
         free = ~(((x <= 0) & (gradient > 0)) | ((x >= 1) & (gradient < 0)))
         downhill = -gradient * free
-        return iterate._replace(direction=self.matvec(downhill, iterate) * free) if downhill.any() else None
+        direction = self.matvec(downhill, iterate) * free
+        if iterate.direction is not None:
+            direction = torch.where(iterate.halvings > 0, iterate.direction, direction)
+        return iterate._replace(direction=direction), downhill.any() & ~hopeless
 
     def matvec(self, vector: Tensor, iterate: Iterate) -> Tensor:
         """The product of the inverse Hessian with a flat vector.
 
         Without correction pairs, the preconditioned vector scaled to a mean absolute value of 0.02, in pixel values.
         """
-        start, slots = self.precondition(vector), list(iterate.slots)
-        if not slots:
-            return start * (0.02 / start.abs().mean())
-        p, q = (self.history @ vector).view(2, -1)[:, slots].cpu().double().numpy()
-        r, yy = np.triu(iterate.sy[np.ix_(slots, slots)]), iterate.yy[np.ix_(slots, slots)]
+        start, (ages, sy, yy) = self.precondition(vector), iterate.curvature or self.unknown
+        order = ages.argsort()  # those not in use, and then oldest first
+        used = ages[order] > 0
+        p, q = torch.where(used, (self.history @ vector).to(sy).view(2, -1)[:, order], 0)
+        pairs = used & used[:, None]
+        r = torch.where(pairs, sy[order][:, order].triu(), torch.eye(len(order)).to(sy))
+        yy = torch.where(pairs, yy[order][:, order], 0)
         # Unlike [L-BFGS], which scales by the newest pair: by the one that supports the longest step. The newest is as
         # a rule along a steep direction, of which there are few, and would make steps along all the others too short.
-        gamma = max(iterate.sy[k, k] / iterate.yy[k, k] for k in slots)
-        u = np.linalg.solve(r, p)
-        v = np.linalg.solve(r.T, np.diag(r) * u + gamma * (yy @ u - q))
-        weights = np.zeros((2, self.history_size))
-        weights[:, slots] = v, -gamma * u
-        return gamma * start + torch.from_numpy(weights.ravel()).to(vector.dtype).to(vector.device) @ self.history
+        gamma = torch.where(used, r.diagonal() / yy.diagonal(), 0).amax()
+        u = torch.linalg.solve_triangular(r, p[:, None], upper=True)[:, 0]
+        v = torch.linalg.solve_triangular(r.T, (r.diagonal() * u + gamma * (yy @ u - q))[:, None], upper=False)[:, 0]
+        weights = sy.new_zeros(2, len(order)).index_copy(1, order, torch.stack([v, -gamma * u])).flatten().to(vector)
+        gamma = torch.where(gamma.to(vector) > 0, gamma.to(vector), 0.02 / start.abs().mean())
+        return gamma * start + weights @ self.history
 
     def state_dict(self, iterate: Iterate) -> dict:
         """{name: tensor, number or list} of an iterate, without what is None.
 
-        x, gradient: (n,). losses, halvings, slots: as in `Iterate`. s, y: (pairs, n), the correction pairs in these
-        slots, the pending one among them. sy, yy: (pairs, pairs), float64, their inner products.
+        x, gradient: (n,). losses: k numbers. halvings: a number. slots: of the correction pairs in the history, oldest
+        first. s, y: (pairs, n), those pairs, the pending one among them. sy, yy: (pairs, pairs), as in `Curvature`.
         The direction follows from these.
         """
         iterate, size = self.update(iterate), self.history_size
-        slots = list(iterate.slots)
-        state = {name: getattr(iterate, name) for name in ("x", "gradient", "losses", "halvings", "slots")}
+        slots = slots_of(iterate)
+        state = {"x": iterate.x, "gradient": iterate.gradient, "halvings": 0, "slots": slots}
+        if iterate.losses is not None:
+            state |= {"losses": iterate.losses.tolist(), "halvings": iterate.halvings.item()}
         if slots:
-            chosen = np.ix_(slots, slots)
             state |= {"s": self.history[slots], "y": self.history[[size + slot for slot in slots]]}
-            state |= {"sy": torch.from_numpy(iterate.sy[chosen]), "yy": torch.from_numpy(iterate.yy[chosen])}
+            state |= {name: getattr(iterate.curvature, name)[slots][:, slots].cpu() for name in ("sy", "yy")}
         return {name: value for name, value in state.items() if value is not None}
 
     def load_state_dict(self, state: dict) -> Iterate:
         """The iterate of a `state_dict`, whose correction pairs, or the newest of them, are put into the history."""
         size, newest, to = self.history_size, slice(-self.history_size, None), self.history
-        slots, products = list(state["slots"])[newest], np.zeros((2, size, size))
+        slots, (ages, *products) = list(state["slots"])[newest], (part.clone() for part in self.unknown)
         if slots:
             if max(slots) >= size:  # from a longer history
                 slots = list(range(len(slots)))
             to[slots], to[[size + slot for slot in slots]] = state["s"][newest].to(to), state["y"][newest].to(to)
+            ages[slots] = torch.arange(1, 1 + len(slots)).to(ages)
             for matrix, name in zip(products, ("sy", "yy")):
-                matrix[np.ix_(slots, slots)] = state[name][newest, newest].numpy()
+                matrix[torch.tensor(slots)[:, None], slots] = state[name][newest, newest].to(matrix)
         found = {name: state[name].to(to) for name in ("x", "gradient") if name in state}
-        plain = {"losses": state.get("losses"), "halvings": state["halvings"], "slots": tuple(slots)}
-        return Iterate(**found, **plain, sy=products[0], yy=products[1])
+        if "losses" in state:
+            dtypes = {"losses": to.dtype, "halvings": torch.int64}
+            found |= {name: torch.tensor(state[name], dtype=dtypes[name], device=to.device) for name in dtypes}
+        return Iterate(**found, curvature=Curvature(ages, *products))
 
 
-def begin(iterate: Iterate, losses: list, gradient: Tensor) -> Iterate:
+def slots_of(iterate: Iterate) -> list:
+    """The rows of the history that hold the correction pairs in use, oldest first."""
+    if iterate.curvature is None:
+        return []
+    ages = iterate.curvature.ages.tolist()
+    return sorted((slot for slot, age in enumerate(ages) if age), key=ages.__getitem__)
+
+
+def keep_newest(iterate: Iterate, count: int) -> Iterate:
+    """The iterate without all correction pairs but the newest."""
+    if iterate.curvature is None:
+        return iterate
+    ages = iterate.curvature.ages
+    newest = torch.where(ages > 0, (ages - ages.amax() + count).clamp(min=0), 0)
+    return iterate._replace(curvature=iterate.curvature._replace(ages=newest))
+
+
+def begin(iterate: Iterate, losses: Tensor, gradient: Tensor) -> Iterate:
     """The iterate after its first evaluation. Raises UserError if the loss is not finite."""
-    if not math.isfinite(losses[0]):
-        raise UserError(f"the loss of the first image is {losses[0]}: use smaller weights")
-    return iterate._replace(losses=losses, gradient=gradient, direction=None, halvings=0)
+    if not losses[0].isfinite():
+        raise UserError(f"the loss of the first image is {losses[0]:g}: use smaller weights")
+    halvings = torch.zeros((), dtype=torch.int64, device=losses.device)
+    return iterate._replace(losses=losses, gradient=gradient, direction=None, halvings=halvings)
 
 
-def accept(iterate: Iterate, trial: Tensor, losses: list, gradient: Tensor, relative_tolerance: float) -> Iterate:
+def trial_of(iterate: Iterate) -> Tensor:
+    """The point to evaluate next."""
+    return (iterate.x + iterate.direction * 0.5**iterate.halvings).clamp(0, 1)
+
+
+def accept(iterate: Iterate, trial: Tensor, losses: Tensor, gradient: Tensor, relative_tolerance: float) -> Iterate:
     """The iterate after an evaluation at `trial`: there if that lowers the loss, else to try half as far."""
-    if not losses[0] < (1 + relative_tolerance) * iterate.losses[0]:
-        return iterate._replace(halvings=iterate.halvings + 1)
-    moved = iterate._replace(pending=(trial - iterate.x, gradient - iterate.gradient), direction=None, halvings=0)
-    return moved._replace(x=trial, losses=losses, gradient=gradient)
+    accepted = losses[0] < (1 + relative_tolerance) * iterate.losses[0]
+    x, losses, gradient = (
+        torch.where(accepted, new, old)
+        for new, old in zip((trial, losses, gradient), (iterate.x, iterate.losses, iterate.gradient))
+    )
+    halvings = torch.where(accepted, 0, iterate.halvings + 1)
+    pending = x - iterate.x, gradient - iterate.gradient
+    return iterate._replace(x=x, losses=losses, gradient=gradient, halvings=halvings, pending=pending)

@@ -21,7 +21,7 @@ from .memory import budget_of, divide_budget, fitting, keep_freed_memory
 from .modes import default_modes
 from .network import check_network, cut_network, first_kernels, load_vgg19
 from .objective import Task, least_memory, objective_of, tiles_of
-from .optimiser import Iterate, ProjectedLBFGS, begin
+from .optimiser import Iterate, ProjectedLBFGS, begin, keep_newest
 from .prior import PRIOR_WEIGHTS, draw_noise, enlarge, enlarge_change, spectral_preconditioner
 from .scales import EVALUATIONS, LARGE, limit_evaluations, plan_scales
 from .tiles import all_reduce_min, largest_window, world_size
@@ -220,9 +220,9 @@ class Run:
         iterate = optimiser.step(state.iterate, evaluate, RELATIVE_TOLERANCE[precision])
         if iterate is None:
             return None
-        if state.step is None or iterate.losses[0] < state.step.total:
-            image, step = iterate.x.view(1, 3, *scale), Step(scale, precision, *iterate.losses)
-            state = state._replace(image=image, step=step, gradient=iterate.gradient)
+        step = Step(scale, precision, *iterate.losses.tolist())
+        if state.step is None or step.total < state.step.total:
+            state = state._replace(image=iterate.x.view(1, 3, *scale), step=step, gradient=iterate.gradient)
         return self._count(state, iterate=iterate, window=state.window.extend(state.image, state.step.total))
 
     def _begin_scale(self):
@@ -244,18 +244,18 @@ class Run:
         state, precision, optimiser = self._state, self.precisions[-1], self._optimiser(self.scales[0])
         x, iterate = state.image.flatten(), optimiser.update(state.iterate)
         losses, gradient = self._evaluate(precision, x)
-        step = Step(self.scales[0], precision, *losses)
+        step = Step(self.scales[0], precision, *losses.tolist())
         cosine = gradient_cosine(state.gradient, gradient, optimiser.precondition)
         if cosine >= COSINE:
             self._count(state, stage="fine" if state.stage == "rough" else "done", window=Window())
         else:
-            iterate = begin(iterate._replace(x=x, slots=iterate.slots[-KEPT:]), losses, gradient)
+            iterate = begin(keep_newest(iterate, KEPT)._replace(x=x), losses, gradient)
             state = state._replace(iterate=iterate, step=step, gradient=gradient)
             self._count(state, stage="fine", precision=precision, window=Window())
         return step
 
     def _evaluate(self, precision, x):
-        """(list of losses, flat gradient of the first) at a flat image."""
+        """(losses, flat gradient of the first) at a flat image."""
         return self._evaluator(precision)[1](x, self._weights)
 
     def _network(self, precision):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from quadratics import coupled, evaluation, projected_solution, quadratic
 
-from nst_engine.optimiser import MAX_HALVINGS, Iterate, ProjectedLBFGS, accept, begin
+from nst_engine.optimiser import MAX_HALVINGS, Iterate, ProjectedLBFGS, accept, begin, keep_newest, slots_of, trial_of
 
 SCALES = torch.linspace(0.5, 2, 27)
 
@@ -49,7 +49,7 @@ def test_a_coupled_quadratic_reaches_the_projected_solution(history_size, precon
     iterates = descend(quadratic(matrix, target, seen), start, 300, precondition, history_size)
     torch.testing.assert_close(iterates[-1].x.double(), solution, atol=5e-3, rtol=0)
     gap = solution - target.double()
-    assert iterates[-1].losses[0] == pytest.approx((gap @ matrix.double() @ gap).item(), rel=1e-4)
+    assert iterates[-1].losses[0].item() == pytest.approx((gap @ matrix.double() @ gap).item(), rel=1e-4)
     assert never_rises(iterates)
     assert all(0 <= image.min() and image.max() <= 1 for image in seen)  # false for NaN as well
     assert torch.equal(start, before)
@@ -60,7 +60,7 @@ def test_pixels_pushed_out_of_range_stay_at_their_bound():
     matrix, target = coupled()
     seen, held = [], 0
     for (x, losses, gradient, *_), trial in zip(descend(quadratic(matrix, target, seen), even(0.5), 60), seen[1:]):
-        assert quadratic(matrix, target)(x).tolist() == losses
+        assert torch.equal(quadratic(matrix, target)(x), losses)
         torch.testing.assert_close(gradient, 2 * matrix @ (x - target), atol=1e-4, rtol=1e-4)
         blocked = ((x <= 0) & (gradient > 1e-4)) | ((x >= 1) & (gradient < -1e-4))
         assert torch.equal(trial[blocked], x[blocked])
@@ -78,7 +78,7 @@ def test_refused_steps_are_halved_then_the_correction_pairs_are_discarded_then_t
 
     iterates = descend(objective, even(0.5), 100)
     assert len(iterates) == len(seen) == 6 + 2 * MAX_HALVINGS
-    assert iterates[6].slots and not iterates[-1].slots and never_rises(iterates)
+    assert slots_of(iterates[6]) and not slots_of(iterates[-1]) and never_rises(iterates)
     assert torch.equal(iterates[-1].x, seen[5])
     for trials in (seen[6 : 6 + MAX_HALVINGS], seen[6 + MAX_HALVINGS :]):
         steps = torch.stack(trials)[:, (trials[0] > 0) & (trials[0] < 1)] - seen[5][(trials[0] > 0) & (trials[0] < 1)]
@@ -104,9 +104,12 @@ def test_nan_after_the_first_evaluation_leaves_the_image_alone():
     "loss, tolerance, accepted", [(2.0, 0.0, False), (2.01, 0.01, True), (2.03, 0.01, False), (math.nan, 0.01, False)]
 )
 def test_a_loss_may_rise_by_its_relative_tolerance(loss, tolerance, accepted):
-    before = begin(Iterate(even(0.5)), [2.0, 7.0], even(1.0))._replace(direction=even(-0.25), halvings=1)
-    after = accept(before, even(0.375), [loss, 6.0], even(0.5), tolerance)
-    assert (after.losses, after.halvings) == (([loss, 6.0], 0) if accepted else ([2.0, 7.0], 2))
+    before = begin(Iterate(even(0.5)), torch.tensor([2.0, 7.0]), even(1.0))
+    before = before._replace(direction=even(-0.25), halvings=torch.tensor(1))
+    after = accept(before, even(0.375), torch.tensor([loss, 6.0]), even(0.5), tolerance)
+    expected = ([loss, 6.0], 0, -0.125, -0.5) if accepted else ([2.0, 7.0], 2, 0.0, 0.0)
+    assert after.losses.tolist() == pytest.approx(expected[0]) and after.halvings == expected[1]
+    assert all(torch.equal(*both) for both in zip(after.pending, map(even, expected[2:])))
     assert torch.equal(after.x, even(0.375 if accepted else 0.5))
 
 
@@ -130,33 +133,128 @@ def test_a_pair_of_hardly_any_curvature_is_dropped_and_a_full_history_loses_its_
     one, other = torch.eye(27)[:2]
     for cosine in (0.5e-4, 2e-4, 2e-4, 0.0, 2e-4):
         found = updated(optimiser, [(one / scale, scale * (cosine * one + other))], found)
-        used.append(len(found.slots))
+        used.append(len(slots_of(found)))
     assert used == [0, 1, 2, 2, 2]
 
 
 def test_an_infinite_first_loss_is_named(refuses):
     with refuses("the loss of the first image is inf"):
-        begin(Iterate(even(0.5)), [math.inf, 7.0], even(1.0))
+        begin(Iterate(even(0.5)), torch.tensor([math.inf, 7.0]), even(1.0))
+
+
+def two_loops(vector, pairs, scales):
+    """The inverse Hessian times a vector (Nocedal & Wright, algorithm 7.4), preconditioned by `scales`."""
+    if not pairs:
+        return 0.02 * scales * vector / (scales * vector).abs().mean()
+    q, alphas = vector.clone(), []
+    for s, y in reversed(pairs):
+        alphas.append((s @ q) / (s @ y))
+        q = q - alphas[-1] * y
+    r = max((s @ y) / (y @ (scales * y)) for s, y in pairs) * scales * q
+    for (s, y), alpha in zip(pairs, reversed(alphas)):
+        r = r + s * (alpha - (y @ r) / (s @ y))
+    return r
 
 
 def test_l_bfgs_equals_the_textbook_recursion():
-    """The compact form gives the direction of the two-loop recursion (Nocedal & Wright, algorithm 7.4)."""
-    gradient = torch.randn(27, generator=torch.Generator().manual_seed(1))
-    optimiser, pairs = ProjectedLBFGS(gradient, SCALES.mul, history_size=5), drawn_pairs(9)
-    first = SCALES * gradient
-    torch.testing.assert_close(optimiser.matvec(gradient, Iterate(gradient)), 0.02 * first / first.abs().mean())
-    iterate = updated(optimiser, pairs)  # more than the history holds
-    iterate = updated(optimiser, [(pairs[3, 0], -pairs[3, 1])], iterate)  # one of negative curvature, which is dropped
-    assert iterate.pending == ()
+    """In its compact form; before there is a pair, with fewer than the history holds, and with more."""
+    scales, vector = SCALES.double(), torch.randn(27, generator=torch.Generator().manual_seed(1)).double()
+    optimiser, pairs, iterate = ProjectedLBFGS(vector, scales.mul, history_size=5), drawn_pairs(9).double(), None
+    for count in range(10):
+        if count:
+            iterate = updated(optimiser, pairs[count - 1 : count], iterate)
+        found = optimiser.matvec(vector, iterate or Iterate(vector))
+        expected = two_loops(vector, [*pairs[max(0, count - 5) : count]], scales)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    dropped = updated(optimiser, [(pairs[3, 0], -pairs[3, 1])], iterate)  # of negative curvature
+    assert dropped.pending == () and torch.equal(optimiser.matvec(vector, dropped), found)
+    newest = optimiser.matvec(vector, keep_newest(iterate, 2))
+    torch.testing.assert_close(newest, two_loops(vector, [*pairs[-2:]], scales), rtol=1e-9, atol=1e-12)
+    one = updated(optimiser, pairs[:1])
+    assert slots_of(keep_newest(one, 2)) == slots_of(one) == [0] and keep_newest(Iterate(vector), 2).curvature is None
 
-    q, alphas = gradient.clone(), []
-    for s, y in pairs[-5:].flip(0):
-        alphas.append((s @ q) / (s @ y))
-        q -= alphas[-1] * y
-    r = max((s @ y) / (y @ (SCALES * y)) for s, y in pairs[-5:]) * SCALES * q
-    for (s, y), alpha in zip(pairs[-5:], reversed(alphas)):
-        r += s * (alpha - (y @ r) / (s @ y))
-    torch.testing.assert_close(optimiser.matvec(gradient, iterate), r, rtol=1e-3, atol=1e-4)
+
+def by_the_host(objective, x, most, scales, history_size):
+    """(image, loss) after each evaluation of the same descent, written with branches and lists."""
+
+    def evaluate(x):
+        image = x.clone().requires_grad_()
+        loss = objective(image)[0]
+        return loss.item(), torch.autograd.grad(loss, image)[0]
+
+    (loss, gradient), pairs, halvings, found = evaluate(x), [], 0, []
+    while len(found) < most:
+        found.append((x, loss))
+        if halvings == MAX_HALVINGS:
+            if not pairs:
+                break
+            pairs, halvings = [], 0
+        if not halvings:
+            free = ~(((x <= 0) & (gradient > 0)) | ((x >= 1) & (gradient < 0)))
+            direction = two_loops(-gradient * free, pairs, scales) * free
+        trial = (x + direction / 2**halvings).clamp(0, 1)
+        new_loss, new_gradient = evaluate(trial)
+        halvings += 1
+        if new_loss < loss:
+            s, y = trial - x, new_gradient - gradient
+            if s @ y > 1e-4 * s.norm() * y.norm():
+                pairs = [*pairs, (s, y)][-history_size:]
+            x, loss, gradient, halvings = trial, new_loss, new_gradient, 0
+    return found
+
+
+def plain(image, count):
+    return 0.0
+
+
+def refusing(image, count):
+    return math.nan if 7 * image.sum() % 1 < 0.4 else 0.0
+
+
+def closing(image, count):
+    """From the ninth evaluation on, none is lower."""
+    return 1e6 * (count >= 9)
+
+
+@pytest.mark.parametrize("history_size", [3, 20])
+@pytest.mark.parametrize("more, least, most", [(plain, 0, 3), (refusing, 15, 25), (closing, 16, 17)])
+def test_a_descent_without_branches_is_that_with_branches(more, least, most, history_size):
+    """In float64, to 1e-9. Rounding grows, so for thirty evaluations; least, most: how many refuse the step."""
+    matrix, target = (part.double() for part in coupled(seed=2))
+    counts = itertools.count(), itertools.count()
+
+    def objective(image, count):
+        return quadratic(matrix, target)(image) + more(image.detach(), next(count))
+
+    def evaluate(x):
+        image = x.clone().requires_grad_()
+        losses = objective(image, counts[0])
+        return losses.detach(), torch.autograd.grad(losses[0], image)[0]
+
+    scales, start = SCALES.double(), torch.full((27,), 0.5, dtype=torch.float64)
+    optimiser, iterate, halved = ProjectedLBFGS(start, scales.mul, history_size), Iterate(start), 0
+    expected = by_the_host(lambda image: objective(image, counts[1]), start, 30, scales, history_size)
+    for x, loss in expected:
+        iterate = optimiser.step(iterate, evaluate)
+        torch.testing.assert_close(iterate.x, x, rtol=1e-9, atol=1e-9)
+        assert iterate.losses[0].item() == pytest.approx(loss, rel=1e-9)
+        halved += (iterate.halvings > 0).item()
+    assert least <= halved <= most
+    assert (len(expected) < 30) is (optimiser.step(iterate, evaluate) is None) is (more is closing)
+
+
+def test_between_two_evaluations_no_value_is_asked_for():
+    """So a GPU need not wait, and a CUDA graph can hold it: the device "meta" has no values, and refuses."""
+    x = torch.empty(27, device="meta")
+    optimiser = ProjectedLBFGS(x, torch.empty(27, device="meta").mul, 3, "meta")
+    losses, halvings = torch.empty(2, device="meta"), torch.empty((), dtype=torch.int64, device="meta")
+    iterate = Iterate(x, losses, x, x, halvings, (x, x))
+    for _ in range(2):
+        found, downhill = optimiser.find_direction(optimiser.update(iterate))
+        iterate = accept(found, trial_of(found), losses, x, 0.0)
+        assert iterate.x.shape == (27,) and iterate.curvature.sy.shape == (3, 3) and downhill.shape == ()
+    with pytest.raises(RuntimeError, match="meta"):
+        bool(downhill)
 
 
 def test_correction_pairs_serve_the_next_objective():
@@ -169,7 +267,7 @@ def test_correction_pairs_serve_the_next_objective():
         return steps(optimiser.step(iterate, evaluate), count - 1) if count else iterate
 
     warm = steps(Iterate(even(0.5)), 6)
-    warm = begin(warm._replace(direction=even(1.0), halvings=3), *evaluate(warm.x))
+    warm = begin(warm._replace(direction=even(1.0), halvings=torch.tensor(3)), *evaluate(warm.x))
     assert warm.direction is None and warm.halvings == 0
     warm_loss, cold_loss = steps(warm, 5).losses[0], steps(Iterate(warm.x), 6).losses[0]
     assert warm_loss - best < 0.5 * (cold_loss - best)
@@ -207,25 +305,29 @@ def test_a_step_can_be_done_again_where_it_was_interrupted_or_elsewhere_from_wha
             except KeyboardInterrupt:
                 pass
 
-    plain, evaluate = descend(striped, even(0.5), 30, SCALES.mul, 3), evaluation(striped, torch.zeros(1, 3, 3, 3))
+    undisturbed, evaluate = (
+        descend(striped, even(0.5), 30, SCALES.mul, 3),
+        evaluation(striped, torch.zeros(1, 3, 3, 3)),
+    )
     optimiser, other = (ProjectedLBFGS(SCALES, each, 3) for each in (interrupting(SCALES.mul), SCALES.mul))
     iterate, again = Iterate(even(0.5)), interrupting(evaluate)
-    for expected in plain:
+    for expected in undisturbed:
         stored = insist(lambda iterate=iterate: optimiser.state_dict(iterate))
         elsewhere = other.step(other.load_state_dict(stored), evaluate)
         insist(lambda iterate=iterate: optimiser.update(iterate))  # and what it returns is lost
         found = insist(lambda iterate=iterate: optimiser.step(iterate, again))
         for iterate in (elsewhere, found):
-            assert torch.equal(iterate.x, expected.x) and iterate[1] == expected[1] and iterate[4] == expected[4]
-            assert iterate.slots == expected.slots
-    assert len(interrupted) == 2 and {(0, 3), (1, 3)} <= {(iterate.halvings, len(iterate.slots)) for iterate in plain}
+            assert all(torch.equal(iterate[k], expected[k]) for k in (0, 1, 2, 4))
+            assert slots_of(iterate) == slots_of(expected)
+    found = {(iterate.halvings.item(), len(slots_of(iterate))) for iterate in undisturbed}
+    assert len(interrupted) == 2 and {(0, 3), (1, 3)} <= found
 
 
 def test_nan_now_and_then_is_stepped_around_and_the_correction_pair_is_of_the_step_that_was_taken():
     """Halved and clamped, if it was."""
     iterates, best = descend(striped, even(0.5), 40), quadratic(*coupled())(projected_solution(*coupled()).float())
-    assert iterates[-1].losses[0] == pytest.approx(best[0].item(), rel=1e-4)
-    taken = [(before, after) for before, after in itertools.pairwise(iterates[:30]) if after.pending]
+    assert iterates[-1].losses[0].item() == pytest.approx(best[0].item(), rel=1e-4)
+    taken = [(before, after) for before, after in itertools.pairwise(iterates[:30]) if not after.halvings]
     assert any(before.halvings and (after.x % 1 == 0).any() for before, after in taken)
     for before, after in taken:
         assert torch.equal(after.pending[0], after.x - before.x)
