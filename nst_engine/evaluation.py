@@ -1,4 +1,7 @@
-"""Losses and gradient of an objective: in which precision, on how many threads, on NVIDIA GPUs as a CUDA graph."""
+"""Losses and gradient of an objective: in which precision, on how many threads, on NVIDIA GPUs as a CUDA graph.
+
+[mixed] Micikevicius et al. 2018, Mixed Precision Training
+"""
 
 import contextlib
 import functools
@@ -12,20 +15,22 @@ from torch import Tensor
 from .errors import UserError
 from .tiles import Objective, losses_and_gradient
 
-RELATIVE_TOLERANCE = {"float32": 0.0, "bfloat16": 0.01}  # how well a loss is known in this precision
+RELATIVE_TOLERANCE = {"float32": 0.0, "bfloat16": 0.01, "float16": 0.002}  # how well a loss is known in it
 SMALL = 10_000  # pixels: fewer are evaluated on one thread
-REPLAY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}  # how far a replay may be from the run that was captured
+REPLAY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.01}  # how far a replay may be from what it repeats
+SCALE = 2.0**16  # of derivatives in float16, which has no number between 0 and 6e-8 [mixed]
 
 
 def pick_precisions(device: torch.device, precision: str | None = None) -> tuple[str, ...]:
     """The network's precisions one after another: (`precision`,), or what is best on `device`.
 
     bfloat16, where the hardware multiplies it (NVIDIA GPUs from Ampere on, CPUs with AMX or AVX512-BF16), takes half
-    the time; where its rounding hides the progress that is left, float32 takes over. Elsewhere float32 alone.
+    the time; where its rounding hides the progress that is left, float32 takes over. Elsewhere float32 alone. float16
+    is not chosen by itself: meant for NVIDIA's Volta and Turing, it has been tried on processors alone.
     """
     if precision is not None:
         if precision not in [*RELATIVE_TOLERANCE]:
-            raise UserError(f"unknown precision {precision!r}: use 'bfloat16' or 'float32'")
+            raise UserError(f"unknown precision {precision!r}: use 'bfloat16', 'float16' or 'float32'")
         return (precision,)
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
@@ -40,10 +45,12 @@ def evaluator(objective: Objective, image: Tensor, count: int, precision: str = 
     """The function: flat image (3 H W,), weights -> (losses (k,), flat gradient of the first).
 
     objective: an `Objective`, computed in `precision`. Only images of `image`'s shape and device fit, and tensors of
-    `count` weights. Both are copied to where a CUDA graph reads them, so other weights need no other graph.
+    `count` weights. Both are copied to where a CUDA graph reads them, so other weights need no other graph. In float16
+    derivatives are scaled up; where that is too much for it, the scale is halved, from then on.
     """
     place, present = image.detach().clone(), image.new_ones(count)
-    run = functools.partial(losses_and_gradient, objective, place, present)
+    scale = image.new_tensor(SCALE if precision == "float16" else 1.0)
+    run = functools.partial(losses_and_gradient, objective, place, present, scale)
     replay = capture(run, image.device, REPLAY_TOLERANCE[precision])
 
     def evaluate(x, weights):
@@ -51,6 +58,9 @@ def evaluator(objective: Objective, image: Tensor, count: int, precision: str = 
         present.copy_(weights)
         with one_thread(place[0, 0].numel() < SMALL and not place.is_cuda):
             losses, gradient = replay()
+            while precision == "float16" and losses[0].isfinite() and scale > 0 and not gradient.isfinite().all():
+                scale.mul_(0.5)
+                losses, gradient = replay()
         return losses.clone(), gradient.flatten().clone()  # a replay overwrites its outputs
 
     return evaluate

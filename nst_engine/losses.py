@@ -44,7 +44,11 @@ class _GramSum(torch.autograd.Function):
 def products(feature_map: Tensor) -> Tensor:
     """F F^T, (C, C), of the (C, h w) rows F of a feature map (1, C, h, w)."""
     rows = feature_map.flatten(2).squeeze(0)
-    return (rows @ rows.T).to(_at_least_float32(rows))
+    if rows.dtype != torch.float16:
+        return (rows @ rows.T).to(_at_least_float32(rows))
+    if rows.is_cuda:  # float16 ends at 65,504, where sums over an image do not
+        return torch.mm(rows, rows.T, out_dtype=torch.float32)
+    return rows.float() @ rows.float().T
 
 
 def zero_halo(x: Tensor, halo: Iterable) -> Tensor:

@@ -79,7 +79,7 @@ def check_network(vgg) -> None:
 
 
 def cut_network(vgg: nn.Sequential, last: str, device: torch.device, precision: str) -> nn.Sequential:
-    """A copy of `vgg` that ends with the layer `last`, on `device`, in "float32", "bfloat16" or "float64".
+    """A copy of `vgg` that ends with the layer `last`, on `device`, in "float32", "bfloat16", "float16" or "float64".
 
     In memory by pixels ("channels last"), which is faster except on Apple's GPUs.
     """

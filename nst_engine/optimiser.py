@@ -32,7 +32,6 @@ class Iterate(NamedTuple):
     x: Tensor  # flat, (n,), values in [0, 1]
     losses: Tensor | None = None  # at x, (k,), the first of which is minimised; None before the first evaluation
     gradient: Tensor | None = None  # of the first loss at x
-    direction: Tensor | None = None  # of the trial step; found anew where that has not been halved yet
     halvings: Tensor | None = None  # how often the trial step has been halved, ()
     pending: tuple = ()  # the newest correction pair (s, y), not yet in the history; zeros where x has stayed
     curvature: Curvature | None = None  # None before the first correction pair
@@ -67,12 +66,8 @@ class ProjectedLBFGS:
         """
         if iterate.losses is None:
             return begin(iterate, *evaluate(iterate.x))
-        iterate, downhill = self.find_direction(self.update(iterate))
-        if not downhill:
-            return None
-        trial = trial_of(iterate)
-        iterate = accept(iterate, trial, *evaluate(trial), relative_tolerance)
-        return iterate if iterate.halvings else iterate._replace(direction=None)  # whose memory the update needs
+        iterate, trial, downhill = self.propose(self.update(iterate))
+        return accept(iterate, trial, *evaluate(trial), relative_tolerance) if downhill else None
 
     def update(self, iterate: Iterate) -> Iterate:
         """Take the pending correction pair into the history, in place of the oldest where that is full.
@@ -94,11 +89,11 @@ class ProjectedLBFGS:
         known = Curvature(*(torch.where(curved, new, old) for new, old in zip(found, (ages, sy, yy))))
         return iterate._replace(pending=(), curvature=known)
 
-    def find_direction(self, iterate: Iterate) -> tuple[Iterate, Tensor]:
-        """(the iterate with a direction to try, whether there is one).
+    def propose(self, iterate: Iterate) -> tuple[Iterate, Tensor, Tensor]:
+        """(the iterate, the point to evaluate next, whether it may lower the loss).
 
-        There is none if nothing is downhill, or all halvings were in vain. In the second case correction pairs that are
-        in use are discarded first.
+        It cannot if nothing is downhill, or all halvings were in vain. In the second case correction pairs that are in
+        use are discarded first. A step that is halved keeps its direction, which follows from image and history.
         """
         x, gradient, (ages, sy, yy) = iterate.x, iterate.gradient, iterate.curvature or self.unknown
         in_vain = iterate.halvings == MAX_HALVINGS
@@ -109,9 +104,7 @@ class ProjectedLBFGS:
         free = ~(((x <= 0) & (gradient > 0)) | ((x >= 1) & (gradient < 0)))
         downhill = -gradient * free
         direction = self.matvec(downhill, iterate) * free
-        if iterate.direction is not None:
-            direction = torch.where(iterate.halvings > 0, iterate.direction, direction)
-        return iterate._replace(direction=direction), downhill.any() & ~hopeless
+        return iterate, (x + direction * 0.5**halvings).clamp(0, 1), downhill.any() & ~hopeless
 
     def matvec(self, vector: Tensor, iterate: Iterate) -> Tensor:
         """The product of the inverse Hessian with a flat vector.
@@ -123,7 +116,7 @@ class ProjectedLBFGS:
         used = ages[order] > 0
         p, q = torch.where(used, (self.history @ vector).to(sy).view(2, -1)[:, order], 0)
         pairs = used & used[:, None]
-        r = torch.where(pairs, sy[order][:, order].triu(), torch.eye(len(order)).to(sy))
+        r = torch.where(pairs, sy[order][:, order], torch.eye(len(order)).to(sy))
         yy = torch.where(pairs, yy[order][:, order], 0)
         # Unlike [L-BFGS], which scales by the newest pair: by the one that supports the longest step. The newest is as
         # a rule along a steep direction, of which there are few, and would make steps along all the others too short.
@@ -139,7 +132,6 @@ class ProjectedLBFGS:
 
         x, gradient: (n,). losses: k numbers. halvings: a number. slots: of the correction pairs in the history, oldest
         first. s, y: (pairs, n), those pairs, the pending one among them. sy, yy: (pairs, pairs), as in `Curvature`.
-        The direction follows from these.
         """
         iterate, size = self.update(iterate), self.history_size
         slots = slots_of(iterate)
@@ -191,12 +183,7 @@ def begin(iterate: Iterate, losses: Tensor, gradient: Tensor) -> Iterate:
     if not losses[0].isfinite():
         raise UserError(f"the loss of the first image is {losses[0]:g}: use smaller weights")
     halvings = torch.zeros((), dtype=torch.int64, device=losses.device)
-    return iterate._replace(losses=losses, gradient=gradient, direction=None, halvings=halvings)
-
-
-def trial_of(iterate: Iterate) -> Tensor:
-    """The point to evaluate next."""
-    return (iterate.x + iterate.direction * 0.5**iterate.halvings).clamp(0, 1)
+    return iterate._replace(losses=losses, gradient=gradient, halvings=halvings)
 
 
 def accept(iterate: Iterate, trial: Tensor, losses: Tensor, gradient: Tensor, relative_tolerance: float) -> Iterate:

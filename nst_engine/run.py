@@ -66,8 +66,8 @@ class Run:
     when ten of them lower the loss by less than 0.5 %, or nobody sees what they change (convergence.py). A scale of
     more than 512 x 1024 pixels has fewer. Coarse scales come first unless `coarse_to_fine` is False; from an image,
     only those of 512 pixels and more.
-    vgg: from `load_vgg19`, which is the default. precision: "float32" or "bfloat16"; by default bfloat16 where that is
-    fast, and float32 from where rounding would stop it.
+    vgg: from `load_vgg19`, which is the default. precision: "float32", "bfloat16" or "float16"; by default bfloat16
+    where that is fast, and float32 from where rounding would stop it.
     memory: GiB that the process may take on the device, by default what is free. An image too large for it is evaluated
     in tiles: the same losses, in up to 1.6 times the time.
     Raises UserError for bad input, and for a size that the device has no memory for.

@@ -120,8 +120,13 @@ def sum_statistics(statistics: Callable[[Tile], list[Tensor]], tiles: Sequence[T
     return all_reduce_sum(total)
 
 
-def losses_and_gradient(objective: Objective, image: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """(losses, gradient of the first) of an `Objective` at an image (1, 3, H, W), in the two passes."""
+def losses_and_gradient(
+    objective: Objective, image: Tensor, weights: Tensor, scale: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """(losses, gradient of the first) of an `Objective` at an image (1, 3, H, W), in the two passes.
+
+    scale: a power of two, by which the derivatives are multiplied on their way back through the network.
+    """
     kept = {}
     # The passes and the optimiser want blocks of other sizes, for which what is freed leaves gaps. Where many graphs
     # are kept there is memory to spare, and to have its pages cleared by the system again would take longer.
@@ -144,14 +149,14 @@ def losses_and_gradient(objective: Objective, image: Tensor, weights: Tensor) ->
         release_freed_memory()
     with torch.enable_grad():
         losses = objective.losses(statistics, weights)
-    derivatives = torch.autograd.grad(losses[0], statistics)
+    derivatives = [scale * derivative for derivative in torch.autograd.grad(losses[0], statistics)]
     gradient = torch.zeros_like(image)
     for tile in tiles_of_rank(objective.tiles):
         part, found = kept.pop(tile) if tile in kept else look(tile, True)
         gradient[tile.window] += torch.autograd.grad(found, part, derivatives)[0]
     if scarce:
         release_freed_memory()
-    return losses.detach(), all_reduce_sum([gradient])[0]
+    return losses.detach(), all_reduce_sum([gradient])[0].div_(scale)
 
 
 # --- Several processes ---------------------------------------------------------------------------

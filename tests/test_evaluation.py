@@ -9,6 +9,8 @@ import torch
 from quadratics import coupled, evaluation, quadratic, whole
 
 import nst_engine.evaluation
+import nst_utils as nst
+from nst_engine.checks import as_task
 from nst_engine.evaluation import capture, evaluator, pick_precisions
 from nst_engine.network import cut_network
 from nst_engine.objective import Task, objective_of
@@ -222,13 +224,63 @@ def test_a_replayed_graph_gives_the_losses_and_gradient_of_the_cpu(vgg, content,
         evaluate = evaluator(objective, image, 7)
         evaluate(image.flatten(), torch.ones(7))
         losses, gradient = evaluate(image.flatten() * 0.5, task.weights)
-        found.append((torch.tensor(losses), gradient.cpu()))
+        found.append((losses.cpu(), gradient.cpu()))
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(found[1][1], found[0][1], rtol=2e-2, atol=0.01 * found[0][1].abs().max().item())
 
 
+CASES = [  # (content weight, style weight): as usual; derivatives too small for float16, and much too large
+    (1.0, 1e4), (1e-3, 1.0), (1.0, 1e9),
+]  # fmt: skip
+
+
+def in_precision(vgg, task, image, precision):
+    """(losses, gradient, how often the network was run) of two evaluations, the second elsewhere."""
+    network, runs = cut_network(vgg, "conv3_1", torch.device("cpu"), precision), []
+    objective = objective_of(network, task, tuple(image.shape[-2:]), math.inf)
+    network.conv1_1.register_forward_hook(lambda *_: runs.append(1))
+    evaluate, found = evaluator(objective, image, len(task.weights), precision), []
+    for x in (image.flatten(), 1 - image.flatten()):
+        runs.clear()
+        found.append((*evaluate(x.clamp(min=0), task.weights), len(runs)))
+    return found
+
+
+@pytest.mark.parametrize("weights", CASES)
+def test_float16_gives_the_losses_and_gradient_of_float32(weights, vgg, picture):
+    """Its range is from 6e-8 to 65,504: sums for Gram matrices are in float32, and derivatives scaled."""
+    content, style, image = picture(40, 48), picture(26, 24, seed=1), picture(40, 48, seed=2)
+    task = as_task(Task(content, style, ("conv1_2",), FIRST_FIVE, *weights))
+    assert (nst.features(vgg, image, "conv1_2")["conv1_2"].square().sum((2, 3)) > 65504).any()
+    expected, found = (in_precision(vgg, task, image, precision) for precision in ("float32", "float16"))
+    for (losses, gradient, runs), (losses_16, gradient_16, _) in zip(expected, found):
+        torch.testing.assert_close(losses_16, losses, rtol=3e-3, atol=0)
+        assert torch.cosine_similarity(gradient_16, gradient, dim=0) > 0.999
+        assert gradient_16.norm() / gradient.norm() == pytest.approx(1, rel=0.01) and runs == 1
+    assert [runs > 1 for *_, runs in found] == [weights != CASES[1], False]  # a scale is found once
+
+
+def test_a_loss_that_is_not_finite_in_float16_is_no_matter_of_scale(vgg, picture):
+    """The step to it is refused, and the next is evaluated once."""
+    task = as_task(Task(picture(24, 28), None, ("conv1_2",)))
+    (losses, _, runs), (_, gradient, again) = in_precision(vgg, task, torch.full((1, 3, 24, 28), 1e5), "float16")
+    assert losses[0].isnan() and runs == again == 1 and gradient.isfinite().all()
+
+
+def test_a_run_in_float16_ends_as_one_in_float32(vgg, picture):
+    task = Task(picture(24, 28), picture(26, 24, seed=1), ("conv1_2",), FIRST_FIVE)
+    ends = []
+    for precision in ("float32", "float16"):
+        run = Run(task, init="content", vgg=vgg, precision=precision, evaluations=40)
+        while step := run.step():
+            last = step
+        ends.append(last)
+    assert ends[1].total == pytest.approx(ends[0].total, rel=0.01) and ends[1] != ends[0]
+
+
 def test_precision_is_chosen_by_the_machine():
     cpu = torch.device("cpu")
+    assert pick_precisions(cpu, "float16") == ("float16",)
     assert pick_precisions(cpu) in (("float32",), ("bfloat16", "float32"))
     assert pick_precisions(cpu, "float32") == ("float32",)
     assert pick_precisions(cpu, "bfloat16") == ("bfloat16",)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from quadratics import coupled, evaluation, projected_solution, quadratic
 
-from nst_engine.optimiser import MAX_HALVINGS, Iterate, ProjectedLBFGS, accept, begin, keep_newest, slots_of, trial_of
+from nst_engine.optimiser import MAX_HALVINGS, Iterate, ProjectedLBFGS, accept, begin, keep_newest, slots_of
 
 SCALES = torch.linspace(0.5, 2, 27)
 
@@ -105,7 +105,7 @@ def test_nan_after_the_first_evaluation_leaves_the_image_alone():
 )
 def test_a_loss_may_rise_by_its_relative_tolerance(loss, tolerance, accepted):
     before = begin(Iterate(even(0.5)), torch.tensor([2.0, 7.0]), even(1.0))
-    before = before._replace(direction=even(-0.25), halvings=torch.tensor(1))
+    before = before._replace(halvings=torch.tensor(1))
     after = accept(before, even(0.375), torch.tensor([loss, 6.0]), even(0.5), tolerance)
     expected = ([loss, 6.0], 0, -0.125, -0.5) if accepted else ([2.0, 7.0], 2, 0.0, 0.0)
     assert after.losses.tolist() == pytest.approx(expected[0]) and after.halvings == expected[1]
@@ -248,10 +248,10 @@ def test_between_two_evaluations_no_value_is_asked_for():
     x = torch.empty(27, device="meta")
     optimiser = ProjectedLBFGS(x, torch.empty(27, device="meta").mul, 3, "meta")
     losses, halvings = torch.empty(2, device="meta"), torch.empty((), dtype=torch.int64, device="meta")
-    iterate = Iterate(x, losses, x, x, halvings, (x, x))
+    iterate = Iterate(x, losses, x, halvings, (x, x))
     for _ in range(2):
-        found, downhill = optimiser.find_direction(optimiser.update(iterate))
-        iterate = accept(found, trial_of(found), losses, x, 0.0)
+        found, trial, downhill = optimiser.propose(optimiser.update(iterate))
+        iterate = accept(found, trial, losses, x, 0.0)
         assert iterate.x.shape == (27,) and iterate.curvature.sy.shape == (3, 3) and downhill.shape == ()
     with pytest.raises(RuntimeError, match="meta"):
         bool(downhill)
@@ -267,8 +267,8 @@ def test_correction_pairs_serve_the_next_objective():
         return steps(optimiser.step(iterate, evaluate), count - 1) if count else iterate
 
     warm = steps(Iterate(even(0.5)), 6)
-    warm = begin(warm._replace(direction=even(1.0), halvings=torch.tensor(3)), *evaluate(warm.x))
-    assert warm.direction is None and warm.halvings == 0
+    warm = begin(warm._replace(halvings=torch.tensor(3)), *evaluate(warm.x))
+    assert warm.halvings == 0
     warm_loss, cold_loss = steps(warm, 5).losses[0], steps(Iterate(warm.x), 6).losses[0]
     assert warm_loss - best < 0.5 * (cold_loss - best)
 
@@ -317,7 +317,7 @@ def test_a_step_can_be_done_again_where_it_was_interrupted_or_elsewhere_from_wha
         insist(lambda iterate=iterate: optimiser.update(iterate))  # and what it returns is lost
         found = insist(lambda iterate=iterate: optimiser.step(iterate, again))
         for iterate in (elsewhere, found):
-            assert all(torch.equal(iterate[k], expected[k]) for k in (0, 1, 2, 4))
+            assert all(torch.equal(iterate[k], expected[k]) for k in range(4))
             assert slots_of(iterate) == slots_of(expected)
     found = {(iterate.halvings.item(), len(slots_of(iterate))) for iterate in undisturbed}
     assert len(interrupted) == 2 and {(0, 3), (1, 3)} <= found

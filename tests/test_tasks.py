@@ -343,7 +343,7 @@ REFUSED = [  # (what is said, task, options)
     *[(f"init is {type(init).__name__}", "reconstruction", {"init": init}) for init in (None, 0, [[0.5]])],
     ("unknown init 'white'", "transfer", {"init": "white"}),
     ("unknown init 'content'", "texture", {"init": "content"}),  # it has none
-    ("unknown precision 'float16'", "reconstruction", {"precision": "float16"}),
+    ("unknown precision 'half'", "reconstruction", {"precision": "half"}),
     *[(reason, "reconstruction", {name: bad}) for reason, bad in BAD_PICTURES for name in ("content", "init")],
     *[(reason, "transfer", {"style": bad}) for reason, bad in BAD_PICTURES],
     ("content is str", "reconstruction", {"content": "chenonceau.jpg"}),
