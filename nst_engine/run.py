@@ -69,7 +69,7 @@ class Run:
     vgg: from `load_vgg19`, which is the default. precision: "float32", "bfloat16" or "float16"; by default bfloat16
     where that is fast, and float32 from where rounding would stop it.
     memory: GiB that the process may take on the device, by default what is free. An image too large for it is evaluated
-    in tiles: the same losses, in up to 1.6 times the time.
+    in tiles: the same losses, in about twice the time.
     Raises UserError for bad input, and for a size that the device has no memory for.
     """
 

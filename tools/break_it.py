@@ -1,8 +1,8 @@
 """Break a formula on purpose, one at a time, in a copy, and see that a unit test and a cell of the notebooks notice.
 
 The notebooks are executed small first, and a cell counts that does not fail so without the break; where there is none,
-at full size. Writes the table benchmarks/results/breaks.md. As many breaks at a time as there are cores; an hour or
-two, so no part of the tests. `tools/mutate.py` tries many more changes, on unit tests alone.
+at full size. Writes the table benchmarks/results/breaks.md. As many breaks at a time as there are cores; half an hour,
+so no part of the tests. `tools/mutate.py` tries many more changes, on unit tests alone.
 Arguments: words of the breaks to try, by default all; with these, nothing is written.
 """
 
