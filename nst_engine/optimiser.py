@@ -135,7 +135,7 @@ class ProjectedLBFGS:
         """
         iterate, size = self.update(iterate), self.history_size
         slots = slots_of(iterate)
-        state = {"x": iterate.x, "gradient": iterate.gradient, "halvings": 0, "slots": slots}
+        state = {"x": iterate.x, "gradient": iterate.gradient, "slots": slots}
         if iterate.losses is not None:
             state |= {"losses": iterate.losses.tolist(), "halvings": iterate.halvings.item()}
         if slots:

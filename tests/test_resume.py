@@ -56,7 +56,7 @@ def test_a_run_stopped_after_any_evaluation_ends_in_a_new_process_as_if_it_had_n
     run, history, seen, step = reconstruction(vgg), [], [], True
     while step:
         state = run.state_dict()
-        seen.append((len(run.scales), state["optimiser.halvings"], len(state["optimiser.slots"])))
+        seen.append((len(run.scales), state.get("optimiser.halvings", 0), len(state["optimiser.slots"])))
         write(state, tmp_path / f"{len(history):03}.state")
         if step := run.step():
             history.append(step)
