@@ -28,7 +28,7 @@ FORMULAS = {
     "content loss summed, not averaged": ("nst_utils.py", "(maps[name] - target).square().mean()", "(maps[name] - target).square().sum()"),
     "style loss summed, not averaged": ("nst_utils.py", "(gram_matrix(maps[name]) - gram).square().mean()", "(gram_matrix(maps[name]) - gram).square().sum()"),
     "content and style weights swapped": ("nst_utils.py", "content_weight * content_part + style_weight * style_part", "style_weight * content_part + content_weight * style_part"),
-    "fast Gram sums of transposed rows": ("nst_engine/losses.py", "rows = feature_map.flatten(2).squeeze(0)\n    return (rows @", "rows = feature_map.squeeze(0).permute(1, 2, 0).reshape(feature_map.shape[1], -1)\n    return (rows @"),
+    "fast Gram sums of transposed rows": ("nst_engine/losses.py", "rows = feature_map.flatten(2).squeeze(0)\n    if rows", "rows = feature_map.squeeze(0).permute(1, 2, 0).reshape(feature_map.shape[1], -1)\n    if rows"),
     "fast Gram sums not divided by C": ("nst_engine/losses.py", "/ (sizes[name] * (mask.mean if mask else 1.0))", "/ (sizes[name] * (mask.mean if mask else 1.0)) * maps[name].shape[1]"),
     "fast losses not averaged": ("nst_engine/losses.py", "_SquareSum.apply(x) / x.numel()", "_SquareSum.apply(x) / x.shape[-1]"),
     "fast content loss not averaged": ("nst_engine/losses.py", "_SquareSum.apply(error) / sizes[name]", "_SquareSum.apply(error)"),
