@@ -82,7 +82,7 @@ class ProjectedLBFGS:
         row = slot.to(s.device)
         for vector, rows in ((s, self.history[:size]), (self.precondition(y), self.history[size:])):
             rows.index_copy_(0, row, torch.where(curved, vector, rows.index_select(0, row)))
-        products, curved = (self.history @ y).to(sy), curved.to(sy.device)
+        products, curved = self.products_with(y), curved.to(sy.device)
         of_s, of_y = products.view(2, size, 1)
         found = ages.index_copy(0, slot, 1 + ages.amax().view(1)), sy.index_copy(1, slot, of_s)
         found = *found, yy.index_copy(1, slot, of_y).index_copy(0, slot, of_y.T)
@@ -114,18 +114,25 @@ class ProjectedLBFGS:
         start, (ages, sy, yy) = self.precondition(vector), iterate.curvature or self.unknown
         order = ages.argsort()  # those not in use, and then oldest first
         used = ages[order] > 0
-        p, q = torch.where(used, (self.history @ vector).to(sy).view(2, -1)[:, order], 0)
+        p, q = torch.where(used, self.products_with(vector).view(2, -1)[:, order], 0)
         pairs = used & used[:, None]
-        r = torch.where(pairs, sy[order][:, order], torch.eye(len(order)).to(sy))
+        r = torch.where(pairs, sy[order][:, order], torch.eye(len(order), dtype=sy.dtype, device=sy.device))
         yy = torch.where(pairs, yy[order][:, order], 0)
         # Unlike [L-BFGS], which scales by the newest pair: by the one that supports the longest step. The newest is as
         # a rule along a steep direction, of which there are few, and would make steps along all the others too short.
         gamma = torch.where(used, r.diagonal() / yy.diagonal(), 0).amax()
         u = torch.linalg.solve_triangular(r, p[:, None], upper=True)[:, 0]
         v = torch.linalg.solve_triangular(r.T, (r.diagonal() * u + gamma * (yy @ u - q))[:, None], upper=False)[:, 0]
-        weights = sy.new_zeros(2, len(order)).index_copy(1, order, torch.stack([v, -gamma * u])).flatten().to(vector)
-        gamma = torch.where(gamma.to(vector) > 0, gamma.to(vector), 0.02 / start.abs().mean())
-        return gamma * start + weights @ self.history
+        weights = sy.new_zeros(2, len(order)).index_copy(1, order, torch.stack([v, -gamma * u])).flatten()
+        weights, gamma = (part.to(vector.dtype).to(vector.device) for part in (weights, gamma))
+        return torch.where(gamma > 0, gamma, 0.02 / start.abs().mean()) * start + weights @ self.history
+
+    def products_with(self, vector: Tensor) -> Tensor:
+        """Inner products of the history with a flat vector, (2 history size,), float64, where the systems are solved.
+
+        Apple's GPUs have no float64, so the device comes first.
+        """
+        return (self.history @ vector).to(self.unknown.sy.device).double()
 
     def state_dict(self, iterate: Iterate) -> dict:
         """{name: tensor, number or list} of an iterate, without what is None.
