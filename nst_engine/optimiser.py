@@ -1,7 +1,7 @@
 """Projected L-BFGS on flat tensors. It knows neither the network nor the losses.
 
-Between two evaluations all is tensor operations that never ask for a value, so that a GPU need not wait for the host;
-`step` asks once whether there is a step to take.
+Between two evaluations there are tensor operations alone, none of which asks for a value; only `step` does, once, to
+see whether there is a step to take. So a GPU that also solves the small systems need not wait for the host.
 
 [L-BFGS] Byrd, Nocedal & Schnabel 1994, Representations of Quasi-Newton Matrices and Their Use in Limited Memory Methods
 [two-metric] Bertsekas 1982, Projected Newton Methods for Optimization Problems with Simple Constraints
