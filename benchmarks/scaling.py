@@ -93,7 +93,7 @@ def measure(size, precision, evaluations, device, repeats):
     task = nst.Task(content, style, ("conv1_2",), dict.fromkeys(nst.FIRST_FIVE, 1.0))
     network = cut_network(vgg, deepest(task.layers), device, precision)
     objective = objective_of(network, task, (size, size), budget_of(device))
-    evaluate = evaluator(objective, content, len(task.weights), precision)
+    evaluate = evaluator(objective, (size, size), device, precision)
     one = best_of(lambda: evaluate(content.flatten(), task.weights), repeats, device)
     memory = peak_memory(device)
     dtype = getattr(torch, precision)

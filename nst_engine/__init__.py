@@ -13,7 +13,8 @@ convergence.py  the stopping rule
 scales.py       coarse to fine: the scales, and how many evaluations each has
 prior.py        what natural images have in common: preconditioner, noise to start from
 tiles.py        loss and gradient of an image tile by tile; ranks may share the tiles
-evaluation.py   in which precision, on how many threads, and as a CUDA graph
+evaluation.py   in which precision an evaluation is made, and on how many threads
+cuda_graph.py   a function of tensors as a CUDA graph
 memory.py       what a run takes and what the device has
 container.py    what a container leaves of memory and processors
 network.py      VGG-19 with its weights; the feature maps of an image

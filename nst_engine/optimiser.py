@@ -69,6 +69,22 @@ class ProjectedLBFGS:
         iterate, trial, downhill = self.propose(self.update(iterate))
         return accept(iterate, trial, *evaluate(trial), relative_tolerance) if downhill else None
 
+    def step_in_tensors(self, relative_tolerance: float, evaluate: Callable, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """A step after the first that asks for no value, so that a CUDA graph can hold it.
+
+        tensors: all those of an iterate. Returns those of the next, and whether there was a step to take.
+        """
+        iterate = Iterate(*tensors[:4], tensors[4:6], Curvature(*tensors[6:]))
+        iterate, trial, downhill = self.propose(self.update(iterate))
+        iterate = accept(iterate, trial, *evaluate(trial), relative_tolerance)
+        return *iterate[:4], *iterate.pending, *iterate.curvature, downhill
+
+    def step_by(self, function: Callable, iterate: Iterate) -> Iterate | None:
+        """As `step`, by `step_in_tensors` as a function of the iterate's tensors alone."""
+        pending = iterate.pending or (torch.zeros_like(iterate.x),) * 2
+        *found, downhill = function(*iterate[:4], *pending, *(iterate.curvature or self.unknown))
+        return Iterate(*found[:4], tuple(found[4:6]), Curvature(*found[6:])) if downhill else None
+
     def update(self, iterate: Iterate) -> Iterate:
         """Take the pending correction pair into the history, in place of the oldest where that is full.
 
@@ -191,6 +207,12 @@ def begin(iterate: Iterate, losses: Tensor, gradient: Tensor) -> Iterate:
         raise UserError(f"the loss of the first image is {losses[0]:g}: use smaller weights")
     halvings = torch.zeros((), dtype=torch.int64, device=losses.device)
     return iterate._replace(losses=losses, gradient=gradient, halvings=halvings)
+
+
+def gradient_cosine(a: Tensor, b: Tensor, precondition: Callable[[Tensor], Tensor]) -> float:
+    """The cosine between two gradients in the metric of the preconditioner; nan if one is zero."""
+    pa, pb = precondition(a), precondition(b)
+    return ((a @ pb) / ((a @ pa) * (b @ pb)).sqrt()).item()
 
 
 def accept(iterate: Iterate, trial: Tensor, losses: Tensor, gradient: Tensor, relative_tolerance: float) -> Iterate:

@@ -5,7 +5,6 @@ The only file in which network, losses and optimiser meet.
 
 import functools
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,20 +12,20 @@ from torch import Tensor, nn
 
 from .checks import as_memory, as_shape, as_start, as_state, as_task, as_whole
 from .convergence import Window
+from .cuda_graph import whole_steps
 from .errors import UserError
-from .evaluation import RELATIVE_TOLERANCE, evaluator, pick_precisions
+from .evaluation import RELATIVE_TOLERANCE, around, evaluator, pick_precisions
 from .images import resize
 from .layers import Shape, block, check_size, deepest
 from .memory import budget_of, divide_budget, fitting, keep_freed_memory
 from .modes import default_modes
 from .network import check_network, cut_network, first_kernels, load_vgg19
 from .objective import Task, least_memory, objective_of, tiles_of
-from .optimiser import Iterate, ProjectedLBFGS, begin, keep_newest
+from .optimiser import Iterate, ProjectedLBFGS, begin, gradient_cosine, keep_newest
 from .prior import PRIOR_WEIGHTS, draw_noise, enlarge, enlarge_change, spectral_preconditioner
-from .scales import EVALUATIONS, LARGE, limit_evaluations, plan_scales
+from .scales import BROAD, EVALUATIONS, LARGE, limit_evaluations, plan_scales
 from .tiles import all_reduce_min, largest_window, world_size
 
-BROAD = 512  # pixels along the shorter side: a run from an image has no coarser scale
 OPTIMISER = "optimiser."  # begins the names in `state_dict` that are the optimiser's
 COSINE = 0.4  # of the gradients in two precisions; below, five sixths or more of the faster one's are rounding
 KEPT = 3  # correction pairs, when rounding has begun to be in them
@@ -96,8 +95,6 @@ class Run:
             scales = plan_scales(self.shape, smallest) if coarse_to_fine else [self.shape]
             image = draw_noise(scales[0], self.seed, self.device) if init is None else resize(self.init, scales[0])
             self._state = self._start(scales, image, image)
-
-    # What is asked of it
 
     @property
     @default_modes()
@@ -171,11 +168,11 @@ class Run:
         """
         state = self._state._asdict()
         window, iterate = state.pop("window"), state.pop("iterate")
-        images = torch.cat(window.images) if window.images else None
         # Before the optimiser of a scale is made there are no correction pairs.
         optimiser = next(iter(self._optimisers.values()), None) or ProjectedLBFGS(iterate.x, None, 0)
         state |= {f"{OPTIMISER}{name}": value for name, value in optimiser.state_dict(iterate).items()}
-        state |= {"first_total": window.first, "totals": window.totals, "window": images}
+        state |= {"first_total": window.first, "totals": window.totals}
+        state["window"] = torch.cat(window.images) if window.images else None
         return {name: value for name, value in state.items() if value is not None}
 
     @default_modes()
@@ -191,12 +188,9 @@ class Run:
         tensors = ("image", "gradient", "window")
         image, gradient, images = (state[name].to(self.device) if name in state else None for name in tensors)
         step = Step(tuple(state["step"][0]), *state["step"][1:]) if "step" in state else None
-        images = () if images is None else images.split(1)
-        window = Window(state.get("first_total"), tuple(state["totals"]), images)
+        window = Window(state.get("first_total"), tuple(state["totals"]), () if images is None else images.split(1))
         plain = tuple(state["limits"]), state["left"], state["stage"], state["precision"]
         self._evaluators, self._state = {}, State(scales, *plain, image, iterate, step, gradient, window)
-
-    # How it is done
 
     def _start(self, scales, image, x, limits=(), left=None):
         """The state before the first evaluation of a scale, at `x`; by default with all evaluations still to come."""
@@ -213,14 +207,18 @@ class Run:
 
     def _descend(self):
         """One step of the optimiser; None where no step lowers the loss."""
-        scale, precision, optimiser = self.scales[0], self._state.precision, self._optimiser(self.scales[0])
-        # The pending correction pair first, so that its memory is free during the evaluation.
-        self._state = state = self._state._replace(iterate=optimiser.update(self._state.iterate))
-        evaluate = functools.partial(self._evaluate, precision)
-        iterate = optimiser.step(state.iterate, evaluate, RELATIVE_TOLERANCE[precision])
+        state, scale, optimiser = self._state, self.scales[0], self._optimiser(self.scales[0])
+        if whole_steps(self.device) and state.iterate.losses is not None:
+            graphed = functools.partial(self._graphed_step(state.precision), self._weights)
+            iterate = optimiser.step_by(graphed, state.iterate)
+        else:
+            # The pending correction pair first, so that its memory is free during the evaluation.
+            self._state = state = state._replace(iterate=optimiser.update(state.iterate))
+            evaluate = functools.partial(self._evaluate, state.precision)
+            iterate = optimiser.step(state.iterate, evaluate, RELATIVE_TOLERANCE[state.precision])
         if iterate is None:
             return None
-        step = Step(scale, precision, *iterate.losses.tolist())
+        step = Step(scale, state.precision, *iterate.losses.tolist())
         if state.step is None or step.total < state.step.total:
             state = state._replace(image=iterate.x.view(1, 3, *scale), step=step, gradient=iterate.gradient)
         return self._count(state, iterate=iterate, window=state.window.extend(state.image, state.step.total))
@@ -271,8 +269,15 @@ class Run:
         if key not in self._evaluators:
             task, (_, budget_bytes) = self.task.at_scale(shape, self.shape), divide_budget(self.budget_bytes, shape)
             objective = objective_of(self._network(precision), task, shape, budget_bytes)
-            place = torch.zeros(1, 3, *shape, device=self.device)
-            self._evaluators[key] = objective, evaluator(objective, place, len(self._weights), precision)
+            self._evaluators[key] = objective, evaluator(objective, shape, self.device, precision)
+        return self._evaluators[key]
+
+    def _graphed_step(self, precision):
+        """`step_in_tensors` of the present scale's optimiser, as a function of weights and an iterate's tensors."""
+        key = self.scales[0], precision, "step"
+        if key not in self._evaluators:
+            compute = functools.partial(self._optimiser(key[0]).step_in_tensors, RELATIVE_TOLERANCE[precision])
+            self._evaluators[key] = around(compute, self._evaluator(precision)[0], key[0], self.device, precision)
         return self._evaluators[key]
 
     def _optimiser(self, scale):
@@ -286,15 +291,10 @@ class Run:
                     keep_freed_memory(below=257 * largest_window(tiles))
             precondition = spectral_preconditioner(first_kernels(self.vgg), *key, self.device)
             place = torch.empty(3 * math.prod(scale), device=self.device)
-            self._optimisers[key] = ProjectedLBFGS(place, precondition, history_size)
+            solver = self.device if whole_steps(self.device) else "cpu"
+            self._optimisers[key] = ProjectedLBFGS(place, precondition, history_size, solver)
         return self._optimisers[key]
 
     def _fitting(self):
         least = least_memory(self._network(self.precisions[-1]), self.task, self.shape)
         return fitting(self.shape, self.budget_bytes, least, self.device)
-
-
-def gradient_cosine(a: Tensor, b: Tensor, precondition: Callable[[Tensor], Tensor]) -> float:
-    """The cosine between two gradients in the metric of the preconditioner; nan if one is zero."""
-    pa, pb = precondition(a), precondition(b)
-    return ((a @ pb) / ((a @ pa) * (b @ pb)).sqrt()).item()

@@ -5,6 +5,7 @@ import math
 from .layers import Shape
 
 EVALUATIONS = 225  # of the network, at most, over all scales, where nothing else is asked for
+BROAD = 512  # pixels along the shorter side: a run from an image has no coarser scale
 LARGE = 2**19  # pixels, 512 x 1024: a larger scale has fewer evaluations
 
 

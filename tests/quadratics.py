@@ -42,4 +42,4 @@ def whole(image):
 def evaluation(objective, start):
     """flat image -> (losses, gradient) of an objective without weights; `start` (1, 3, H, W) has its shape."""
     made = Objective(lambda part, tile: [part.clone()], lambda sums, weights: objective(sums[0]), whole(start))
-    return functools.partial(evaluator(made, start, 1), weights=torch.ones(1))
+    return functools.partial(evaluator(made, start.shape[-2:], start.device), weights=torch.ones(1))

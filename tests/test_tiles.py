@@ -287,7 +287,7 @@ def test_an_image_made_in_tiles_shows_no_seam(vgg, content, style):
     precondition = spectral_preconditioner(first_kernels(vgg), shape, 0.01, CPU)
 
     def jump(made_in, planned):
-        evaluate = evaluator(objective._replace(tiles=made_in, kept=len(made_in)), content, len(task.weights))
+        evaluate = evaluator(objective._replace(tiles=made_in, kept=len(made_in)), content.shape[-2:], content.device)
         iterate = Iterate(content.flatten())
         optimiser = ProjectedLBFGS(iterate.x, precondition)
         for _ in range(5):
