@@ -107,6 +107,24 @@ def test_a_loss_that_is_not_finite_in_float16_is_no_matter_of_scale(vgg, picture
     assert losses[0].isnan() and runs == again == 1 and gradient.isfinite().all()
 
 
+def test_a_gradient_that_no_scale_makes_finite_leaves_the_scale_as_it_was():
+    """The root has none at 0. Later gradients are right again, at the first try."""
+    seen = []
+
+    def statistics(part, tile):
+        seen.append(part)
+        return [part.sqrt().sum()]
+
+    image = torch.zeros(1, 3, 2, 2)
+    objective = Objective(statistics, lambda found, weights: weights * found[0], whole(image))
+    evaluate = evaluator(objective, (2, 2), image.device, "float16")
+    losses, gradient = evaluate(image.flatten(), torch.ones(1))
+    assert losses == 0 and not gradient.isfinite().any()
+    seen.clear()
+    losses, gradient = evaluate(torch.full((12,), 0.25), torch.ones(1))
+    assert losses == 6 and gradient.tolist() == [1.0] * 12 and len(seen) == 1
+
+
 def test_a_run_in_float16_ends_as_one_in_float32(vgg, picture):
     task = Task(picture(24, 28), picture(26, 24, seed=1), ("conv1_2",), FIRST_FIVE)
     ends = []
