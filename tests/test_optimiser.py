@@ -1,3 +1,4 @@
+import functools
 import itertools
 import math
 import random
@@ -6,7 +7,16 @@ import pytest
 import torch
 from quadratics import coupled, evaluation, projected_solution, quadratic
 
-from nst_engine.optimiser import MAX_HALVINGS, Iterate, ProjectedLBFGS, accept, begin, keep_newest, slots_of
+from nst_engine.optimiser import (
+    MAX_HALVINGS,
+    Iterate,
+    ProjectedLBFGS,
+    accept,
+    begin,
+    gradient_cosine,
+    keep_newest,
+    slots_of,
+)
 
 SCALES = torch.linspace(0.5, 2, 27)
 
@@ -174,6 +184,13 @@ def test_l_bfgs_equals_the_textbook_recursion():
     assert slots_of(keep_newest(one, 2)) == slots_of(one) == [0] and keep_newest(Iterate(vector), 2).curvature is None
 
 
+def test_gradient_cosine_is_in_the_metric_of_the_preconditioner():
+    up, aside, weights = torch.tensor([1.0, 0.0]), torch.tensor([3.0, 4.0]), torch.tensor([1.0, 3.0])
+    assert gradient_cosine(up, aside, lambda x: x) == pytest.approx(0.6)
+    assert gradient_cosine(up, aside, weights.mul) == pytest.approx(3 / 57**0.5)
+    assert gradient_cosine(up, -2 * up, weights.mul) == pytest.approx(-1)
+
+
 def by_the_host(objective, x, most, scales, history_size):
     """(image, loss) after each evaluation of the same descent, written with branches and lists."""
 
@@ -216,10 +233,13 @@ def closing(image, count):
     return 1e6 * (count >= 9)
 
 
-@pytest.mark.parametrize("history_size", [3, 20])
+@pytest.mark.parametrize("history_size, at_once", [(3, False), (20, False), (3, True), (20, True)])
 @pytest.mark.parametrize("more, least, most", [(plain, 0, 3), (refusing, 15, 25), (closing, 16, 17)])
-def test_a_descent_without_branches_is_that_with_branches(more, least, most, history_size):
-    """In float64, to 1e-9. Rounding grows, so for thirty evaluations; least, most: how many refuse the step."""
+def test_a_descent_without_branches_is_that_with_branches(more, least, most, history_size, at_once):
+    """In float64, to 1e-9. Rounding grows, so for thirty evaluations; least, most: how many refuse the step.
+
+    at_once: by what a CUDA graph would hold.
+    """
     matrix, target = (part.double() for part in coupled(seed=2))
     counts = itertools.count(), itertools.count()
 
@@ -234,13 +254,19 @@ def test_a_descent_without_branches_is_that_with_branches(more, least, most, his
     scales, start = SCALES.double(), torch.full((27,), 0.5, dtype=torch.float64)
     optimiser, iterate, halved = ProjectedLBFGS(start, scales.mul, history_size), Iterate(start), 0
     expected = by_the_host(lambda image: objective(image, counts[1]), start, 30, scales, history_size)
+    whole = functools.partial(optimiser.step_in_tensors, 0.0, evaluate)
+
+    def step(iterate):
+        at_first = iterate.losses is None
+        return optimiser.step_by(whole, iterate) if at_once and not at_first else optimiser.step(iterate, evaluate)
+
     for x, loss in expected:
-        iterate = optimiser.step(iterate, evaluate)
+        iterate = step(iterate)
         torch.testing.assert_close(iterate.x, x, rtol=1e-9, atol=1e-9)
         assert iterate.losses[0].item() == pytest.approx(loss, rel=1e-9)
         halved += (iterate.halvings > 0).item()
     assert least <= halved <= most
-    assert (len(expected) < 30) is (optimiser.step(iterate, evaluate) is None) is (more is closing)
+    assert (len(expected) < 30) is (step(iterate) is None) is (more is closing)
 
 
 def test_between_two_evaluations_no_value_is_asked_for():

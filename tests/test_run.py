@@ -19,7 +19,7 @@ from nst_engine.network import first_kernels
 from nst_engine.objective import Task
 from nst_engine.optimiser import ProjectedLBFGS
 from nst_engine.prior import draw_noise, spectral_preconditioner
-from nst_engine.run import Run, gradient_cosine
+from nst_engine.run import Run
 
 BOTH = ("bfloat16", "float32")
 EQUAL = dict.fromkeys(FIRST_FIVE, 1.0)  # weights of style layers
@@ -281,13 +281,6 @@ def test_float32_goes_on_where_the_gradient_of_bfloat16_is_another(
     alone = take(start(task, init=image))
     assert steps[11] == alone[0] != steps[10] and precisions_of(alone) == "f" * 11  # until it has converged, too
     assert steps[-1].total < 0.9 * steps[11].total  # it did go on
-
-
-def test_gradient_cosine_is_in_the_metric_of_the_preconditioner():
-    up, aside, weights = torch.tensor([1.0, 0.0]), torch.tensor([3.0, 4.0]), torch.tensor([1.0, 3.0])
-    assert gradient_cosine(up, aside, lambda x: x) == pytest.approx(0.6)
-    assert gradient_cosine(up, aside, weights.mul) == pytest.approx(3 / 57**0.5)
-    assert gradient_cosine(up, -2 * up, weights.mul) == pytest.approx(-1)
 
 
 @pytest.mark.parametrize(
