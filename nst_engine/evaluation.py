@@ -43,16 +43,17 @@ def pick_precisions(device: torch.device, precision: str | None = None) -> tuple
 
 def evaluator(objective: Objective, shape: Shape, device: torch.device, precision: str = "float32") -> Callable:
     """The function: flat image (3 H W,) of `shape` (H, W), weights -> (losses (k,), flat gradient of the first)."""
-    call = around(lambda evaluate, x: evaluate(x), objective, shape, device, precision)
+    call = prepare(lambda evaluate, x: evaluate(x), objective, shape, device, precision)
     return lambda x, weights: call(weights, x)
 
 
-def around(compute: Callable, objective: Objective, shape: Shape, device: torch.device, precision: str) -> Callable:
-    """The function: weights and other tensors -> compute(evaluate, *others), a list of tensors.
+def prepare(compute: Callable, objective: Objective, shape: Shape, device: torch.device, precision: str) -> Callable:
+    """Make a computation around an evaluation ready: the function weights, *tensors -> compute(evaluate, *tensors).
 
-    evaluate: flat image of `shape` -> (losses, flat gradient of the first), computed in `precision`; `compute` calls it
-    once. On NVIDIA GPUs all of it is one CUDA graph. In float16 derivatives are scaled up; where that is too much for
-    it, the scale is halved, from then on, and `compute` is called again.
+    compute: calls `evaluate` once, asks for no tensor's value, and gives a sequence of tensors; it may be called twice
+    for the same tensors. evaluate: flat image of `shape` -> (losses, flat gradient of the first), in `precision`. On
+    NVIDIA GPUs all of it is one CUDA graph. In float16 derivatives are scaled up; where that is too much for it, the
+    scale is halved, from then on, and `compute` is called again.
     """
     scaled = precision == "float16"
     scale = torch.tensor(SCALE if scaled else 1.0, device=device)

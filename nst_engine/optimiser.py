@@ -79,7 +79,7 @@ class ProjectedLBFGS:
         iterate = accept(iterate, trial, *evaluate(trial), relative_tolerance)
         return *iterate[:4], *iterate.pending, *iterate.curvature, downhill
 
-    def step_by(self, function: Callable, iterate: Iterate) -> Iterate | None:
+    def step_with(self, function: Callable, iterate: Iterate) -> Iterate | None:
         """As `step`, by `step_in_tensors` as a function of the iterate's tensors alone."""
         pending = iterate.pending or (torch.zeros_like(iterate.x),) * 2
         *found, downhill = function(*iterate[:4], *pending, *(iterate.curvature or self.unknown))

@@ -14,7 +14,7 @@ from .checks import as_memory, as_shape, as_start, as_state, as_task, as_whole
 from .convergence import Window
 from .cuda_graph import whole_steps
 from .errors import UserError
-from .evaluation import RELATIVE_TOLERANCE, around, evaluator, pick_precisions
+from .evaluation import RELATIVE_TOLERANCE, evaluator, pick_precisions, prepare
 from .images import resize
 from .layers import Shape, block, check_size, deepest
 from .memory import budget_of, divide_budget, fitting, keep_freed_memory
@@ -210,7 +210,7 @@ class Run:
         state, scale, optimiser = self._state, self.scales[0], self._optimiser(self.scales[0])
         if whole_steps(self.device) and state.iterate.losses is not None:
             graphed = functools.partial(self._graphed_step(state.precision), self._weights)
-            iterate = optimiser.step_by(graphed, state.iterate)
+            iterate = optimiser.step_with(graphed, state.iterate)
         else:
             # The pending correction pair first, so that its memory is free during the evaluation.
             self._state = state = state._replace(iterate=optimiser.update(state.iterate))
@@ -277,7 +277,7 @@ class Run:
         key = self.scales[0], precision, "step"
         if key not in self._evaluators:
             compute = functools.partial(self._optimiser(key[0]).step_in_tensors, RELATIVE_TOLERANCE[precision])
-            self._evaluators[key] = around(compute, self._evaluator(precision)[0], key[0], self.device, precision)
+            self._evaluators[key] = prepare(compute, self._evaluator(precision)[0], key[0], self.device, precision)
         return self._evaluators[key]
 
     def _optimiser(self, scale):

@@ -149,6 +149,15 @@ def test_a_replay_may_be_off_by_the_rounding_of_its_precision(vgg, content, monk
     assert tolerances == [1e-3, 0.05] == [REPLAY_TOLERANCE[precision] for precision in ("float32", "bfloat16")]
 
 
+@pytest.mark.parametrize("wrong_by, trusted", [(0.0, True), (5e-4, True), (2e-3, False), (math.nan, False)])
+def test_what_is_not_finite_is_repeated_as_such(wrong_by, trusted, cuda, recwarn):
+    """In float16 a gradient may be infinite until its scale is found."""
+    cuda.wrong_by = (wrong_by,)
+    values = torch.tensor([math.inf, -math.inf, math.nan, 5.0, 0.0])
+    replay = cuda.capture(lambda: (values.clone(),))
+    assert hasattr(replay, "reads") is trusted and len(recwarn) == (not trusted)
+
+
 def test_too_little_memory_while_capturing_is_not_hidden(cuda):
     cuda.error = torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(torch.OutOfMemoryError):
@@ -204,7 +213,7 @@ def test_a_descent_by_graphs_of_whole_steps_is_that_by_steps(history_size, cuda)
     found = iterate
     for count in range(200):
         refuse.fill_(1.0 if count > 30 else 0.4)  # from then on no step is taken
-        iterate, found = one.step(iterate, refusing), other.step_by(whole, found)
+        iterate, found = one.step(iterate, refusing), other.step_with(whole, found)
         if iterate is None:
             break
         halved += (iterate.halvings > 0).item()
@@ -230,8 +239,8 @@ def test_a_run_by_whole_steps_is_that_by_steps(precision, init, shape, weight, v
     options = {"init": init, "vgg": vgg, "precision": precision, "evaluations": 12}
     expected = end_of(task, **options)
     monkeypatch.setattr(nst_engine.cuda_graph, "WHOLE_STEPS", ("cpu",))
-    whole = mock.Mock(wraps=ProjectedLBFGS.step_by)
-    monkeypatch.setattr(ProjectedLBFGS, "step_by", lambda *arguments: whole(*arguments))
+    whole = mock.Mock(wraps=ProjectedLBFGS.step_with)
+    monkeypatch.setattr(ProjectedLBFGS, "step_with", lambda *arguments: whole(*arguments))
     found = end_of(task, **options)
     assert found[0].total == pytest.approx(expected[0].total, rel=0.01)
     assert precision == "float16" or torch.equal(found[1], expected[1])

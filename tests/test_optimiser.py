@@ -258,7 +258,7 @@ def test_a_descent_without_branches_is_that_with_branches(more, least, most, his
 
     def step(iterate):
         at_first = iterate.losses is None
-        return optimiser.step_by(whole, iterate) if at_once and not at_first else optimiser.step(iterate, evaluate)
+        return optimiser.step_with(whole, iterate) if at_once and not at_first else optimiser.step(iterate, evaluate)
 
     for x, loss in expected:
         iterate = step(iterate)
