@@ -96,7 +96,7 @@ class Controls:
             ("size", "size in pixels", "Dropdown", {"options": sorted({128, 192, 256, 384, 512, opening.size})}),
             ("start_from", "start from", "Dropdown", {"options": starts}),
             ("seed", "noise seed", "BoundedIntText", {"max": 10**6}),
-            ("compare", "difference to", "Dropdown", {"options": ["nothing", "the start", "the snapshot"]}),
+            ("compare", "difference from", "Dropdown", {"options": ["nothing", "the start", "the snapshot"]}),
             ("second", "second style", "Dropdown", {"options": [("none", "")]}),
             ("blend", "blend", "FloatSlider", {"max": 1.0, "step": 0.05, "value": 0.5}),
             ("keep_colours", "Keep the colours of the content image", "Checkbox", {}),
@@ -213,7 +213,7 @@ class Frame(NamedTuple):
     evaluations: int  # since that start
     picture: bytes
     difference: bytes | None
-    mean: float  # difference to the reference, averaged over pixels and channels; nan without one
+    mean: float  # difference from the reference, averaged over pixels and channels; nan without one
     chart: bytes | None
     content: Tensor | None  # whose colours may be kept
 

@@ -83,7 +83,7 @@ class Notebook:
 
     def __init__(self, browser, server, name):
         self.asking = None  # the place of the cell that `ask` runs
-        self.page = browser.new_page(viewport={"width": 1180, "height": 1250})
+        self.page = browser.new_page(viewport={"width": 1180, "height": 1400})
         self.page.set_default_timeout(120_000)  # only a page that hangs takes so long, on the slowest machine
         self.page.goto(f"{server.address}/lab/workspaces/{secrets.token_hex(4)}/tree/{name}?token={server.token}")
         self.page.wait_for_function(

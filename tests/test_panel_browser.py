@@ -175,7 +175,7 @@ for name in ("starry_night", "great_wave"):
     assert (about["content"], about["style"], about["size"]) == ("chenonceau.jpg", "starry_night.jpg", 128)
 
     # The difference map.
-    book.page.get_by_label("difference to").select_option("the start")
+    book.page.get_by_label("difference from").select_option("the start")
     book.button("Step").press("Enter")
     book.wait_for(lambda: book.page.locator("img.difference-map").is_visible())
 
@@ -184,7 +184,7 @@ for name in ("starry_night", "great_wave"):
     book.show_panel()
     book.screenshot("dark")
     book.page.evaluate("jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})")
-    book.page.set_viewport_size({"width": 460, "height": 1250})
+    book.page.set_viewport_size({"width": 460, "height": 1400})
 
     def fits():
         controls = book.page.locator(".widget-dropdown, .widget-slider, .widget-button").all()
@@ -193,7 +193,7 @@ for name in ("starry_night", "great_wave"):
 
     book.wait_for(fits)
     book.screenshot("narrow")
-    book.page.set_viewport_size({"width": 1180, "height": 1250})
+    book.page.set_viewport_size({"width": 1180, "height": 1400})
 
     # To run the cell again closes the panel that runs, and leaves no worker. The new one opens at new parameters, and
     # Reset goes back to them.
