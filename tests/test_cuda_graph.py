@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from quadratics import coupled, quadratic
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import nst_engine.cuda_graph
 from nst_engine.cuda_graph import capture, graphed
@@ -15,6 +16,7 @@ from nst_engine.evaluation import REPLAY_TOLERANCE
 from nst_engine.objective import Task
 from nst_engine.optimiser import Iterate, ProjectedLBFGS
 from nst_engine.run import Run
+from nst_engine.styles import Style
 from nst_utils import FIRST_FIVE
 
 GPU = torch.device("cuda", 0)
@@ -245,6 +247,43 @@ def test_a_run_by_whole_steps_is_that_by_steps(precision, init, shape, weight, v
     assert found[0].total == pytest.approx(expected[0].total, rel=0.01)
     assert precision == "float16" or torch.equal(found[1], expected[1])
     assert whole.call_count == 12 - {"noise": 2, "content": 1}[init]  # all but the first of each scale
+
+
+@pytest.mark.parametrize(
+    "precision, regions, budget_bytes, parts",
+    [("float32", 2, 1e12, "whole"), ("bfloat16", 1, 1e12, "whole"), ("float16", 1, 1e12, "whole"),
+     ("float32", 2, 9e6, "in 9 tiles")],
+)  # fmt: skip
+def test_what_a_graph_would_hold_asks_for_no_value(precision, regions, budget_bytes, parts, vgg, picture, monkeypatch):
+    """Neither evaluation nor whole step: torch's fake tensors have none, and refuse."""
+    functions = []
+
+    def checked(function, device, tolerance):
+        def call(*inputs):
+            functions.append(function)
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                function(*inputs)
+            return function(*inputs)
+
+        return call
+
+    monkeypatch.setattr("nst_engine.evaluation.graphed", checked)
+    monkeypatch.setattr(nst_engine.cuda_graph, "WHOLE_STEPS", ("cpu",))
+    shape = (48, 56) if parts != "whole" else (24, 26)
+    mask = torch.linspace(0, 1, shape[0])[:, None].expand(shape).contiguous()
+    styles = [Style(picture(26, 24, seed=1), 1.0, mask), Style(picture(24, 28, seed=2))][2 - regions :]
+    task = Task(picture(*shape), styles, ("conv1_2",), FIRST_FIVE)
+    run = Run(task, init="content", vgg=vgg, precision=precision)
+    run.budget_bytes = budget_bytes
+    assert parts in run.describe()
+    assert run.step() and run.step()
+    assert len({*functions}) == 2
+
+
+@pytest.mark.parametrize("ask", [torch.Tensor.item, bool, torch.Tensor.tolist])
+def test_a_value_that_is_asked_for_would_be_noticed(ask):
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(RuntimeError):
+        ask(torch.ones(1).sum())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
