@@ -2,8 +2,7 @@
 
 An image is a float32 tensor of shape (1, 3, H, W), RGB, with values in [0, 1]. First the losses, as the papers write
 them. Then the optimisation of an image that makes them small, and the three tasks: content reconstruction, texture
-synthesis, style transfer. How it is made fast is told in the package `nst_engine`, whose first page has its map; it
-computes the same losses faster, and the tests hold both equal.
+synthesis, style transfer. The package `style_transfer.engine` computes the same losses faster; tests hold both equal.
 
 Papers named in the docstrings
     [VGG]      Simonyan & Zisserman 2014, Very Deep Convolutional Networks
@@ -21,12 +20,19 @@ from IPython import get_ipython
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from nst_engine.checks import as_layers, as_task, as_whole, check_feature_map
-from nst_engine.errors import UserError, sentence
-from nst_engine.figures import draw_losses, filmstrip, image_grid, image_table, jpeg, plot_losses, show
-from nst_engine.files import file_version, joint_stem, write_new, write_numbered
-from nst_engine.film import Recorder, film_of
-from nst_engine.images import (
+from style_transfer.engine.checks import UserError, as_whole, check_feature_map, file_version, sentence
+from style_transfer.engine.figures import (
+    Recorder,
+    draw_losses,
+    film_of,
+    filmstrip,
+    image_grid,
+    image_table,
+    jpeg,
+    plot_losses,
+    show,
+)
+from style_transfer.engine.images import (
     IMAGES,
     Difference,
     difference_map,
@@ -38,11 +44,19 @@ from nst_engine.images import (
     resize,
     to_pil,
 )
-from nst_engine.layers import CONVOLUTIONS, FIRST_FIVE, RELUS, layer_name
-from nst_engine.network import check_network, features, load_vgg19
-from nst_engine.objective import Task
-from nst_engine.run import Run, Step
-from nst_engine.styles import Style
+from style_transfer.engine.objective import Style, Task, as_task
+from style_transfer.engine.run import Run, Step
+from style_transfer.engine.saving import joint_stem, write_new, write_numbered
+from style_transfer.engine.vgg import (
+    CONVOLUTIONS,
+    FIRST_FIVE,
+    RELUS,
+    as_layers,
+    check_network,
+    features,
+    layer_name,
+    load_vgg19,
+)
 
 # fmt: off
 __all__ = [

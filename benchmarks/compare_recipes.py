@@ -26,9 +26,8 @@ from matplotlib.figure import Figure
 from torch import optim
 
 import nst_utils as nst
-from nst_engine.evaluation import pick_precisions
-from nst_engine.layers import deepest
-from nst_engine.network import cut_network, feature_maps
+from style_transfer.engine.evaluation import pick_precisions
+from style_transfer.engine.vgg import cut_network, deepest, feature_maps
 
 HERE = Path(__file__).resolve().parent
 PAIRS = [

@@ -21,10 +21,9 @@ from unittest import mock
 import torch
 from compare_recipes import PAIRS, Recorder, load_pair, plain_objective, pytorch_tutorial, shown, spst, time_to
 
-import nst_engine.cuda_graph
 import nst_utils as nst
-from nst_engine.layers import deepest
-from nst_engine.network import cut_network
+import style_transfer.engine.evaluation
+from style_transfer.engine.vgg import cut_network, deepest
 
 HERE = Path(__file__).resolve().parent
 WARM_UP = 10  # evaluations of a rival
@@ -60,7 +59,7 @@ class Timed(Recorder):
 @contextlib.contextmanager
 def capturing(what, device):
     """Graphs of "nothing", of the "evaluation" or of a whole "step". Gives a list of the seconds that captures took."""
-    seconds, capture = [], nst_engine.cuda_graph.capture
+    seconds, capture = [], style_transfer.engine.evaluation.capture
 
     def timed(run, *rest):
         torch.cuda.synchronize()
@@ -72,8 +71,10 @@ def capturing(what, device):
 
     whole = (device.type,) if what == "step" else ()
     with (
-        mock.patch.object(nst_engine.cuda_graph, "WHOLE_STEPS", whole),
-        mock.patch.object(nst_engine.cuda_graph, "capture", (lambda run, *rest: run) if what == "nothing" else timed),
+        mock.patch.object(style_transfer.engine.evaluation, "WHOLE_STEPS", whole),
+        mock.patch.object(
+            style_transfer.engine.evaluation, "capture", (lambda run, *rest: run) if what == "nothing" else timed
+        ),
     ):
         yield seconds
 

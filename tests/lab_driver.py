@@ -228,7 +228,9 @@ class Notebook:
     def finish(self, seconds=3600):
         """Wait until the panel has finished with the settings that its controls show."""
         end = time.monotonic() + seconds
-        ask = "import asyncio, nst_widgets; panel = nst_widgets._open[0]; await asyncio.sleep(0)\n"
+        ask = (
+            "import asyncio; from style_transfer.panel import studio; panel = studio._open[0]; await asyncio.sleep(0)\n"
+        )
         ask += "print(panel.state == 'done' and panel.shown.settings == panel.controls.settings(), panel.state)"
         # The kernel answers only after it has heard of the last control, and has done what that asked the loop for.
         while not (answer := self.ask(ask)).startswith("True"):

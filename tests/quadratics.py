@@ -4,8 +4,8 @@ import functools
 
 import torch
 
-from nst_engine.evaluation import evaluator
-from nst_engine.tiles import Objective, cut_tiles
+from style_transfer.engine.evaluation import evaluator
+from style_transfer.engine.tiles import Objective, cut_tiles
 
 
 def quadratic(matrix, target, seen=None):

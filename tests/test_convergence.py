@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nst_engine.convergence import Window
+from style_transfer.engine.schedule import Window
 
 
 def evaluations_until_converged(stage, totals, images=None):

@@ -10,14 +10,12 @@ import torch
 from quadratics import coupled, quadratic
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import nst_engine.cuda_graph
-from nst_engine.cuda_graph import capture, graphed
-from nst_engine.evaluation import REPLAY_TOLERANCE
-from nst_engine.objective import Task
-from nst_engine.optimiser import Iterate, ProjectedLBFGS
-from nst_engine.run import Run
-from nst_engine.styles import Style
+import style_transfer.engine.evaluation
 from nst_utils import FIRST_FIVE
+from style_transfer.engine.evaluation import REPLAY_TOLERANCE, capture, graphed
+from style_transfer.engine.objective import Style, Task
+from style_transfer.engine.optimiser import Iterate, ProjectedLBFGS
+from style_transfer.engine.run import Run
 
 GPU = torch.device("cuda", 0)
 
@@ -57,7 +55,7 @@ class FakeCuda:
         def tracked(run):
             def running(*inputs):
                 fake.said.append("run")
-                fake.locked = nst_engine.cuda_graph._capturing.locked()
+                fake.locked = style_transfer.engine.evaluation._capturing.locked()
                 outputs = run(*inputs)
                 for made in captured:  # a graph keeps nothing alive but its outputs
                     made.run, made.places, made.outputs = weakref.ref(run), [*map(weakref.ref, inputs)], outputs
@@ -66,7 +64,7 @@ class FakeCuda:
             return running
 
         self.tracked = tracked
-        nst_engine.cuda_graph._stream.cache_clear()
+        style_transfer.engine.evaluation._stream.cache_clear()
         for name, stand_in in {
             "device": lambda device: contextlib.nullcontext(),
             "stream": lambda stream: contextlib.nullcontext(),
@@ -87,7 +85,7 @@ class FakeCuda:
 @pytest.fixture
 def cuda(monkeypatch):
     yield FakeCuda(monkeypatch)
-    nst_engine.cuda_graph._stream.cache_clear()
+    style_transfer.engine.evaluation._stream.cache_clear()
 
 
 def test_a_run_is_captured_once_after_a_warm_up_and_then_replayed(cuda):
@@ -123,7 +121,7 @@ def test_where_capture_fails_the_run_itself_is_taken_and_a_warning_says_so(cuda)
         replay = cuda.capture(lambda: (torch.ones(3),))
     before = len(cuda.said)
     assert replay()[0].tolist() == [1.0] * 3 and cuda.said[before:] == ["run"]
-    assert not nst_engine.cuda_graph._capturing.locked()
+    assert not style_transfer.engine.evaluation._capturing.locked()
 
 
 @pytest.mark.parametrize(
@@ -143,7 +141,7 @@ def test_a_replay_is_trusted_only_if_it_is_what_it_repeats(wrong_by, trusted, cu
 def test_a_replay_may_be_off_by_the_rounding_of_its_precision(vgg, content, monkeypatch):
     tolerances = []
     monkeypatch.setattr(
-        "nst_engine.evaluation.graphed",
+        "style_transfer.engine.evaluation.graphed",
         lambda function, device, tolerance: tolerances.append(tolerance) or function,
     )
     for precision in ("float32", "bfloat16"):
@@ -240,7 +238,7 @@ def test_a_run_by_whole_steps_is_that_by_steps(precision, init, shape, weight, v
     task = Task(picture(*shape), picture(70, 66, seed=1), ("conv1_2",), FIRST_FIVE, 1.0, weight)
     options = {"init": init, "vgg": vgg, "precision": precision, "evaluations": 12}
     expected = end_of(task, **options)
-    monkeypatch.setattr(nst_engine.cuda_graph, "WHOLE_STEPS", ("cpu",))
+    monkeypatch.setattr(style_transfer.engine.evaluation, "WHOLE_STEPS", ("cpu",))
     whole = mock.Mock(wraps=ProjectedLBFGS.step_with)
     monkeypatch.setattr(ProjectedLBFGS, "step_with", lambda *arguments: whole(*arguments))
     found = end_of(task, **options)
@@ -267,8 +265,8 @@ def test_what_a_graph_would_hold_asks_for_no_value(precision, regions, budget_by
 
         return call
 
-    monkeypatch.setattr("nst_engine.evaluation.graphed", checked)
-    monkeypatch.setattr(nst_engine.cuda_graph, "WHOLE_STEPS", ("cpu",))
+    monkeypatch.setattr("style_transfer.engine.evaluation.graphed", checked)
+    monkeypatch.setattr(style_transfer.engine.evaluation, "WHOLE_STEPS", ("cpu",))
     shape = (48, 56) if parts != "whole" else (24, 26)
     mask = torch.linspace(0, 1, shape[0])[:, None].expand(shape).contiguous()
     styles = [Style(picture(26, 24, seed=1), 1.0, mask), Style(picture(24, 28, seed=2))][2 - regions :]
@@ -292,6 +290,6 @@ def test_whole_steps_on_a_gpu_end_as_steps_do(precision, vgg, content, style, mo
     """A graph that is not captured warns."""
     task = Task(content.to(GPU), style.to(GPU), ("conv1_2",), FIRST_FIVE)
     expected = end_of(task, vgg=vgg, precision="float32")
-    monkeypatch.setattr(nst_engine.cuda_graph, "WHOLE_STEPS", ("cuda",))
+    monkeypatch.setattr(style_transfer.engine.evaluation, "WHOLE_STEPS", ("cuda",))
     found = end_of(task, vgg=vgg, precision=precision)
     assert found[0].total == pytest.approx(expected[0].total, rel=0.01) and not recwarn.list

@@ -5,13 +5,12 @@ import torch
 from quadratics import coupled, evaluation, quadratic, whole
 
 import nst_utils as nst
-from nst_engine.checks import as_task
-from nst_engine.evaluation import evaluator, pick_precisions
-from nst_engine.network import cut_network
-from nst_engine.objective import Task, objective_of
-from nst_engine.run import Run
-from nst_engine.tiles import Objective
 from nst_utils import FIRST_FIVE
+from style_transfer.engine.evaluation import evaluator, pick_precisions
+from style_transfer.engine.objective import Task, as_task, objective_of
+from style_transfer.engine.run import Run
+from style_transfer.engine.tiles import Objective
+from style_transfer.engine.vgg import cut_network
 
 GPU = torch.device("cuda", 0)
 

@@ -9,8 +9,8 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from nst_engine import figures
 from nst_utils import image_grid, image_table, plot_losses, show, to_pil
+from style_transfer.engine import figures
 
 
 def drawn(axes):

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from nst_engine.errors import MissingFileError, UserError
-from nst_engine.files import as_file, file_version, joint_stem, write_new, write_numbered
+from style_transfer.engine.checks import MissingFileError, UserError, as_file, file_version
+from style_transfer.engine.saving import joint_stem, write_new, write_numbered
 
 
 @pytest.mark.parametrize("what", ["picture", "weights"])

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import nst_utils as nst
-from nst_engine.film import HELD, SHOWN, film_of
+from style_transfer.engine.figures import HELD, SHOWN, film_of
 
 GREYS = 255 / 64  # of the evaluations below: none of two alike
 

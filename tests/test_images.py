@@ -12,8 +12,6 @@ import torch
 from PIL import Image, ImageCms, ImageOps
 from PIL.PngImagePlugin import PngImageFile
 
-from nst_engine.errors import MissingFileError
-from nst_engine.images import is_picture, luma, pick_device
 from nst_utils import (
     IMAGES,
     difference_map,
@@ -26,6 +24,8 @@ from nst_utils import (
     resize,
     to_pil,
 )  # fmt: skip
+from style_transfer.engine.checks import MissingFileError
+from style_transfer.engine.images import is_picture, luma, pick_device
 
 
 def saved(folder, image, suffix=".png", **options):

@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 
-from nst_engine.losses import Target, losses_from, statistics_of
-from nst_engine.network import cut_network
-from nst_engine.objective import Task, objective_of
 from nst_utils import content_loss, features, gram_matrices, gram_matrix, make_objective, style_loss
+from style_transfer.engine.losses import Target, losses_from, statistics_of
+from style_transfer.engine.objective import Task, objective_of
+from style_transfer.engine.vgg import cut_network
 
 SHAPES = {"a": (1, 5, 3, 4), "b": (1, 7, 2, 6)}  # C != h * w, h != w
 

@@ -8,16 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from nst_engine import memory
-from nst_engine import run as run_module
-from nst_engine.container import limit_threads
-from nst_engine.memory import FEWEST, IN_EVALUATION, IN_UPDATE, MOST, PAIR, fitting
-from nst_engine.network import cut_network, memory_per_pixel
-from nst_engine.objective import Task
-from nst_engine.optimiser import ProjectedLBFGS
-from nst_engine.run import Run
-from nst_engine.tiles import cut_tiles, largest_window
 from nst_utils import load_vgg19, reconstruct_content, synthesize_texture
+from style_transfer.engine import memory
+from style_transfer.engine import run as run_module
+from style_transfer.engine.memory import FEWEST, IN_EVALUATION, IN_UPDATE, MOST, PAIR, fitting, limit_threads
+from style_transfer.engine.objective import Task
+from style_transfer.engine.optimiser import ProjectedLBFGS
+from style_transfer.engine.run import Run
+from style_transfer.engine.tiles import cut_tiles, largest_window
+from style_transfer.engine.vgg import cut_network, memory_per_pixel
 
 CPU, ROOT = torch.device("cpu"), Path(__file__).resolve().parents[1]
 
@@ -85,7 +84,7 @@ def container(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "MEMBERSHIP", tmp_path / "membership")
         return module.memory_left(), module.processors()
 
-    module = sys.modules["nst_engine.container"]
+    module = sys.modules["style_transfer.engine.memory"]
     return enter
 
 

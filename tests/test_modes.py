@@ -5,8 +5,8 @@ import contextlib
 import pytest
 import torch
 
-from nst_engine.modes import default_modes
 from nst_utils import load_vgg19, transfer_style
+from style_transfer.engine.evaluation import default_modes
 
 
 @contextlib.contextmanager

@@ -17,13 +17,27 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.models.vgg import cfgs, make_layers
 
-from nst_engine.errors import MissingFileError, UserError
-from nst_engine.layers import CONVOLUTIONS, FIRST_FIVE, RELUS, deepest, layer_name, stride
-from nst_engine.network import build_vgg19, cut_network, feature_maps, features, load_vgg19, map_size
-from nst_engine.objective import Task
-from nst_engine.run import Run
-from nst_engine.weights import OXFORD_SHA256, convolutions_of, read_weights
 from nst_utils import IMAGES, load_image
+from style_transfer.engine.checks import MissingFileError, UserError
+from style_transfer.engine.objective import Task
+from style_transfer.engine.run import Run
+from style_transfer.engine.vgg import (
+    CONVOLUTIONS,
+    FIRST_FIVE,
+    OXFORD_SHA256,
+    RELUS,
+    build_vgg19,
+    convolutions_of,
+    cut_network,
+    deepest,
+    feature_maps,
+    features,
+    layer_name,
+    load_vgg19,
+    map_size,
+    read_weights,
+    stride,
+)
 
 CPU = torch.device("cpu")
 BLOCKS = {1: 2, 2: 2, 3: 4, 4: 4, 5: 4}  # convolutions per block, [VGG] table 1, column E

@@ -95,7 +95,7 @@ def test_the_panel_leaves_a_still_where_there_is_no_kernel(path):
 def test_the_package_brings_every_picture(path):
     """A notebook opened in Colab has the installed package alone."""
     metadata = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    shipped = metadata["tool"]["setuptools"]["package-data"]["nst_engine.pictures"]
+    shipped = metadata["tool"]["setuptools"]["package-data"]["style_transfer.pictures"]
     sources = "\n".join(cell.source for cell in code_cells(path))
     named = re.findall(r"nst\.IMAGES((?: / \"[^\"]+\")+)", sources)
     names = ["/".join(re.findall(r"\"([^\"]+)\"", name)) for name in named if "." in name]

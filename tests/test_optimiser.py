@@ -7,7 +7,7 @@ import pytest
 import torch
 from quadratics import coupled, evaluation, projected_solution, quadratic
 
-from nst_engine.optimiser import (
+from style_transfer.engine.optimiser import (
     MAX_HALVINGS,
     Iterate,
     ProjectedLBFGS,

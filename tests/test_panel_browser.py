@@ -34,16 +34,16 @@ def browser():
 
 # In the kernel: the painter's steps wait at a gate until it is opened, so that the panel stays in the state it is in.
 GATE = """
-import threading, nst_widgets
-panel, gate = nst_widgets._open[0], threading.Semaphore(0)
+import threading, style_transfer.panel.studio
+panel, gate = style_transfer.panel.studio._open[0], threading.Semaphore(0)
 ungated = panel.painter.step
 panel.painter.step = lambda *arguments: gate.acquire() and ungated(*arguments)
 """
 
 # In the kernel: the panel's layers and weights, and notebook 3's parameters.
 PANEL = """
-import nst_widgets
-now = nst_widgets._open[0].controls.settings()
+import style_transfer.panel.studio
+now = style_transfer.panel.studio._open[0].controls.settings()
 layers, weights = zip(*now.layer_weights)
 print(f"{now.content_layer} {now.content_weight:.9g} {layers} {set(weights)} {now.style_weight:.9g}")
 """
@@ -321,8 +321,8 @@ def test_another_seed_is_another_piece_and_block_1_is_grain(browser, server):
 
 # In the kernel: the painter begins again when its run is done, so that the panel runs until it is stopped.
 NO_END = """
-import nst_widgets
-panel, calls = nst_widgets._open[0], []
+import style_transfer.panel.studio
+panel, calls = style_transfer.panel.studio._open[0], []
 ending = panel.painter.step
 
 def endless(settings, start=None):
@@ -336,7 +336,7 @@ panel.painter.step = endless
 LOST = """
 import asyncio, json
 from pathlib import Path
-nst_widgets.PATIENCE = 2
+style_transfer.panel.studio.PATIENCE = 2
 
 async def report():
     while panel.state == "running":
@@ -366,7 +366,7 @@ def test_frames_that_are_sent_and_frames_that_the_browser_asks_for(pull, browser
     book.button("Start").click()
     book.finish()
     assert book.frames() >= 3 and book.losses()["loss"] < 1
-    assert book.ask("import nst_widgets; print(nst_widgets._open[0].pull)") == str(pull)
+    assert book.ask("import style_transfer.panel.studio; print(style_transfer.panel.studio._open[0].pull)") == str(pull)
     book.screenshot(f"pull_{pull}")
     book.ask(NO_END)
     book.show_panel()

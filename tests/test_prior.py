@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nst_engine.network import first_kernels
-from nst_engine.prior import K, draw_noise, relative_frequencies, spectral_preconditioner
+from style_transfer.engine.prior import K, draw_noise, relative_frequencies, spectral_preconditioner
+from style_transfer.engine.vgg import first_kernels
 
 
 def circulant(rows):

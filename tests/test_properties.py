@@ -11,9 +11,9 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 import nst_utils as nst
-from nst_engine.checks import as_whole
-from nst_engine.layers import LAYERS, deepest, layer_name, stride
-from nst_engine.scales import plan_scales
+from style_transfer.engine.checks import as_whole
+from style_transfer.engine.schedule import plan_scales
+from style_transfer.engine.vgg import LAYERS, deepest, layer_name, stride
 
 # No deadline: a test must not fail because a machine is slow.
 settings.register_profile(

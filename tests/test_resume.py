@@ -14,8 +14,8 @@ from interruption import Interruption, middles
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import nst_engine.memory
 import nst_utils as nst
+import style_transfer.engine.memory
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGE = nst.IMAGES / "content" / "chenonceau.jpg"
@@ -43,7 +43,7 @@ def write(state, path):
 
 def resume_all(folder):
     """In a process of its own: each stored state goes on to its end, and is stored with its history."""
-    nst_engine.memory.MOST = 6
+    style_transfer.engine.memory.MOST = 6
     for path in sorted(Path(folder).glob("*.state")):
         with safe_open(path, "pt") as file:
             plain = json.loads(file.metadata()["plain"])
@@ -52,7 +52,7 @@ def resume_all(folder):
 
 def test_a_run_stopped_after_any_evaluation_ends_in_a_new_process_as_if_it_had_not_been(tmp_path, vgg, monkeypatch):
     """At either scale, before the history of correction pairs is full and after, and where a step was refused."""
-    monkeypatch.setattr(nst_engine.memory, "MOST", 6)
+    monkeypatch.setattr(style_transfer.engine.memory, "MOST", 6)
     run, history, seen, step = reconstruction(vgg), [], [], True
     while step:
         state = run.state_dict()
@@ -76,12 +76,12 @@ def test_the_precision_and_whether_rounding_was_asked_are_part_of_the_state(init
 
     Whatever the rounding here is: what the gradients' cosine is said to be depends on which of the two times it is.
     """
-    monkeypatch.setattr("nst_engine.run.pick_precisions", lambda *_: ("bfloat16", "float32"))
-    monkeypatch.setattr("nst_engine.run.BROAD", 24)  # so that a run from an image has two scales, too
+    monkeypatch.setattr("style_transfer.engine.run.pick_precisions", lambda *_: ("bfloat16", "float32"))
+    monkeypatch.setattr("style_transfer.engine.run.BROAD", 24)  # so that a run from an image has two scales, too
     style = nst.load_image(nst.IMAGES / "style" / "great_wave.jpg", 64, "cpu")
     content = nst.load_image(IMAGE, 128, "cpu")[..., :128].contiguous()
     task = nst.Task(content, style, ("conv1_1",), {"conv1_1": 1.0}, 1.0, 1e4)
-    norms, name = [], "nst_engine.run.gradient_cosine"
+    norms, name = [], "style_transfer.engine.run.gradient_cosine"
     monkeypatch.setattr(name, lambda a, b, _: norms.append(b.norm().item()) or 1)
     finish(nst.Run(task, init=init, vgg=vgg))
     first, last = norms
@@ -100,7 +100,7 @@ def test_the_precision_and_whether_rounding_was_asked_are_part_of_the_state(init
 
 
 def test_a_state_is_not_changed_by_the_steps_that_follow(vgg, monkeypatch):
-    monkeypatch.setattr(nst_engine.memory, "MOST", 6)
+    monkeypatch.setattr(style_transfer.engine.memory, "MOST", 6)
     run = reconstruction(vgg)
     for _ in range(20):  # from here on each update takes the place of a correction pair
         run.step()
@@ -114,7 +114,7 @@ def test_a_state_is_not_changed_by_the_steps_that_follow(vgg, monkeypatch):
 
 def test_a_state_that_was_loaded_is_the_state_that_was_stored(vgg, monkeypatch):
     """Every part of it, at each stop; also where the window and the history have lost what came first."""
-    monkeypatch.setattr(nst_engine.memory, "MOST", 3)
+    monkeypatch.setattr(style_transfer.engine.memory, "MOST", 3)
     run, lost = reconstruction(vgg, evaluations=60), 0
     while run.step():
         state, again = run.state_dict(), reconstruction(vgg, evaluations=60)
@@ -169,15 +169,15 @@ def test_on_a_machine_with_less_memory_the_newest_pairs_go_on(vgg):
 
 def test_a_run_interrupted_anywhere_has_the_state_of_before_or_after_an_evaluation(vgg, monkeypatch):
     """In the evaluation, the update, the preconditioner, the preparation of a scale; also with a full history."""
-    monkeypatch.setattr(nst_engine.memory, "MOST", 4)
+    monkeypatch.setattr(style_transfer.engine.memory, "MOST", 4)
     runs = (reconstruction(vgg, size=48, evaluations=18) for _ in range(49))
     run = next(runs)
-    with Interruption(None, ROOT / "nst_engine") as undisturbed:
+    with Interruption(None, ROOT / "style_transfer" / "engine") as undisturbed:
         history, image = finish(run)
     assert len(run.state_dict()["optimiser.slots"]) == 4 and len(history) == 18
     for place in middles(undisturbed.count, 24):
         run = next(runs)
-        with contextlib.suppress(KeyboardInterrupt), Interruption(place, ROOT / "nst_engine"):
+        with contextlib.suppress(KeyboardInterrupt), Interruption(place, ROOT / "style_transfer" / "engine"):
             finish(run)
         rest, found = finish(next(runs), run.state_dict())
         assert rest == history[len(history) - len(rest) :] and torch.equal(found, image), place
@@ -192,7 +192,10 @@ def test_a_step_to_the_next_scale_interrupted_at_any_line_is_done_again(vgg):
         run = reconstruction(vgg, 48, 4)
         for _ in range(coarse):
             run.step()
-        with contextlib.suppress(KeyboardInterrupt), Interruption(number, ROOT / "nst_engine" / "run.py") as place:
+        with (
+            contextlib.suppress(KeyboardInterrupt),
+            Interruption(number, ROOT / "style_transfer" / "engine" / "run.py") as place,
+        ):
             run.step()
         again, state = reconstruction(vgg, 48, 4), run.state_dict()
         again.load_state_dict(state)

@@ -10,16 +10,15 @@ from unittest import mock
 import pytest
 import torch
 
-import nst_engine.run
-from nst_engine.convergence import SLOW
-from nst_engine.evaluation import RELATIVE_TOLERANCE
-from nst_engine.images import resize
-from nst_engine.layers import FIRST_FIVE
-from nst_engine.network import first_kernels
-from nst_engine.objective import Task
-from nst_engine.optimiser import ProjectedLBFGS
-from nst_engine.prior import draw_noise, spectral_preconditioner
-from nst_engine.run import Run
+import style_transfer.engine.run
+from style_transfer.engine.evaluation import RELATIVE_TOLERANCE
+from style_transfer.engine.images import resize
+from style_transfer.engine.objective import Task
+from style_transfer.engine.optimiser import ProjectedLBFGS
+from style_transfer.engine.prior import draw_noise, spectral_preconditioner
+from style_transfer.engine.run import Run
+from style_transfer.engine.schedule import SLOW
+from style_transfer.engine.vgg import FIRST_FIVE, first_kernels
 
 BOTH = ("bfloat16", "float32")
 EQUAL = dict.fromkeys(FIRST_FIVE, 1.0)  # weights of style layers
@@ -58,9 +57,9 @@ def watch(vgg):
 @pytest.fixture
 def made(watch, monkeypatch):
     """made(): how many copies of the network, targets, evaluators and preconditioners have been made so far."""
-    counting = [mock.Mock(wraps=make) for make in (nst_engine.run.evaluator, spectral_preconditioner)]
-    monkeypatch.setattr(nst_engine.run, "evaluator", counting[0])
-    monkeypatch.setattr(nst_engine.run, "spectral_preconditioner", counting[1])
+    counting = [mock.Mock(wraps=make) for make in (style_transfer.engine.run.evaluator, spectral_preconditioner)]
+    monkeypatch.setattr(style_transfer.engine.run, "evaluator", counting[0])
+    monkeypatch.setattr(style_transfer.engine.run, "spectral_preconditioner", counting[1])
     return lambda: torch.tensor([watch.copies, len(watch.targets), *(made.call_count for made in counting)])
 
 
@@ -73,7 +72,7 @@ def start(vgg):
 @pytest.fixture
 def in_both(vgg, monkeypatch):
     """The same in bfloat16 and float32, where any stage has converged at its eleventh evaluation."""
-    monkeypatch.setattr(nst_engine.run, "pick_precisions", lambda _, given: (given,) if given else BOTH)
+    monkeypatch.setattr(style_transfer.engine.run, "pick_precisions", lambda _, given: (given,) if given else BOTH)
     for stage in SLOW:
         monkeypatch.setitem(SLOW, stage, (10, 1.0))
     return functools.partial(Run, vgg=vgg)
@@ -132,7 +131,7 @@ def test_a_scale_at_which_no_step_lowers_the_loss_gives_way_to_the_next(start, p
 
 
 def test_a_large_scale_has_fewer_evaluations_and_float32_is_not_asked_at_its_limit(in_both, picture, monkeypatch):
-    monkeypatch.setattr("nst_engine.scales.LARGE", 24 * 30 / 4)
+    monkeypatch.setattr("style_transfer.engine.schedule.LARGE", 24 * 30 / 4)
     assert precisions_of(take(in_both(Task(picture(24, 30), None, ("conv1_1",)), evaluations=10))) == "b" * 5
 
 
@@ -151,7 +150,7 @@ def test_what_a_scale_needed_is_gone_when_the_next_begins_and_all_with_the_run(s
             optimisers.add(self)
             super().__init__(*arguments)
 
-    monkeypatch.setattr(nst_engine.run, "ProjectedLBFGS", Noted)
+    monkeypatch.setattr(style_transfer.engine.run, "ProjectedLBFGS", Noted)
     watch.change = lambda output: alive.append((len(optimisers), watch.alive()))
     gc.collect()
     gc.disable()
@@ -192,7 +191,7 @@ def test_images_that_have_a_graph_are_taken_without_it(start, picture):
 
 def test_a_large_image_to_start_from_goes_through_scales_and_keeps_its_detail(start, picture, monkeypatch):
     """What the coarse scale changed is enlarged, and the rest is the image's own."""
-    monkeypatch.setattr(nst_engine.run, "BROAD", 32)
+    monkeypatch.setattr(style_transfer.engine.run, "BROAD", 32)
     init = picture(64, 96)
     run = start(Task(picture(64, 96, 1), None, ("conv1_1",)), init=init, evaluations=24)
     torch.testing.assert_close(run.image, resize(init, (32, 48)))

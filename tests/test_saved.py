@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from nst_engine.saved import as_png, find_picture, read_settings
 from nst_utils import IMAGES
+from style_transfer.engine.saving import as_png, find_picture, read_settings
 
 SETTINGS = {
     "content": "castle.jpg",

@@ -2,9 +2,9 @@ import itertools
 
 import pytest
 
-from nst_engine.layers import FIRST_FIVE
-from nst_engine.objective import Task
-from nst_engine.scales import limit_evaluations, plan_scales
+from style_transfer.engine.objective import Task
+from style_transfer.engine.schedule import limit_evaluations, plan_scales
+from style_transfer.engine.vgg import FIRST_FIVE
 
 SHAPES = [(256, 256), (50, 48), (255, 383), (512, 300), (97, 64), (33, 1000), (1, 1), (5, 3), (64, 64), (127, 129)]
 # (content layers, style layers, pixels along the shorter side that the coarsest scale needs)

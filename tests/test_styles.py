@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import nst_utils as nst
-from nst_engine.network import cut_network, memory_per_pixel
-from nst_engine.objective import Task, least_memory, objective_of
-from nst_engine.run import Run
-from nst_engine.styles import Style, average, blending, mask_of, regions, resize_mask, share_of
-from nst_engine.tiles import cut_tiles, losses_and_gradient, world_size
 from nst_utils import features, gram_matrix
+from style_transfer.engine.losses import average, mask_of, resize_mask, share_of
+from style_transfer.engine.objective import Style, Task, blending, least_memory, objective_of, regions
+from style_transfer.engine.run import Run
+from style_transfer.engine.tiles import cut_tiles, losses_and_gradient, world_size
+from style_transfer.engine.vgg import cut_network, memory_per_pixel
 
 CPU = torch.device("cpu")
 LAYERS = {"conv1_1": 0.5, "conv2_1": 2.0, "conv3_1": 1.5}

@@ -1,4 +1,4 @@
-"""nst_stylise.py: one picture, and nothing lost when it is interrupted."""
+"""style_transfer.stylise.py: one picture, and nothing lost when it is interrupted."""
 
 import io
 import itertools
@@ -17,11 +17,11 @@ from interruption import Interruption, middles
 from PIL import Image
 from safetensors.torch import save_file
 
-import nst_stylise
 import nst_utils
-from nst_engine import run_file
-from nst_engine.painter import Painter, Settings
-from nst_engine.saved import as_png, read_settings
+import style_transfer.stylise
+from style_transfer.engine import saving as run_file
+from style_transfer.engine.saving import as_png, read_settings
+from style_transfer.panel.painter import Painter, Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,7 +33,7 @@ def program(tmp_path, monkeypatch):
     monkeypatch.setattr(nst_utils.Task, "smallest_side", 32)
     for name, source in {"photo.jpg": "content/chenonceau.jpg", "painting.jpg": "style/starry_night.jpg"}.items():
         Image.open(ROOT / "images" / source).resize((96, 64)).save(name)
-    return nst_stylise
+    return style_transfer.stylise
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_a_run_that_is_interrupted_anywhere_loses_nothing(run, capsys):
 
     Before the run begins there is nothing to go on from.
     """
-    code = ROOT / "nst_engine", ROOT / "nst_utils.py", ROOT / "nst_stylise.py"
+    code = ROOT / "style_transfer", ROOT / "nst_utils.py"
     with Interruption(1, code[0] / "images.py"), pytest.raises(SystemExit, match="begins again, nothing is saved"):
         run()
     assert len(list(Path().iterdir())) == 2
@@ -364,19 +364,19 @@ def test_a_saved_image_is_made_again(run, capsys):
     made = run("--seed", "3", "--init", "content", "--style-size", "40", "--style-weight", "2e3", "--output", "one.png")
     again = ["stylise.py", "--like", "one.png", "--device", "cpu", "--output"]
     with mock.patch.object(sys, "argv", [*again, "two.png"]):
-        nst_stylise.main()
+        style_transfer.stylise.main()
     assert Path("two.png").read_bytes() == Path("one.png").read_bytes()
     assert made[:12] == made[12:] and read_settings("one.png")["evaluations"] == 12
     with mock.patch.object(sys, "argv", [*again, "three.png", "--seed", "4", "--init", "noise"]):
-        nst_stylise.main()
+        style_transfer.stylise.main()
     settings = read_settings("three.png")
     assert settings == read_settings("one.png") | {"seed": 4, "init": "noise", "start": "noise"}
     Path("photo.jpg").rename("moved.jpg")
     with mock.patch.object(sys, "argv", [*again, "four.png"]):
         with pytest.raises(SystemExit, match="error: 'photo.jpg' not found: give two images, content and style"):
-            nst_stylise.main()
+            style_transfer.stylise.main()
     with mock.patch.object(sys, "argv", [*again, "four.png", "moved.jpg"]):
-        nst_stylise.main()
+        style_transfer.stylise.main()
     assert nst_utils.load_image("four.png").equal(nst_utils.load_image("one.png"))
 
 
@@ -420,7 +420,7 @@ def test_what_cannot_be_made_again_is_said(change, sentence, run, monkeypatch):
     Path("other.png").write_bytes(as_png(torch.zeros(1, 3, 2, 2), about))
     monkeypatch.setattr(sys, "argv", ["stylise.py", "--like", "other.png"])
     with pytest.raises(SystemExit, match=f"error: .*{sentence}"):
-        nst_stylise.main()
+        style_transfer.stylise.main()
 
 
 def test_no_image_or_one_is_too_few(program, monkeypatch):
@@ -544,7 +544,7 @@ def test_the_film_of_a_run_that_was_interrupted_has_no_gap_and_nothing_twice(sto
 
 def test_a_film_that_was_interrupted_while_an_image_was_kept_has_no_gap(run):
     """The run has taken that step, so the image will not come again."""
-    code, words = ROOT / "nst_engine" / "film.py", ("--evaluations", "6", "--film")
+    code, words = ROOT / "style_transfer" / "engine" / "figures.py", ("--evaluations", "6", "--film")
     with Interruption(None, code) as undisturbed:
         run(*words, "whole.gif", "--output", "whole.png")
     for place in middles(undisturbed.count, 3):
@@ -579,7 +579,7 @@ def test_options_may_stand_between_the_images(run, several, refuses):
     run("photo.jpg", "--like", "made.png", "--no-keep-colours", "--output", "plain.png")
     assert read_settings("plain.png")["keep_colours"] is False
     with refuses("give the images first, content and styles, and then --masks and --blend"):
-        nst_stylise.parse(["--masks", "left.png", "rest", "photo.jpg", "painting.jpg", "wave.jpg"])
+        style_transfer.stylise.parse(["--masks", "left.png", "rest", "photo.jpg", "painting.jpg", "wave.jpg"])
 
 
 def test_a_run_goes_on_by_the_settings_of_what_it_has_saved(run, several):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import nst_utils as nst
-from nst_engine.prior import draw_noise
+from style_transfer.engine.prior import draw_noise
 
 CASTLE, CAT = (nst.IMAGES / "content" / name for name in ("chenonceau.jpg", "kitten_on_fence.jpg"))
 NIGHT = nst.IMAGES / "style" / "starry_night.jpg"
@@ -178,8 +178,8 @@ def test_bfloat16_agrees_loosely(settings, content, style):
 
 def test_the_newest_correction_pairs_are_kept_in_float32_and_none_at_a_finer_scale(vgg, monkeypatch):
     """And float32 goes on from where bfloat16 ends."""
-    monkeypatch.setattr("nst_engine.run.pick_precisions", lambda *_: ("bfloat16", "float32"))
-    monkeypatch.setattr("nst_engine.run.COSINE", 1.1)  # so that it takes over when it is first asked
+    monkeypatch.setattr("style_transfer.engine.run.pick_precisions", lambda *_: ("bfloat16", "float32"))
+    monkeypatch.setattr("style_transfer.engine.run.COSINE", 1.1)  # so that it takes over when it is first asked
     optimisation = nst.Run(nst.Task(nst.load_image(CAT, 48, "cpu"), None, ("conv1_1",)), evaluations=1000, vgg=vgg)
     known, pairs, totals = {}, [], []
     while step := optimisation.step():

@@ -7,16 +7,30 @@ import math
 import pytest
 import torch
 
-from nst_engine import tiles
-from nst_engine.evaluation import evaluator
-from nst_engine.layers import deepest
-from nst_engine.network import cut_network, first_kernels, halo_and_stride, load_vgg19, map_size, memory_per_pixel
-from nst_engine.objective import Task, gram_matrices, objective_of
-from nst_engine.optimiser import Iterate, ProjectedLBFGS
-from nst_engine.prior import spectral_preconditioner
-from nst_engine.run import Run
-from nst_engine.tiles import Objective, cut_tiles, largest_window, losses_and_gradient, plan_tiles, sum_statistics
 from nst_utils import FIRST_FIVE, transfer_style
+from style_transfer.engine import tiles
+from style_transfer.engine.evaluation import evaluator
+from style_transfer.engine.objective import Task, gram_matrices, objective_of
+from style_transfer.engine.optimiser import Iterate, ProjectedLBFGS
+from style_transfer.engine.prior import spectral_preconditioner
+from style_transfer.engine.run import Run
+from style_transfer.engine.tiles import (
+    Objective,
+    cut_tiles,
+    largest_window,
+    losses_and_gradient,
+    plan_tiles,
+    sum_statistics,
+)
+from style_transfer.engine.vgg import (
+    cut_network,
+    deepest,
+    first_kernels,
+    halo_and_stride,
+    load_vgg19,
+    map_size,
+    memory_per_pixel,
+)
 
 CPU = torch.device("cpu")
 FIVE = dict.fromkeys(FIRST_FIVE, 1.0)

@@ -27,13 +27,13 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-import nst_controls
 import nst_utils as nst
-import nst_widgets
-from nst_engine.convergence import SLOW
-from nst_engine.errors import MissingFileError, UserError
-from nst_engine.saved import as_png, read_settings
-from nst_widgets import Painter, Settings, Studio, style_studio
+import style_transfer.panel.controls
+import style_transfer.panel.studio
+from style_transfer.engine.checks import MissingFileError, UserError
+from style_transfer.engine.saving import as_png, read_settings
+from style_transfer.engine.schedule import SLOW
+from style_transfer.panel.studio import Painter, Settings, Studio, style_studio
 
 CASTLE, NIGHT = nst.IMAGES / "content" / "chenonceau.jpg", nst.IMAGES / "style" / "starry_night.jpg"
 WAVE = nst.IMAGES / "style" / "great_wave.jpg"
@@ -708,8 +708,12 @@ def test_uploads_have_either_form_of_ipywidgets():
     expected = [("a.jpg", b"one"), ("b c.png", b"two")]
     eight = tuple({"name": name, "size": 3, "content": memoryview(content)} for name, content in expected)
     seven = {name: {"metadata": {"name": name, "size": 3}, "content": content} for name, content in expected}
-    assert nst_controls.uploaded_files(eight) == nst_controls.uploaded_files(seven) == expected
-    assert nst_controls.uploaded_files(()) == nst_controls.uploaded_files({}) == []
+    assert (
+        style_transfer.panel.controls.uploaded_files(eight)
+        == style_transfer.panel.controls.uploaded_files(seven)
+        == expected
+    )
+    assert style_transfer.panel.controls.uploaded_files(()) == style_transfer.panel.controls.uploaded_files({}) == []
 
 
 def test_the_same_file_may_be_uploaded_again(panel):
@@ -803,10 +807,14 @@ def test_pictures_alone_are_offered_each_by_a_name_of_its_own(pictures, clock, o
 
 
 def test_what_to_do_with_large_files_stands_at_the_buttons(panel, opened, clock):
-    texts = [widget.value for widget in nst_controls.tree(panel.view) if isinstance(widget, widgets.HTML)]
+    texts = [
+        widget.value for widget in style_transfer.panel.controls.tree(panel.view) if isinstance(widget, widgets.HTML)
+    ]
     assert any("more than 10 MB: put them into images/content or images/style" in text for text in texts)
     panel = opened(lambda: Studio(TRANSFER._replace(content=None), StandIn(clock)))
-    texts = [widget.value for widget in nst_controls.tree(panel.view) if isinstance(widget, widgets.HTML)]
+    texts = [
+        widget.value for widget in style_transfer.panel.controls.tree(panel.view) if isinstance(widget, widgets.HTML)
+    ]
     assert any("put them into images/style, and run" in text for text in texts)
 
 
@@ -962,7 +970,7 @@ def test_another_style_layer_has_a_slider_in_the_networks_order(studio):
     offered = panel.controls.content_layer.options
     assert list(offered) == [*nst.CONVOLUTIONS[:10], "relu4_2", *nst.CONVOLUTIONS[10:]]
     sliders = [*panel.layer_weights.values()]
-    assert [control for control in nst_controls.tree(panel.view) if control in sliders] == sliders
+    assert [control for control in style_transfer.panel.controls.tree(panel.view) if control in sliders] == sliders
 
 
 @pytest.mark.parametrize(
@@ -1078,7 +1086,7 @@ def test_an_error_comes_to_light_where_the_browser_asks(pulled):
 @pytest.mark.parametrize("pull", [False, True])
 def test_a_panel_that_no_browser_shows_is_paused(pull, clock, opened, monkeypatch):
     """Counted while the kernel is free: a cell that takes long is no absence."""
-    monkeypatch.setattr(nst_widgets, "PATIENCE", 1)
+    monkeypatch.setattr(style_transfer.panel.studio, "PATIENCE", 1)
     panel = opened(lambda: Studio(TRANSFER, StandIn(clock), pull))
     press(panel, "Start")
     if not pull:
@@ -1100,7 +1108,7 @@ def test_a_panel_that_no_browser_shows_is_paused(pull, clock, opened, monkeypatc
 
 
 def test_a_panel_that_a_browser_shows_goes_on(panel, monkeypatch):
-    monkeypatch.setattr(nst_widgets, "PATIENCE", 1)
+    monkeypatch.setattr(style_transfer.panel.studio, "PATIENCE", 1)
     start(panel)
     end = time.monotonic() + 2.5
     while time.monotonic() < end:
@@ -1310,14 +1318,14 @@ def test_settings_of_two_styles_and_of_kept_colours_are_saved_and_taken_up(studi
 )
 def test_controls_that_mean_nothing_are_not_there(paths, controls, studio):
     panel = studio(*paths)
-    shown = [*nst_controls.tree(panel.view)]
+    shown = [*style_transfer.panel.controls.tree(panel.view)]
     own = panel.controls.second, panel.controls.blend, panel.controls.keep_colours
     assert [control in shown for control in own] == [True] * controls + [False] * (3 - controls)
 
 
 def test_a_screen_reader_hears_what_is_shown_and_the_loss_now_and_then(panel, clock):
     """Each image has a text beside it. The loss is spoken every fifteen seconds, a state or a note at once."""
-    for box in nst_controls.tree(panel.view):
+    for box in style_transfer.panel.controls.tree(panel.view):
         for k, child in enumerate(getattr(box, "children", ())):
             if isinstance(child, widgets.Image):
                 assert re.search(r">[\w :;,-]+\.</span>", box.children[k + 1].value)

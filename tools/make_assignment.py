@@ -16,7 +16,7 @@ from homework import CODE_BLANK, FORMULAS, HELPER_BLANK, NAME, ROOT, TEXT_BLANK,
 from nbgrader.apps import NbGraderAPI
 from traitlets.config import Config
 
-COPIED = ["nst_engine", "nst_controls.py", "nst_widgets.py", "nst_stylise.py", "tools/stylise.py", "images"]
+COPIED = ["style_transfer", "tools/stylise.py", "images"]
 COPIED += ["pyproject.toml", "LICENSE"]
 READING = 20  # minutes for the rest of a notebook
 MINUTES = {

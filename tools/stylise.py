@@ -1,4 +1,4 @@
-"""The program `stylise`, from a clone; what it does is in nst_stylise.py."""
+"""The program `stylise`, from a clone; what it does is in style_transfer.stylise.py."""
 
 import signal
 import sys
@@ -11,7 +11,7 @@ def interrupted(*_):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, interrupted)
-    from nst_stylise import main
+    from style_transfer.stylise import main
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

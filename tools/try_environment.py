@@ -35,8 +35,9 @@ print(json.dumps({"Python": platform.python_version()} | found))
 PANEL = """
 import asyncio, datetime
 from pathlib import Path
-import nst_controls, nst_utils as nst
-from nst_widgets import style_studio
+import nst_utils as nst
+from style_transfer.panel import controls
+from style_transfer.panel.studio import style_studio
 
 async def until(condition):
     while not condition():
@@ -56,7 +57,7 @@ for pull in (False, True):
     about = {"name": "wave.jpg", "type": "", "size": 1, "lastModified": 0}
     seven = {"wave.jpg": {"metadata": about, "content": content}}
     eight = ({"name": "wave.jpg", "type": "", "size": 1, "content": memoryview(content), "last_modified": now},)
-    assert nst_controls.uploaded_files(seven) == nst_controls.uploaded_files(eight) == [("wave.jpg", content)]
+    assert controls.uploaded_files(seven) == controls.uploaded_files(eight) == [("wave.jpg", content)]
     uploader = panel.uploaders["style"]
     uploader.set_trait("value", seven if isinstance(uploader.value, dict) else eight)
     assert panel.choices["style"].value.name == "wave.jpg", panel.status.value
@@ -106,10 +107,22 @@ def attempt(python, home):
     assert versions() == before, f"pip has changed {before} to {versions()}"
     images = json.loads(run("-c", "import json, nst_utils; print(json.dumps(str(nst_utils.IMAGES)))"))
     pair = [f"{images}/content/chenonceau.jpg", f"{images}/style/starry_night.jpg"]
-    whole = run("-m", "nst_stylise", *pair, "--size", "64", "--evaluations", "10", "-o", "whole.png")
-    tiles = run("-m", "nst_stylise", *pair, "--size", "512", "--evaluations", "2", "--memory", "1.4", "-o", "tiles.png")
+    whole = run("-m", "style_transfer.stylise", *pair, "--size", "64", "--evaluations", "10", "-o", "whole.png")
+    tiles = run(
+        "-m",
+        "style_transfer.stylise",
+        *pair,
+        "--size",
+        "512",
+        "--evaluations",
+        "2",
+        "--memory",
+        "1.4",
+        "-o",
+        "tiles.png",
+    )
     assert " whole," in whole and re.search(r"in \d+ tiles", tiles), whole + tiles
-    run("-m", "nst_stylise", "--like", "whole.png", *pair, "-o", "again.png")
+    run("-m", "style_transfer.stylise", "--like", "whole.png", *pair, "-o", "again.png")
     assert (folder / "again.png").read_bytes() == (folder / "whole.png").read_bytes()
     run("-m", "pip", "uninstall", "--quiet", "--yes", "neural-style-transfer-notebooks")
 

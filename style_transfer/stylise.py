@@ -1,7 +1,8 @@
 """One image in the style of another, of any size, in bounded memory: stylise photo.jpg painting.jpg
 
 The image is saved every half minute beside its run, a .safetensors file of the same name; after an interruption the
-same command goes on from there. For several devices or processes: torchrun --nproc-per-node 2 -m nst_stylise ...
+same command goes on from there. For several devices or processes:
+    torchrun --nproc-per-node 2 -m style_transfer.stylise ...
 An image that the panel or this program has saved says how it was made: stylise --like saved.png makes it again.
 
 Several styles are blended, or each has its place, where its mask is white:
@@ -24,10 +25,19 @@ from PIL import Image
 from tqdm import tqdm
 
 import nst_utils as nst
-from nst_engine.run_file import alone, begin_state, read_state, write, write_state
-from nst_engine.saved import REST, as_png, find_picture, read_settings
-from nst_engine.styles import resize_mask
-from nst_engine.terminal import Terminal
+from style_transfer.engine.losses import resize_mask
+from style_transfer.engine.saving import (
+    REST,
+    alone,
+    as_png,
+    begin_state,
+    find_picture,
+    read_settings,
+    read_state,
+    write,
+    write_state,
+)
+from style_transfer.terminal import Terminal
 
 CHOSEN = ("size", "style_size", "style_weight", "init", "seed", "evaluations", "keep_colours")  # by options
 LAYERS = {"content_layer": "conv1_2", "layer_weights": dict.fromkeys(nst.FIRST_FIVE, 1.0)}

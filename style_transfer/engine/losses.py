@@ -2,13 +2,24 @@
 
 The statistics of an image's tiles add up to those of the whole. The formulas are those of `nst_utils`, to which the
 tests hold them equal; here they are fast.
+
+
+Several styles: blended where they share a mask, each in its own region where their masks differ.
+
+A Gram matrix is a mean over positions, so a mask m makes it a weighted mean, F diag(m) F^T / (C sum m); see Gatys et
+al. 2017, Controlling Perceptual Factors in Neural Style Transfer, equation 5. And several styles with one mask are one
+target: sum_k b_k |G - G_k|^2 is |G - sum_k b_k G_k|^2 plus a constant, if the b_k add up to 1.
 """
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from .checks import Shape
+from .vgg import stride
 
 
 class _GramSum(torch.autograd.Function):
@@ -128,3 +139,45 @@ def losses_from(statistics: list[Tensor], style_targets: list[Target], weights: 
 
 def mean_square(x: Tensor) -> Tensor:
     return _SquareSum.apply(x) / x.numel()
+
+
+def resize_mask(mask: Tensor | None, shape: Shape) -> Tensor | None:
+    """Scale a mask (H, W) to `shape`."""
+    if mask is None or tuple(mask.shape) == tuple(shape):
+        return mask
+    return F.interpolate(mask[None, None], shape, mode="bilinear", antialias=True)[0, 0].clamp(0, 1)
+
+
+def average(mask: Tensor, layer: str) -> Tensor:
+    """A mask (H, W) at the resolution of a layer: the mean over the pixels of each of its positions."""
+    return F.avg_pool2d(mask[None], stride(layer))[0]
+
+
+def share_of(mask: Tensor | None, layer: str) -> float:
+    """The share of the image that a mask leaves at a layer."""
+    return 1.0 if mask is None else average(mask, layer).mean().item()
+
+
+class Mask(NamedTuple):
+    """A mask in the feature map that a layer has for one tile, without what the tile's halo covers."""
+
+    box: tuple  # the index of the rows and columns beyond which it is 0
+    root: Tensor  # its square root within them: F diag(m) F^T is the product of F sqrt(m) with itself
+    mean: float  # its mean over the whole image; where that is 0, the least number above
+
+
+def mask_of(mask: Tensor | None, tile, layer: str, dtype: torch.dtype, share: float) -> Mask | None:
+    """The `Mask` of a `Tile` at a layer; mask: (H, W), as large as the image; share: its `share_of`."""
+    if mask is None:
+        return None
+    part = average(mask[tile.window], layer)
+    for strip in tile.halo(stride(layer)):
+        part[strip] = 0
+    rows, columns = (_span(part.amax(dim)) if part.numel() else slice(0, 0) for dim in (1, 0))
+    box = (..., rows, columns)
+    return Mask(box, part[box].sqrt().to(dtype), max(share, torch.finfo(torch.float32).tiny))
+
+
+def _span(values):
+    found = values.nonzero().flatten().tolist()
+    return slice(found[0], found[-1] + 1) if found else slice(0, 0)

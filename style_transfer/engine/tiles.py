@@ -18,8 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import UserError
-from .layers import Shape, stride
+from .checks import Shape, UserError
 from .memory import release_freed_memory
 
 # Pixels, where there is memory: a tile twice as wide costs a tenth less time and takes nearly four times the memory.
@@ -40,13 +39,12 @@ class Tile(NamedTuple):
         """The index of the window in an image (1, 3, H, W)."""
         return (..., slice(*self.window_rows), slice(*self.window_columns))
 
-    def halo(self, layer: str) -> list[tuple]:
-        """The indices of the strips around the tile in the feature map that a layer has for the window."""
-        spacing = stride(layer)
+    def halo(self, stride: int) -> list[tuple]:
+        """The indices of the strips around the tile in the window's feature map, of a layer with this stride."""
 
         def around(part, window):
-            before = (part[0] - window[0]) // spacing
-            return before, before + part[1] // spacing - part[0] // spacing, (window[1] - window[0]) // spacing
+            before = (part[0] - window[0]) // stride
+            return before, before + part[1] // stride - part[0] // stride, (window[1] - window[0]) // stride
 
         (top, bottom, height), (left, right, width) = map(around, self[:2], self[2:])
         strips = [(0, top, 0, width), (bottom, height, 0, width), (top, bottom, 0, left), (top, bottom, right, width)]

@@ -1,4 +1,4 @@
-"""The panel's widgets: `Controls` that take, a `Display` that shows, and their layout. nst_widgets.py moves them."""
+"""The panel's widgets: `Controls` that take, a `Display` that shows, and their layout. studio.py moves them."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -9,7 +9,7 @@ import ipywidgets as widgets
 from torch import Tensor
 
 import nst_utils as nst
-from nst_engine.painter import Settings
+from style_transfer.panel.painter import Settings
 
 STYLE_LAYERS = (*nst.FIRST_FIVE, "conv4_1", "conv5_1")  # the assignment's, and what Gatys et al. add below
 SIDE = 512  # pixels: the longer side of the living picture on display

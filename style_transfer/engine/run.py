@@ -5,26 +5,33 @@ The only file in which network, losses and optimiser meet.
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .checks import as_memory, as_shape, as_start, as_state, as_task, as_whole
-from .convergence import Window
-from .cuda_graph import whole_steps
-from .errors import UserError
-from .evaluation import RELATIVE_TOLERANCE, evaluator, pick_precisions, prepare
+from .checks import Shape, UserError, as_memory, as_shape, as_start, as_whole, shown
+from .evaluation import RELATIVE_TOLERANCE, default_modes, evaluator, pick_precisions, prepare, whole_steps
 from .images import resize
-from .layers import Shape, block, check_size, deepest
 from .memory import budget_of, divide_budget, fitting, keep_freed_memory
-from .modes import default_modes
-from .network import check_network, cut_network, first_kernels, load_vgg19
-from .objective import Task, least_memory, objective_of, tiles_of
+from .objective import Task, as_task, least_memory, objective_of, tiles_of
 from .optimiser import Iterate, ProjectedLBFGS, begin, gradient_cosine, keep_newest
 from .prior import PRIOR_WEIGHTS, draw_noise, enlarge, enlarge_change, spectral_preconditioner
-from .scales import BROAD, EVALUATIONS, LARGE, limit_evaluations, plan_scales
+from .schedule import BROAD, EVALUATIONS, LARGE, Window, limit_evaluations, plan_scales
 from .tiles import all_reduce_min, largest_window, world_size
+from .vgg import block, check_network, check_size, cut_network, deepest, first_kernels, load_vgg19
+
+
+def as_state(state, shape: Shape) -> tuple:
+    """The scales of a `Run.state_dict`. Raises UserError unless it is one of a run of `shape`."""
+    if not isinstance(state, Mapping) or "scales" not in state:
+        raise UserError(f"the state is {shown(state)}: give what state_dict of a run has returned")
+    scales = tuple(map(tuple, state["scales"]))
+    if scales[-1] != shape:
+        raise UserError(f"the state is of an image of shape {scales[-1]}: this run's is {shape}")
+    return scales
+
 
 OPTIMISER = "optimiser."  # begins the names in `state_dict` that are the optimiser's
 COSINE = 0.4  # of the gradients in two precisions; below, five sixths or more of the faster one's are rounding

@@ -1,17 +1,75 @@
-"""Arguments: brought to one form, or refused in one sentence that names the value and what is allowed."""
+"""Errors that the user can mend, apart from those that are the code's fault.
 
-import functools
+Arguments: brought to one form, or refused in one sentence that names the value and what is allowed."""
+
+import contextlib
 import numbers
 import operator
+import os
+import re
+import stat
 import sys
-from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .errors import UserError, shown
-from .layers import Shape, as_names, layer_name
-from .styles import Style, as_styles, regions, with_shared_masks
+
+class UserError(ValueError):
+    """Bad input, or a machine that cannot do what is asked: one sentence that names the value and what is allowed."""
+
+
+class MissingFileError(UserError, FileNotFoundError):
+    """There is no such file."""
+
+
+def shown(value) -> str:
+    """A value for a sentence: in one line, and not longer than one reads."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 320 else f"{text[:60]} ... ({type(value).__name__})"
+
+
+def sentence(error: Exception) -> str:
+    """What an error says, in one line; of one that nobody foresaw, its class too."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text[:200]}".rstrip(": ")
+
+
+def as_file(path, what: str, advice: str = "give the path of a file") -> Path:
+    """The path of a file that exists; what: "picture" or "weights", for the sentence, as `advice` is.
+
+    Raises UserError unless `path` is a str or a Path of a file, and MissingFileError where there is none.
+    """
+    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
+        raise UserError(f"no {what} at {shown(path)}: {advice}, as a str or a Path")
+    if re.match(r"\w{2,}:/", os.fspath(path)):
+        raise UserError(f"no {what} at {os.fspath(path)!r}, which is an address: download the file and give its path")
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise MissingFileError(f"no {what} at {str(path)!r}: {advice}") from error
+    except (OSError, ValueError) as error:  # a name too long, a folder without permission, a null character
+        raise UserError(f"no {what} can be read at {str(path)!r}: {reason(error)}") from error
+    if stat.S_ISDIR(mode):
+        raise MissingFileError(f"no {what} at {str(path)!r}, which is a folder: {advice}")
+    if not stat.S_ISREG(mode):
+        raise UserError(f"no {what} at {str(path)!r}, which is a device: {advice}")
+    return Path(path)
+
+
+def reason(error: Exception) -> str:
+    """Why the operating system refused, without numbers and paths."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def file_version(path: Path) -> tuple | None:
+    """What differs once a file has been written again: times and size; None for no file."""
+    with contextlib.suppress(OSError):
+        status = os.stat(path)
+        return status.st_mtime_ns, status.st_ctime_ns, status.st_size
+
+
+Shape = tuple[int, int]  # (height, width)
 
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 LARGEST_NUMBER = 10**9  # of pixels or evaluations
@@ -58,27 +116,6 @@ def as_mask(mask, name: str, device: torch.device) -> Tensor:
     if not mask.any():
         raise UserError(f"{name} is 0 everywhere: give one that leaves something")
     return mask
-
-
-def as_several(style) -> Tensor | tuple[Style, ...]:
-    """The style of a task, an image or several `Style`s, checked."""
-    if not isinstance(style, Style | list | tuple):
-        return as_image(style, "style")
-    given, styles = as_styles(style), []
-    if not given:
-        raise UserError("style is empty: give an image (1, 3, H, W), or several")
-    for k, (image, weight, *masks) in enumerate(given):
-        name = f"style[{k}]" if len(given) > 1 else "style"
-        image, weight = as_image(image, name), as_weight(weight, f"weight of {name}")
-        named = zip((f"mask of {name}", f"image_mask of {name}"), masks)
-        masks = [None if mask is None else as_mask(mask, what, image.device) for what, mask in named]
-        styles.append(Style(image, weight, *masks))
-    styles = with_shared_masks(styles)
-    for members in regions(styles):
-        if not any(styles[k].weight for k in members):
-            which = ", ".join(f"style[{k}]" for k in members) if len(styles) > 1 else "style"
-            raise UserError(f"weight 0 is all that {which} have where they are to go: give one a weight above 0")
-    return styles
 
 
 def check_feature_map(feature_map) -> None:
@@ -129,44 +166,6 @@ def as_memory(value) -> float | None:
     )
 
 
-def as_layers(layers: str | Iterable[str]) -> tuple[str, ...]:
-    """One layer's name, or several, as a tuple. Raises UserError for unknown names and for a layer named twice."""
-    layers = as_names(layers)
-    names = [layer_name(name) for name in layers]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"layers are {layers!r}: {name} is among them twice, and each may be named once")
-    return layers
-
-
-def as_task(task):
-    """The `Task` with float32 images, and floats as weights. Raises UserError if it has nothing to match."""
-    if not all(hasattr(task, name) for name in ("content_layers", "style_layers", "_replace")):
-        raise UserError(f"task is {shown(task)}: give a Task")
-    if not isinstance(task.style_layers, Mapping):
-        task = task._replace(style_layers=dict.fromkeys(as_layers(task.style_layers), 1.0))
-    checked = task
-    for name, layers in (("content", task.content_layers), ("style", task.style_layers)):
-        if layers or getattr(task, name) is not None:
-            check = as_several if name == "style" else functools.partial(as_image, name=name)
-            checked = checked._replace(**{name: check(getattr(task, name))})
-        weight = as_weight(getattr(task, f"{name}_weight"), f"{name}_weight")
-        checked = checked._replace(**{f"{name}_weight": weight})
-    content, style, content_layers, style_layers, *weights = checked
-    images = [content, *(each.image for each in as_styles(style))]
-    devices = {str(image.device): None for image in images if image is not None}
-    if len(devices) > 1:
-        raise UserError(f"the images are on {' and '.join(devices)}: bring all to one device")
-    content_layers = as_layers(content_layers)
-    style_layers = {name: as_weight(style_layers[name], f"weight of {name}") for name in as_layers(style_layers)}
-    if not (content_layers or style_layers):
-        raise UserError("no layers given: name at least one, such as 'conv1_2'")
-    if not (content_layers and weights[0] or any(style_layers.values()) and weights[1]):
-        given = f"content_weight is {task.content_weight} and style_weight {task.style_weight}"
-        raise UserError(f"{given}, and every layer named has weight 0: give one that has layers a weight above 0")
-    return checked._replace(content_layers=content_layers, style_layers=style_layers)
-
-
 def as_start(init, seed, task) -> tuple[Tensor | None, int]:
     """(the image to start from, or None for noise; the seed) from the options `init` and `seed`."""
     starts = {"noise": None} if task.content is None else {"noise": None, "content": task.content}
@@ -178,13 +177,3 @@ def as_start(init, seed, task) -> tuple[Tensor | None, int]:
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"seed is {seed!r}: it must be a whole number of at most 64 bits") from error
     return (starts[init] if isinstance(init, str) else as_image(init, "init")), seed
-
-
-def as_state(state, shape: Shape) -> tuple:
-    """The scales of a `Run.state_dict`. Raises UserError unless it is one of a run of `shape`."""
-    if not isinstance(state, Mapping) or "scales" not in state:
-        raise UserError(f"the state is {shown(state)}: give what state_dict of a run has returned")
-    scales = tuple(map(tuple, state["scales"]))
-    if scales[-1] != shape:
-        raise UserError(f"the state is of an image of shape {scales[-1]}: this run's is {shape}")
-    return scales

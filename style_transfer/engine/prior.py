@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import Shape
+from .evaluation import default_modes
 from .images import resize
-from .layers import Shape
-from .modes import default_modes
 
 with default_modes():
     # A square root of the covariance of the colours in ImageNet, as published with [colours]. K is scaled to a largest

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from .checks import UserError
 
 MAX_HALVINGS = 8  # of one step, before the correction pairs are discarded
 

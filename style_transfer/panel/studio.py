@@ -1,7 +1,7 @@
 """The interactive panel: an optimisation that goes on while its weights are moved.
 
-`style_studio` makes the panel. `Painter`, in `nst_engine`, is the run behind it, one evaluation a call. `Controls` and
-`Display`, in nst_controls.py, are the widgets. `Studio` lets the painter work on a thread of its own, so that the
+`style_studio` makes the panel. `Painter`, is the run behind it, one evaluation a call. `Controls` and
+`Display`, in controls.py, are the widgets. `Studio` lets the painter work on a thread of its own, so that the
 kernel stays free for the panel's events and for other cells. A moved slider: `Controls.settings` -> `Painter.step` ->
 `Run.retarget` -> `Run.step` -> `Display.show`.
 
@@ -30,10 +30,10 @@ from IPython.display import publish_display_data
 from torch import Tensor, nn
 
 import nst_utils as nst
-from nst_controls import HIDDEN, INPUT, Controls, Display, Frame, lay_out, tree, uploaded_files
-from nst_engine.painter import Painter, Settings
-from nst_engine.saved import as_png, read_settings
-from nst_engine.scales import EVALUATIONS
+from style_transfer.engine.saving import as_png, read_settings
+from style_transfer.engine.schedule import EVALUATIONS
+from style_transfer.panel.controls import HIDDEN, INPUT, Controls, Display, Frame, lay_out, tree, uploaded_files
+from style_transfer.panel.painter import Painter, Settings
 
 FRAME = 1 / 30  # seconds: no more than so many images a second are drawn
 CHART = 2.0  # seconds from one drawing of the loss curves to the next, since each takes a tenth of one

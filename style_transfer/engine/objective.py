@@ -1,5 +1,6 @@
 """What a run minimises: a task, and its objective for images of one shape, made of network, targets and losses."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -7,12 +8,64 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .checks import Shape, UserError, as_image, as_mask, as_weight, shown
 from .images import resize
-from .layers import Shape, check_size, stride
-from .losses import Target, losses_from, statistics_of
-from .network import feature_maps, halo_and_stride, map_size, memory_per_pixel
-from .styles import Style, as_styles, blending, equal, mask_of, regions, resize_mask, share_of
+from .losses import Target, losses_from, mask_of, resize_mask, share_of, statistics_of
 from .tiles import Objective, Tile, plan_tiles, smallest_tile, sum_statistics, tiles_of_rank
+from .vgg import as_layers, check_size, feature_maps, halo_and_stride, map_size, memory_per_pixel, stride
+
+
+class Style(NamedTuple):
+    """One style of several: an image, how much of it, and where.
+
+    Styles with equal masks are blended by their weights. Masks are floats (H, W) in [0, 1], of any size; they may
+    overlap, and where none is above 0 no style is asked for.
+    """
+
+    image: Tensor  # (1, 3, H, W) in [0, 1]
+    weight: float = 1.0  # beside the other styles with an equal mask
+    mask: Tensor | None = None  # where in the result; None: everywhere
+    image_mask: Tensor | None = None  # which part of its own image counts; None: all of it
+
+
+def as_styles(style: Tensor | Style | Iterable | None) -> tuple[Style, ...]:
+    """What a task has as `style`, nothing, one or several, as `Style`s."""
+    if style is None:
+        return ()
+    several = [style] if isinstance(style, Tensor | Style) else style
+    return tuple(each if isinstance(each, Style) else Style(each) for each in several)
+
+
+def regions(styles: Sequence[Style]) -> list[list[int]]:
+    """The styles by their numbers, those of one mask together."""
+    found = {}
+    for k, style in enumerate(styles):
+        found.setdefault(id(style.mask), []).append(k)
+    return [*found.values()]
+
+
+def equal(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two images or masks hold the same, or neither is there."""
+    return a is b or (a is not None and b is not None and a.device == b.device and torch.equal(a, b))
+
+
+def with_shared_masks(styles: Sequence[Style]) -> tuple[Style, ...]:
+    """The same styles; where masks are equal, one tensor stands for them, by which `regions` knows them."""
+    masks = []
+    for style in styles:
+        masks.append(next((mask for mask in masks if equal(mask, style.mask)), style.mask))
+    return tuple(style._replace(mask=mask) for style, mask in zip(styles, masks))
+
+
+def blending(styles: Sequence[Style]) -> list[float]:
+    """The weight of each style as a share of its region's."""
+    shares = [0.0] * len(styles)
+    for members in regions(styles):
+        total = sum(styles[k].weight for k in members)
+        for k in members:
+            shares[k] = styles[k].weight / total
+    return shares
+
 
 MASKED = 16  # bytes per pixel of the image that a mask takes, by itself and at the layers' resolutions
 
@@ -114,7 +167,7 @@ def objective_of(network: nn.Sequential, task: Task, shape: Shape, budget_bytes:
     def statistics(part, tile):
         targets = stored[tile] if store else content_maps(tile)
         maps = feature_maps(network, part, layers)
-        return statistics_of(maps, targets, style_layers, sizes, tile.halo, masks_in(tile))
+        return statistics_of(maps, targets, style_layers, sizes, lambda name: tile.halo(stride(name)), masks_in(tile))
 
     def losses(statistics, weights):
         return losses_from(statistics, style_targets, weights, len(style_layers))
@@ -151,7 +204,7 @@ def gram_matrices(
     def statistics(tile):
         with torch.no_grad():
             maps = feature_maps(network, image[tile.window], layers)
-            return statistics_of(maps, {}, layers, sizes, tile.halo, masks_in(tile))
+            return statistics_of(maps, {}, layers, sizes, lambda name: tile.halo(stride(name)), masks_in(tile))
 
     return dict(zip(layers, sum_statistics(statistics, tiles)))
 
@@ -169,3 +222,52 @@ def least_memory(network: nn.Sequential, task: Task, shape: Shape) -> float:
 def tiles_of(network: nn.Sequential, shape: Shape, budget_bytes: float) -> tuple:
     """(the `Tile`s of an image, of how many the graph is kept) within a budget of memory."""
     return plan_tiles(shape, budget_bytes, memory_per_pixel(network), *halo_and_stride(network))
+
+
+def as_several(style) -> Tensor | tuple[Style, ...]:
+    """The style of a task, an image or several `Style`s, checked."""
+    if not isinstance(style, Style | list | tuple):
+        return as_image(style, "style")
+    given, styles = as_styles(style), []
+    if not given:
+        raise UserError("style is empty: give an image (1, 3, H, W), or several")
+    for k, (image, weight, *masks) in enumerate(given):
+        name = f"style[{k}]" if len(given) > 1 else "style"
+        image, weight = as_image(image, name), as_weight(weight, f"weight of {name}")
+        named = zip((f"mask of {name}", f"image_mask of {name}"), masks)
+        masks = [None if mask is None else as_mask(mask, what, image.device) for what, mask in named]
+        styles.append(Style(image, weight, *masks))
+    styles = with_shared_masks(styles)
+    for members in regions(styles):
+        if not any(styles[k].weight for k in members):
+            which = ", ".join(f"style[{k}]" for k in members) if len(styles) > 1 else "style"
+            raise UserError(f"weight 0 is all that {which} have where they are to go: give one a weight above 0")
+    return styles
+
+
+def as_task(task):
+    """The `Task` with float32 images, and floats as weights. Raises UserError if it has nothing to match."""
+    if not all(hasattr(task, name) for name in ("content_layers", "style_layers", "_replace")):
+        raise UserError(f"task is {shown(task)}: give a Task")
+    if not isinstance(task.style_layers, Mapping):
+        task = task._replace(style_layers=dict.fromkeys(as_layers(task.style_layers), 1.0))
+    checked = task
+    for name, layers in (("content", task.content_layers), ("style", task.style_layers)):
+        if layers or getattr(task, name) is not None:
+            check = as_several if name == "style" else functools.partial(as_image, name=name)
+            checked = checked._replace(**{name: check(getattr(task, name))})
+        weight = as_weight(getattr(task, f"{name}_weight"), f"{name}_weight")
+        checked = checked._replace(**{f"{name}_weight": weight})
+    content, style, content_layers, style_layers, *weights = checked
+    images = [content, *(each.image for each in as_styles(style))]
+    devices = {str(image.device): None for image in images if image is not None}
+    if len(devices) > 1:
+        raise UserError(f"the images are on {' and '.join(devices)}: bring all to one device")
+    content_layers = as_layers(content_layers)
+    style_layers = {name: as_weight(style_layers[name], f"weight of {name}") for name in as_layers(style_layers)}
+    if not (content_layers or style_layers):
+        raise UserError("no layers given: name at least one, such as 'conv1_2'")
+    if not (content_layers and weights[0] or any(style_layers.values()) and weights[1]):
+        given = f"content_weight is {task.content_weight} and style_weight {task.style_weight}"
+        raise UserError(f"{given}, and every layer named has weight 0: give one that has layers a weight above 0")
+    return checked._replace(content_layers=content_layers, style_layers=style_layers)

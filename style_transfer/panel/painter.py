@@ -6,12 +6,10 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .errors import UserError
-from .files import file_version
-from .images import load_image
-from .objective import Task
-from .run import Run, Step
-from .styles import Style
+from style_transfer.engine.checks import UserError, file_version
+from style_transfer.engine.images import load_image
+from style_transfer.engine.objective import Style, Task
+from style_transfer.engine.run import Run, Step
 
 
 class Settings(NamedTuple):

@@ -14,13 +14,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageCms, UnidentifiedImageError
 from torch import Tensor
 
-from .checks import as_shape, as_whole, check_shown
-from .errors import UserError
-from .files import as_file, reason
-from .layers import Shape
+from .checks import Shape, UserError, as_file, as_shape, as_whole, check_shown, reason
 
 # Of an installed package its data, of a clone the folder at the top.
-_FOLDERS = Path(__file__).resolve().with_name("pictures"), Path(__file__).resolve().parents[1] / "images"
+_FOLDERS = Path(__file__).resolve().parents[1] / "pictures", Path(__file__).resolve().parents[2] / "images"
 IMAGES = next((folder for folder in _FOLDERS if folder.is_dir()), _FOLDERS[-1])
 
 

@@ -1,0 +1,1 @@
+"""Neural style transfer by optimisation: what stands behind `nst_utils`."""

@@ -1,0 +1,5 @@
+"""The engine."""
+
+from .memory import limit_threads
+
+limit_threads()
