@@ -1,4 +1,4 @@
-"""Fixtures for all tests: the network, small pictures, and a check of error messages."""
+"""Fixtures for all tests: the network, small images, and checks of error messages and permissions."""
 
 import contextlib
 import os
@@ -8,14 +8,17 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, not an installed copy
 
-import nst_utils  # noqa: E402
-from nst_utils import UserError  # noqa: E402
+import style_transfer  # noqa: E402, F401  before torch, since it sets how OpenMP's threads wait
 
-torch.set_num_threads(1)  # the pictures are small: where others share the cores, two threads wait for each other
+# isort: split
+import torch  # noqa: E402
+
+import nst_utils  # noqa: E402
+
+torch.set_num_threads(1)  # the images are small: on shared cores two threads would mostly wait for each other
 
 
 @pytest.fixture(scope="session")
@@ -34,18 +37,28 @@ def style():
 
 
 @pytest.fixture(scope="session")
+def picture():
+    """picture(height, width, seed=0): noise."""
+
+    def draw(height, width, seed=0):
+        return torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+    return draw
+
+
+@pytest.fixture(scope="session")
 def settings(vgg):
-    """Options every optimisation here shares: float32 on every machine, no progress bar."""
+    """Options that all optimisations here share: float32 on every machine, no progress bar."""
     return {"vgg": vgg, "precision": "float32", "progress": False}
 
 
 @pytest.fixture
 def refuses():
-    """`with refuses(value)`: exactly that exception, its message one sentence that names the value."""
+    """`with refuses(text)`: exactly that exception is raised, and its message is one sentence that contains `text`."""
 
     @contextlib.contextmanager
-    def check(value, error=UserError):
-        with pytest.raises(error, match=re.escape(value)) as caught:
+    def check(text, error=nst_utils.UserError):
+        with pytest.raises(error, match=re.escape(text)) as caught:
             yield
         message = str(caught.value)
         assert caught.type is error
@@ -57,12 +70,12 @@ def refuses():
 
 @pytest.fixture
 def as_nobody():
-    """`with as_nobody() as folder`: an empty folder, where permissions hold; for a superuser they do not."""
+    """`with as_nobody() as folder`: an empty folder, and a user for whom permissions hold, unlike for a superuser."""
 
     @contextlib.contextmanager
     def become():
         if not hasattr(os, "geteuid"):
-            pytest.skip("the permissions of POSIX")
+            pytest.skip("needs POSIX permissions")
         with tempfile.TemporaryDirectory() as folder:
             user = os.geteuid()
             if user == 0:
@@ -74,13 +87,3 @@ def as_nobody():
                 os.seteuid(user)
 
     return become
-
-
-def random_picture(height, width, seed=0):
-    return torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture(scope="session")
-def picture():
-    """picture(height, width, seed=0): seeded noise."""
-    return random_picture
