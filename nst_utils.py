@@ -10,7 +10,14 @@ Papers named in the docstrings
     [style]    Gatys, Ecker & Bethge 2016, Image Style Transfer Using Convolutional Neural Networks
 """
 
+import style_transfer  # noqa: F401  before torch, since it sets how OpenMP's threads wait
+
+# isort: split
+import difflib
+import functools
+import inspect
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -18,56 +25,46 @@ from typing import NamedTuple
 import torch
 from IPython import get_ipython
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
-from style_transfer.engine.checks import UserError, as_whole, check_feature_map, file_version, sentence
+from style_transfer.engine.checks import UserError, as_mask, check_feature_map
 from style_transfer.engine.figures import (
     Recorder,
-    draw_losses,
     film_of,
     filmstrip,
     image_grid,
     image_table,
-    jpeg,
     plot_losses,
     show,
 )
 from style_transfer.engine.images import (
     IMAGES,
-    Difference,
     difference_map,
     difference_numbers,
-    is_picture,
     keep_colours,
     load_image,
     load_mask,
     resize,
     to_pil,
 )
-from style_transfer.engine.objective import Style, Task, as_task
-from style_transfer.engine.run import Run, Step
-from style_transfer.engine.saving import joint_stem, write_new, write_numbered
-from style_transfer.engine.vgg import (
-    CONVOLUTIONS,
-    FIRST_FIVE,
-    RELUS,
-    as_layers,
-    check_network,
-    features,
-    layer_name,
-    load_vgg19,
+from style_transfer.engine.objective import (
+    CONTENT_LAYER,
+    CONTENT_WEIGHT,
+    STYLE_LAYERS,
+    STYLE_WEIGHT,
+    Style,
+    Task,
 )
+from style_transfer.engine.run import Run, Step
+from style_transfer.engine.vgg import CONVOLUTIONS, FIRST_FIVE, RELUS, features, layer_name, load_vgg19
 
 # fmt: off
 __all__ = [
-    "IMAGES", "load_image", "load_mask", "to_pil", "resize", "difference_map", "difference_numbers", "Difference",
-    "keep_colours",
+    "IMAGES", "load_image", "load_mask", "to_pil", "resize", "difference_map", "difference_numbers", "keep_colours",
     "CONVOLUTIONS", "RELUS", "FIRST_FIVE", "layer_name", "load_vgg19", "features",
     "gram_matrix", "gram_matrices", "content_loss", "style_loss", "make_objective",
     "Task", "Style", "Run", "Step", "Result", "optimise", "reconstruct_content", "synthesize_texture", "transfer_style",
-    "show", "image_grid", "image_table", "plot_losses", "filmstrip", "Recorder", "film_of", "jpeg", "draw_losses",
-    "UserError", "sentence", "as_task", "as_whole", "as_layers", "check_network",
-    "is_picture", "file_version", "joint_stem", "write_new", "write_numbered",
+    "show", "image_grid", "image_table", "plot_losses", "filmstrip", "Recorder", "film_of", "UserError",
 ]
 # fmt: on
 
@@ -79,12 +76,13 @@ def gram_matrix(feature_map: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Which channels are active together, averaged over positions. Unlike Gatys et al. ([texture], equation 1), who sum.
     With a mask m (h, w) in [0, 1] the average is weighted: `F diag(m) F^T / (C sum m)`. Raises UserError for anything
-    but one image's feature map.
+    but one image's feature map, and for a mask of another shape, with other values or 0 everywhere.
     """
     check_feature_map(feature_map)
     rows = feature_map[0].flatten(1)
     if mask is None:
         return rows @ rows.T / rows.numel()
+    mask = as_mask(mask, "the mask", feature_map.device).to(feature_map.dtype)
     if mask.shape != feature_map.shape[-2:]:
         shape = tuple(feature_map.shape[-2:])
         raise UserError(f"the mask is {tuple(mask.shape)} and the feature map {shape}: give one of that shape")
@@ -102,7 +100,8 @@ def content_loss(maps: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> T
     Unlike Gatys et al. ([style], equation 1), who take half the sum of squares. maps, targets: {layer: (1, C, h, w)} as
     `features` gives them, of equal shapes.
     """
-    return sum((maps[name] - target).square().mean() for name, target in targets.items())
+    errors = [(maps[name] - target).square().mean() for name, target in targets.items()]
+    return sum(errors, torch.zeros(()))
 
 
 def style_loss(
@@ -115,7 +114,8 @@ def style_loss(
     and so give wide layers more weight.
     """
     weights = layer_weights or dict.fromkeys(targets, 1.0)
-    return sum(weights[name] * (gram_matrix(maps[name]) - gram).square().mean() for name, gram in targets.items())
+    errors = [weights[name] * (gram_matrix(maps[name]) - gram).square().mean() for name, gram in targets.items()]
+    return sum(errors, torch.zeros(()))
 
 
 def make_objective(
@@ -147,32 +147,64 @@ class Result(NamedTuple):
     """What an optimisation gives back."""
 
     image: Tensor  # (1, 3, H, W) in [0, 1]
-    history: list  # one `Step` per evaluation
+    history: list[Step]  # one for each evaluation
     evaluations: int
     seconds: float  # of optimisation alone
-    times: list  # seconds after each evaluation
+    times: list[float]  # seconds after each evaluation
+    ended: str | None  # why, as part of a sentence
 
 
+last_result: Result | None = None  # of the latest optimisation that was interrupted
+
+
+def _with_options(source: Callable) -> Callable:
+    """Show the options of `source` in a function's signature instead of `**options`, and refuse all others."""
+    options = [each for each in inspect.signature(source).parameters.values() if each.kind is each.KEYWORD_ONLY]
+
+    def decorate(function):
+        signature = inspect.signature(function)
+        own = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+        known = {each.name: each for each in own + options}
+
+        @functools.wraps(function)
+        def checked(*arguments, **named):
+            for name in named.keys() - known.keys():
+                nearest = difflib.get_close_matches(name, known, 1) or [", ".join(known)]
+                raise UserError(f"{function.__name__} has no option {name!r}: use {nearest[0]}")
+            return function(*arguments, **named)
+
+        checked.__signature__ = signature.replace(parameters=sorted(known.values(), key=lambda each: each.kind))
+        return checked
+
+    return decorate
+
+
+@_with_options(Run)
 def optimise(
     task: Task, shape: tuple[int, int] | None = None, *, progress: bool = True,
     callback: Callable[[Tensor, Step], None] | None = None, **options,
 ) -> Result:  # fmt: skip
     """Minimise the loss of a `Task` over images of `shape` (H, W), by default the content's, or a texture's style's.
 
-    options: those of `Run`, which documents them: init="noise", seed=0, evaluations=225, coarse_to_fine=True, vgg,
-    precision, memory. progress: show a bar. callback(image, step): called after each evaluation with a copy of the best
-    image so far at its scale and precision, and the `Step`. An interrupt (the notebook's stop button) ends the run and
-    returns that image; no further run of the same cell begins. Raises UserError for bad input, and for a size that
-    the device has no memory for.
+    progress: show a bar. callback(image, step): called after each evaluation with a copy of the best image so far, at
+    its scale, and the `Step`. The other options are those of `Run`, which documents them. An interrupt (the notebook's
+    stop button) is passed on, after the result so far was kept as `nst_utils.last_result`. Raises UserError for bad
+    input, and for a size that the device has no memory for.
     """
-    if current_cell() in _interrupted:
-        raise KeyboardInterrupt
+    global last_result
     if not (callback is None or callable(callback)):
         raise UserError(f"callback is {callback!r}: give a function of an image and a Step")
     run = Run(task, shape, **options)
     history, times, start = [], [], time.perf_counter()
-    silent = not progress or "TQDM_DISABLE" in os.environ  # which tqdm's bar for notebooks ignores
-    with tqdm(total=run.evaluations, disable=silent, leave=False, desc="optimising") as bar:
+
+    def result():
+        return Result(
+            resize(run.image, run.shape), history, len(history), time.perf_counter() - start, times, run.ended
+        )
+
+    silent = not progress or "TQDM_DISABLE" in os.environ
+    stream = sys.stdout if get_ipython() else sys.stderr  # a widget would leave an error in the saved notebook
+    with tqdm(total=run.evaluations, disable=silent, leave=False, desc="optimising", file=stream) as bar:
         try:
             while step := run.step():
                 history.append(step)
@@ -181,57 +213,49 @@ def optimise(
                 if callback:
                     callback(run.image, step)
         except KeyboardInterrupt:
-            if not history:
-                raise
-            _interrupted.update({current_cell()} - {None})
-    return Result(resize(run.image, run.shape), history, len(history), time.perf_counter() - start, times)
-
-
-_interrupted = set()  # notebook cells whose stop button was pressed: it was meant for all runs of the cell
-
-
-def current_cell() -> int | None:
-    """The execution count of the notebook cell that is running; None in a script."""
-    shell = get_ipython()
-    return shell and shell.execution_count
+            last_result = result()
+            raise
+    return result()
 
 
 Styles = Tensor | Style | Sequence  # an image, a `Style`, or several of either
+Layers = str | Iterable[str]  # a layer's name, or several
 
 # --- The three tasks -----------------------------------------------------------------------------
 
 
-def reconstruct_content(content: Tensor, layers: str | Iterable[str] = "conv1_2", **options) -> Result:
-    """Optimise an image to match the feature maps of `content` at `layers`, a name or several.
+@_with_options(optimise)
+def reconstruct_content(content: Tensor, layers: Layers = CONTENT_LAYER, **options) -> Result:
+    """Optimise an image to match the feature maps of `content` at `layers`.
 
     content: (1, 3, H, W) in [0, 1]; the result has its size. options: those of `optimise` and `Run`.
     """
-    task = Task(content, None, layers, {}, content_weight=1.0, style_weight=0.0)
-    return optimise(task, **options)
+    return optimise(Task(content, None, layers, style_weight=0.0), **options)
 
 
+@_with_options(optimise)
 def synthesize_texture(
-    style: Styles, layers: str | Iterable[str] = FIRST_FIVE, *, shape: tuple[int, int] | None = None, **options
-) -> Result:
-    """Optimise an image to match the Gram matrices of `style` at `layers`, a name or several ([texture]).
+    style: Styles, layers: Layers | Mapping[str, float] = STYLE_LAYERS, *, shape: tuple[int, int] | None = None,
+    **options,
+) -> Result:  # fmt: skip
+    """Optimise an image to match the Gram matrices of `style` at `layers` ([texture]).
 
     style: (1, 3, H, W) in [0, 1], or several as in `transfer_style`; shape: (H, W) of the result, by default the first
     style's. options: those of `optimise` and `Run`. `history`'s total is 1e4 * style loss, as in a transfer.
     """
-    task = Task(None, style, (), dict.fromkeys(as_layers(layers), 1.0), content_weight=0.0, style_weight=1e4)
-    return optimise(task, shape, **options)
+    return optimise(Task(None, style, (), layers, content_weight=0.0), shape, **options)
 
 
+@_with_options(optimise)
 def transfer_style(
-    content: Tensor, style: Styles, content_layers: str | Iterable[str] = ("conv1_2",),
-    style_layers: str | Iterable[str] = FIRST_FIVE, content_weight: float = 1.0, style_weight: float = 1e4, **options,
+    content: Tensor, style: Styles, content_layers: Layers = CONTENT_LAYER,
+    style_layers: Layers | Mapping[str, float] = STYLE_LAYERS, content_weight: float = CONTENT_WEIGHT,
+    style_weight: float = STYLE_WEIGHT, **options,
 ) -> Result:  # fmt: skip
     """Optimise an image to match the feature maps of `content` and the Gram matrices of `style` ([style], eq. 7).
 
     content, style: (1, 3, H, W) in [0, 1], of any two sizes; the result has the content's. Several styles are blended,
-    or each keeps to its mask: [Style(sky, mask=m), Style(sea, mask=1 - m)]. options: those of `optimise` and `Run`,
-    such as init="noise" or "content", seed, evaluations.
+    or each keeps to its mask: [Style(sky, mask=m), Style(sea, mask=1 - m)]. style_layers: names, or {name: w_l}.
+    options: those of `optimise` and `Run`, such as init="noise" or "content", seed, evaluations.
     """
-    style_layers = dict.fromkeys(as_layers(style_layers), 1.0)
-    task = Task(content, style, content_layers, style_layers, content_weight, style_weight)
-    return optimise(task, **options)
+    return optimise(Task(content, style, content_layers, style_layers, content_weight, style_weight), **options)

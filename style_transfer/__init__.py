@@ -1,1 +1,5 @@
-"""Neural style transfer by optimisation: what stands behind `nst_utils`."""
+"""What stands behind `nst_utils`: the engine, the interactive panel, and the program `stylise`."""
+
+from .machine import limit_spinning
+
+limit_spinning()

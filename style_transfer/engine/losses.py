@@ -1,17 +1,14 @@
-"""The losses in two parts: statistics of feature maps, which are sums over positions, and losses from statistics.
+"""The losses in two steps: statistics of feature maps, which are sums over positions, then losses from statistics.
 
-The statistics of an image's tiles add up to those of the whole. The formulas are those of `nst_utils`, to which the
-tests hold them equal; here they are fast.
+The statistics of an image's tiles add up to those of the whole image. The formulas are those of `nst_utils`, in a fast
+form; the tests hold both equal.
 
-
-Several styles: blended where they share a mask, each in its own region where their masks differ.
-
-A Gram matrix is a mean over positions, so a mask m makes it a weighted mean, F diag(m) F^T / (C sum m); see Gatys et
-al. 2017, Controlling Perceptual Factors in Neural Style Transfer, equation 5. And several styles with one mask are one
-target: sum_k b_k |G - G_k|^2 is |G - sum_k b_k G_k|^2 plus a constant, if the b_k add up to 1.
+A Gram matrix is a mean over positions, so a mask m makes it a weighted mean, F diag(m) F^T / (C sum m): see Gatys et
+al. 2017, Controlling Perceptual Factors in Neural Style Transfer, equation 5. Several styles with one mask are one
+target: sum_k b_k |G - G_k|^2 is |G - sum_k b_k G_k|^2 plus a constant if the b_k add up to 1.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -19,16 +16,97 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import Shape
-from .vgg import stride
+
+
+class Statistics(NamedTuple):
+    """What the losses need of an image, or a tile's share of it."""
+
+    content: list[Tensor]  # for each content layer the mean squared error, a scalar
+    grams: list[Tensor]  # for each style layer, and in it each region, the Gram matrix (C, C)
+
+
+class Weights(NamedTuple):
+    """The weights of a total loss, as tensors, so that a captured CUDA graph can read new ones."""
+
+    content: Tensor  # scalar
+    style: Tensor  # scalar
+    layers: Tensor  # (style layers,), the paper's w_l
+    blend: Tensor  # (styles,), each style's share of its region
+
+
+class Target(NamedTuple):
+    """What the Gram matrix of one style layer in one region is to match."""
+
+    grams: dict[int, Tensor]  # {number of a style: its Gram matrix (C, C)}, to be blended
+    layer: int  # number of the layer among the style layers
+    share: float  # the region's share of the image, which weighs its loss
+
+
+class Mask(NamedTuple):
+    """A region's mask in the feature map of one tile, 0 in the tile's halo."""
+
+    box: tuple  # index of the rows and columns beyond which the mask is 0
+    root: Tensor  # its square root there, (h, w): F diag(m) F^T is the product of F sqrt(m) with its transpose
+    mean: float  # over the whole image, above 0
+
+
+def losses_from(statistics: Statistics, targets: Iterable[Target], weights: Weights) -> Tensor:
+    """The losses (total, content, style), a tensor of three numbers, from the `Statistics` of a whole image.
+
+    targets: one for each Gram matrix. total = content weight * content + style weight * style. Unlike Gatys et al.
+    2017, who leave it to the user, a region counts by its share of the image: otherwise a small region would be matched
+    at the expense of a large one.
+    """
+    zero = (statistics.content or statistics.grams)[0].new_zeros(())  # for a loss without layers
+    style = zero
+    for gram, target in zip(statistics.grams, targets):
+        wanted = sum(weights.blend[k] * matrix for k, matrix in target.grams.items())
+        error = gram - wanted
+        style = style + target.share * weights.layers[target.layer] * (square_sum(error) / error.numel())
+    content = sum(statistics.content, zero)
+    total = weights.content * content + weights.style * style
+    return torch.stack([total, content.detach(), style.detach()])
+
+
+# --- Sums over positions -------------------------------------------------------------------------
+
+
+def zero_halo(x: Tensor, halo: Iterable[tuple]) -> Tensor:
+    """Set the strips of the halo to 0 in place, and return `x`."""
+    for strip in halo:
+        x.detach()[strip] = 0  # detached: autograd needs nothing of what was there
+    return x
+
+
+def square_sum(x: Tensor) -> Tensor:
+    """The sum of squares, in float32 or finer."""
+    return _SquareSum.apply(x)
+
+
+def gram_sum(feature_map: Tensor, halo: list[tuple], mask: Mask | None) -> Tensor:
+    """F F^T of a feature map (1, C, h, w) without the strips `halo`, or F diag(m) F^T with a mask: (C, C)."""
+    return _GramSum.apply(feature_map, halo, mask)
+
+
+class _SquareSum(torch.autograd.Function):
+    """Without a float32 copy of a bfloat16 feature map, the largest array of a run."""
+
+    @staticmethod
+    def forward(ctx, error):
+        ctx.save_for_backward(error)
+        return torch.linalg.vector_norm(error, dtype=_at_least_float32(error)).square()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (error,) = ctx.saved_tensors
+        return error * (2 * gradient).to(error.dtype)
 
 
 class _GramSum(torch.autograd.Function):
-    """F F^T with its gradient by hand: autograd would compute both halves of a symmetric gradient, at twice the cost,
-    and lay it out by channels where the network works by pixels, which costs more still.
+    """With its gradient by hand: autograd would compute both halves of a symmetric gradient, at twice the cost, and lay
+    it out by channels where the network works by pixels, which costs more still.
 
-    halo: indices of strips of the feature map that do not count; to cut them off, the rest would have to be copied.
-    mask: F diag(m) F^T in place of F F^T; None, or an object with `box`, an index of the feature map beyond which m is
-    0, as it is in the halo, and `root`, sqrt(m) within it, (h, w).
+    The halo's products are subtracted: to cut it off, the rest would have to be copied.
     """
 
     @staticmethod
@@ -36,8 +114,8 @@ class _GramSum(torch.autograd.Function):
         ctx.save_for_backward(feature_map)
         ctx.halo, ctx.mask = halo, mask
         if mask:
-            return products(feature_map[mask.box] * mask.root)
-        return products(feature_map) - sum(products(feature_map[strip]) for strip in halo)
+            return _products(feature_map[mask.box] * mask.root)
+        return _products(feature_map) - sum(_products(feature_map[strip]) for strip in halo)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -52,93 +130,17 @@ class _GramSum(torch.autograd.Function):
         return whole, None, None
 
 
-def products(feature_map: Tensor) -> Tensor:
-    """F F^T, (C, C), of the (C, h w) rows F of a feature map (1, C, h, w)."""
+def _products(feature_map):
+    """F F^T, (C, C), with F the (C, h w) rows of a feature map (1, C, h, w)."""
     rows = feature_map.flatten(2).squeeze(0)
-    if rows.dtype != torch.float16:
-        return (rows @ rows.T).to(_at_least_float32(rows))
-    if rows.is_cuda:  # float16 ends at 65,504, where sums over an image do not
-        return torch.mm(rows, rows.T, out_dtype=torch.float32)
-    return rows.float() @ rows.float().T
-
-
-def zero_halo(x: Tensor, halo: Iterable) -> Tensor:
-    """`x`, in which the strips of the halo have become 0."""
-    for strip in halo:
-        x.detach()[strip] = 0  # unseen by autograd, which needs nothing of what was there
-    return x
-
-
-class _SquareSum(torch.autograd.Function):
-    """The sum of squares in float32, without a float32 copy of a bfloat16 feature map, the largest array here."""
-
-    @staticmethod
-    def forward(ctx, error):
-        ctx.save_for_backward(error)
-        return torch.linalg.vector_norm(error, dtype=_at_least_float32(error)).square()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (error,) = ctx.saved_tensors
-        return error * (2 * gradient).to(error.dtype)
+    return (rows @ rows.T).to(_at_least_float32(rows))
 
 
 def _at_least_float32(x):
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def statistics_of(
-    maps: dict, content_targets: dict, style_layers: Iterable[str], sizes: dict,
-    halo: Callable = lambda layer: (), masks: Callable = lambda layer: [None],
-) -> list[Tensor]:  # fmt: skip
-    """What the losses need of feature maps, {layer: (1, C, h, w)}, of an image or of one tile.
-
-    For each content layer the sum of squared errors, a scalar; then for each style layer and each of its masks m the
-    matrix F diag(m) F^T, (C, C), with F the (C, h w) rows of the feature map. The first are divided by the size C h w
-    that the layer's feature map has for the whole image, {layer: size}, the others by C sum m, so that those of the
-    tiles add up to those of the whole. halo: the function layer -> indices of the strips of its feature map that belong
-    to other tiles. masks: layer -> for each region None, for m = 1, or a mask as `_GramSum` takes it, with its `mean`
-    over the whole image, above 0.
-    """
-    errors = {name: zero_halo(maps[name] - target, halo(name)) for name, target in content_targets.items()}
-    squares = [_SquareSum.apply(error) / sizes[name] for name, error in errors.items()]
-    return squares + [
-        _GramSum.apply(maps[name], halo(name), mask) / (sizes[name] * (mask.mean if mask else 1.0))
-        for name in style_layers
-        for mask in masks(name)
-    ]
-
-
-class Target(NamedTuple):
-    """What the Gram matrix of a layer in one region is to match."""
-
-    grams: dict  # {the number of a style: its Gram matrix (C, C)}, to be blended
-    layer: int  # the number of the layer
-    share: float  # of the image that the region has, by which its loss counts
-
-
-def losses_from(statistics: list[Tensor], style_targets: list[Target], weights: Tensor, layers: int) -> Tensor:
-    """The losses (total, content, style), a tensor of three numbers, from `statistics_of` the whole image.
-
-    style_targets: a `Target` for each Gram matrix. weights: a tensor of the content weight, the style weight, one
-    weight for each of so many style `layers`, the paper's w_l, and one for each style, its share of the blend.
-    total = content weight * content + style weight * style. Unlike Gatys et al. 2017, who leave it to the user, a
-    region counts by its share of the image: a small one is matched no better than a large one at its expense.
-    """
-    content_weight, style_weight, *others = weights
-    layer_weights, blend = others[:layers], others[layers:]
-    split = len(statistics) - len(style_targets)
-    zero = statistics[0].new_zeros(())  # for a loss without layers
-    style = zero
-    for gram, target in zip(statistics[split:], style_targets):
-        wanted = sum(blend[k] * each for k, each in target.grams.items())
-        style = style + target.share * layer_weights[target.layer] * mean_square(gram - wanted)
-    content = sum(statistics[:split], zero)
-    return torch.stack([content_weight * content + style_weight * style, content.detach(), style.detach()])
-
-
-def mean_square(x: Tensor) -> Tensor:
-    return _SquareSum.apply(x) / x.numel()
+# --- Masks ---------------------------------------------------------------------------------------
 
 
 def resize_mask(mask: Tensor | None, shape: Shape) -> Tensor | None:
@@ -148,36 +150,28 @@ def resize_mask(mask: Tensor | None, shape: Shape) -> Tensor | None:
     return F.interpolate(mask[None, None], shape, mode="bilinear", antialias=True)[0, 0].clamp(0, 1)
 
 
-def average(mask: Tensor, layer: str) -> Tensor:
-    """A mask (H, W) at the resolution of a layer: the mean over the pixels of each of its positions."""
-    return F.avg_pool2d(mask[None], stride(layer))[0]
+def average(mask: Tensor, stride: int) -> Tensor:
+    """A mask (H, W) at the resolution of a layer: the mean over the pixels of each position."""
+    return F.avg_pool2d(mask[None], stride)[0]
 
 
-def share_of(mask: Tensor | None, layer: str) -> float:
-    """The share of the image that a mask leaves at a layer."""
-    return 1.0 if mask is None else average(mask, layer).mean().item()
+def share_of(mask: Tensor | None, stride: int) -> float:
+    """The share of a layer's positions that a mask leaves."""
+    return 1.0 if mask is None else average(mask, stride).mean().item()
 
 
-class Mask(NamedTuple):
-    """A mask in the feature map that a layer has for one tile, without what the tile's halo covers."""
-
-    box: tuple  # the index of the rows and columns beyond which it is 0
-    root: Tensor  # its square root within them: F diag(m) F^T is the product of F sqrt(m) with itself
-    mean: float  # its mean over the whole image; where that is 0, the least number above
-
-
-def mask_of(mask: Tensor | None, tile, layer: str, dtype: torch.dtype, share: float) -> Mask | None:
-    """The `Mask` of a `Tile` at a layer; mask: (H, W), as large as the image; share: its `share_of`."""
+def tile_mask(mask: Tensor | None, tile, stride: int, dtype: torch.dtype) -> Mask | None:
+    """The `Mask` of a `Tile` at layers of this stride, from a mask (H, W) of the whole image."""
     if mask is None:
         return None
-    part = average(mask[tile.window], layer)
-    for strip in tile.halo(stride(layer)):
+    part = average(mask[tile.window], stride)
+    for strip in tile.halo(stride):
         part[strip] = 0
-    rows, columns = (_span(part.amax(dim)) if part.numel() else slice(0, 0) for dim in (1, 0))
-    box = (..., rows, columns)
-    return Mask(box, part[box].sqrt().to(dtype), max(share, torch.finfo(torch.float32).tiny))
+    box = (..., _extent(part.amax(1)), _extent(part.amax(0))) if part.numel() else (..., slice(0, 0), slice(0, 0))
+    mean = max(share_of(mask, stride), torch.finfo(torch.float32).tiny)
+    return Mask(box, part[box].sqrt().to(dtype), mean)
 
 
-def _span(values):
+def _extent(values):
     found = values.nonzero().flatten().tolist()
     return slice(found[0], found[-1] + 1) if found else slice(0, 0)

@@ -1,73 +1,79 @@
-"""What a run minimises: a task, and its objective for images of one shape, made of network, targets and losses."""
+"""What a run minimises: a `Task`, and at each scale its `Objective`, made of network, targets and losses."""
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .checks import Shape, UserError, as_image, as_mask, as_weight, shown
 from .images import resize
-from .losses import Target, losses_from, mask_of, resize_mask, share_of, statistics_of
-from .tiles import Objective, Tile, plan_tiles, smallest_tile, sum_statistics, tiles_of_rank
-from .vgg import as_layers, check_size, feature_maps, halo_and_stride, map_size, memory_per_pixel, stride
+from .losses import (
+    Statistics,
+    Target,
+    Weights,
+    gram_sum,
+    losses_from,
+    resize_mask,
+    share_of,
+    square_sum,
+    tile_mask,
+    zero_halo,
+)
+from .tiles import Tile, Tiling, plan_tiles, smallest_tile_pixels, sum_statistics, tiles_of_rank
+from .vgg import FIRST_FIVE, VGG, as_layers, check_size, stride
+
+CONTENT_LAYER, STYLE_LAYERS = "conv1_2", FIRST_FIVE
+CONTENT_WEIGHT, STYLE_WEIGHT = 1.0, 1e4
+BYTES_PER_MASK_PIXEL = 16  # a mask takes, with its copies at the layers' resolutions, per pixel of the image
+MIN_SIDE_PIXELS, MIN_SIDE_PIXELS_STYLE = 24, 64  # of the coarsest scale
+MIN_CONTENT_POSITIONS, MIN_STYLE_POSITIONS = 8, 16  # along its shorter side, in the deepest layer
 
 
 class Style(NamedTuple):
-    """One style of several: an image, how much of it, and where.
+    """One style of several: an image, its weight, and where it goes.
 
     Styles with equal masks are blended by their weights. Masks are floats (H, W) in [0, 1], of any size; they may
-    overlap, and where none is above 0 no style is asked for.
+    overlap, and where all are 0 no style is asked for.
     """
 
     image: Tensor  # (1, 3, H, W) in [0, 1]
-    weight: float = 1.0  # beside the other styles with an equal mask
+    weight: float = 1.0  # relative to the other styles with an equal mask
     mask: Tensor | None = None  # where in the result; None: everywhere
     image_mask: Tensor | None = None  # which part of its own image counts; None: all of it
 
 
+class Region(NamedTuple):
+    """Where one style goes, or several blended."""
+
+    mask: Tensor | None
+    members: list[int]  # the numbers of its styles
+
+
+def equal(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two images or masks are equal, or both None."""
+    return a is b or (a is not None and b is not None and a.device == b.device and torch.equal(a, b))
+
+
+def regions_of(styles: Sequence[Style]) -> list[Region]:
+    """The `Region`s of several styles: those with equal masks share one."""
+    regions = []
+    for k, style in enumerate(styles):
+        shared = next((region for region in regions if equal(region.mask, style.mask)), None)
+        if shared:
+            shared.members.append(k)
+        else:
+            regions.append(Region(style.mask, [k]))
+    return regions
+
+
 def as_styles(style: Tensor | Style | Iterable | None) -> tuple[Style, ...]:
-    """What a task has as `style`, nothing, one or several, as `Style`s."""
+    """A task's `style`, nothing, one or several, as `Style`s."""
     if style is None:
         return ()
     several = [style] if isinstance(style, Tensor | Style) else style
     return tuple(each if isinstance(each, Style) else Style(each) for each in several)
-
-
-def regions(styles: Sequence[Style]) -> list[list[int]]:
-    """The styles by their numbers, those of one mask together."""
-    found = {}
-    for k, style in enumerate(styles):
-        found.setdefault(id(style.mask), []).append(k)
-    return [*found.values()]
-
-
-def equal(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two images or masks hold the same, or neither is there."""
-    return a is b or (a is not None and b is not None and a.device == b.device and torch.equal(a, b))
-
-
-def with_shared_masks(styles: Sequence[Style]) -> tuple[Style, ...]:
-    """The same styles; where masks are equal, one tensor stands for them, by which `regions` knows them."""
-    masks = []
-    for style in styles:
-        masks.append(next((mask for mask in masks if equal(mask, style.mask)), style.mask))
-    return tuple(style._replace(mask=mask) for style, mask in zip(styles, masks))
-
-
-def blending(styles: Sequence[Style]) -> list[float]:
-    """The weight of each style as a share of its region's."""
-    shares = [0.0] * len(styles)
-    for members in regions(styles):
-        total = sum(styles[k].weight for k in members)
-        for k in members:
-            shares[k] = styles[k].weight / total
-    return shares
-
-
-MASKED = 16  # bytes per pixel of the image that a mask takes, by itself and at the layers' resolutions
 
 
 class Task(NamedTuple):
@@ -75,13 +81,13 @@ class Task(NamedTuple):
 
     content: Tensor | None  # (1, 3, H, W), or None and no content layers
     style: Tensor | Style | Sequence | None  # likewise, of any size; or a `Style`, or several of either
-    content_layers: tuple = ()
-    style_layers: Mapping = {}  # {layer: its weight}, the paper's w_l
-    content_weight: float = 1.0
-    style_weight: float = 1e4
+    content_layers: str | Sequence[str] = ()
+    style_layers: str | Sequence[str] | Mapping[str, float] = ()  # {layer: weight} has the paper's w_l, by default 1
+    content_weight: float = CONTENT_WEIGHT
+    style_weight: float = STYLE_WEIGHT
 
     @property
-    def layers(self) -> tuple:
+    def layers(self) -> tuple[str, ...]:
         return (*self.content_layers, *self.style_layers)
 
     @property
@@ -90,184 +96,197 @@ class Task(NamedTuple):
 
     @property
     def reference(self) -> Tensor:
-        """The image whose size and device a result has: the content, or a texture's first style."""
+        """The image that gives a result its size and device: the content, or a texture's first style."""
         return self.styles[0].image if self.content is None else self.content
 
     @property
-    def weights(self) -> Tensor:
-        """The content weight, the style weight, one weight for each style layer, and each style's share of a blend."""
-        weights = [self.content_weight, self.style_weight, *self.style_layers.values(), *blending(self.styles)]
-        return torch.tensor(weights, device=self.reference.device)
+    def weights(self) -> Weights:
+        """Its weights as tensors on its device; those of styles as shares of their region."""
+        blend = [0.0] * len(self.styles)
+        for region in regions_of(self.styles):
+            total = sum(self.styles[k].weight for k in region.members)
+            for k in region.members:
+                blend[k] = self.styles[k].weight / total
+        values = self.content_weight, self.style_weight, [*self.style_layers.values()], blend
+        return Weights(*(torch.tensor(value, dtype=torch.float32, device=self.reference.device) for value in values))
 
     def differs_by_weights_alone(self, other: "Task") -> bool:
         """Whether another task has the same images, masks and layers."""
-
-        def parts(task):
-            masks = [(style.image, style.mask, style.image_mask) for style in task.styles]
-            return (*task.content_layers, None, *task.style_layers), [task.content, *sum(masks, ())]
-
-        (layers, tensors), (others, other_tensors) = parts(self), parts(other)
-        return layers == others and len(tensors) == len(other_tensors) and all(map(equal, tensors, other_tensors))
+        layers = [(tuple(task.content_layers), tuple(task.style_layers)) for task in (self, other)]
+        tensors = []
+        for task in (self, other):
+            tensors.append([task.content])
+            for style in task.styles:
+                tensors[-1] += [style.image, style.mask, style.image_mask]
+        return layers[0] == layers[1] and len(tensors[0]) == len(tensors[1]) and all(map(equal, *tensors))
 
     @property
     def smallest_side(self) -> int:
         """How many pixels the coarsest scale needs along its shorter side.
 
-        24, 64 for a style, 8 positions of the deepest content layer and 16 of the deepest style layer: with fewer, a
-        texture copies the layout that zero padding gives away.
+        With fewer, a texture copies the layout that zero padding gives away.
         """
         content, style = (max(map(stride, layers), default=0) for layers in (self.content_layers, self.style_layers))
-        return max(24, 8 * content, 64 if style else 0, 16 * style)
+        smallest = MIN_SIDE_PIXELS_STYLE if style else MIN_SIDE_PIXELS
+        return max(smallest, MIN_CONTENT_POSITIONS * content, MIN_STYLE_POSITIONS * style)
 
     def at_scale(self, shape: Shape, full_size: Shape) -> "Task":
         """The task with its images and masks scaled for a run at `shape`, a scale of `full_size`.
 
-        The content has that shape. The style is as much smaller as the scale is, yet large enough for its deepest
-        layer. Images without layers are left out.
+        The content gets that shape. A style image shrinks by the same factor, but stays large enough for the deepest
+        style layer. Images without layers are left out.
         """
-
-        masks = {id(style.mask): resize_mask(style.mask, shape) for style in self.styles}
-
-        def scaled(style):
+        content = resize(self.content, shape) if self.content_layers else None
+        styles = []
+        for style in self.styles if self.style_layers else ():
             sides, smallest = style.image.shape[-2:], max(map(stride, self.style_layers))
             factor = min(1.0, max(min(shape) / min(full_size), smallest / min(sides)))
             sides = tuple(max(1, round(side * factor)) for side in sides)
-            image_mask = resize_mask(style.image_mask, sides)
-            return style._replace(image=resize(style.image, sides), mask=masks[id(style.mask)], image_mask=image_mask)
-
-        content = resize(self.content, shape) if self.content_layers else None
-        return self._replace(content=content, style=tuple(map(scaled, self.styles)) if self.style_layers else None)
+            masks = resize_mask(style.mask, shape), resize_mask(style.image_mask, sides)
+            styles.append(Style(resize(style.image, sides), style.weight, *masks))
+        return self._replace(content=content, style=tuple(styles) or None)
 
 
-def objective_of(network: nn.Sequential, task: Task, shape: Shape, budget_bytes: float) -> Objective:
-    """The `Objective` of a task for images of `shape`, which its content has too, within a budget of memory."""
-    content_layers, style_layers = tuple(task.content_layers), tuple(task.style_layers)
-    layers = dict.fromkeys((*content_layers, *style_layers))
-    check_size(shape, layers)
-    sizes = {name: map_size(network, name, shape) for name in layers}
-    target_bytes = sum(sizes[name] for name in content_layers) * network.conv1_1.weight.element_size()
-    store = target_bytes <= budget_bytes / 4  # the content's feature maps, which are otherwise computed each time
-    styles, parts = task.styles, regions(task.styles)
-    masks = [styles[members[0]].mask for members in parts]
-    tiles, kept = tiles_of(network, shape, budget_bytes - target_bytes * store - mask_bytes(task, shape))
+def as_task(task) -> Task:
+    """The `Task` with float32 images, its styles as `Style`s, its layers as tuple and dictionary, floats as weights.
 
-    def content_maps(tile):
-        with torch.no_grad():
-            return feature_maps(network, task.content[tile.window], content_layers) if content_layers else {}
-
-    stored = {tile: content_maps(tile) for tile in tiles_of_rank(tiles)} if store else {}
-    masks_in = masks_by_layer(network, masks, style_layers, tiles)
-    grams = [gram_matrices(network, style.image, style_layers, budget_bytes, style.image_mask) for style in styles]
-    style_targets = [
-        Target({k: grams[k][name] for k in members}, number, share_of(mask, name))
-        for number, name in enumerate(style_layers)
-        for members, mask in zip(parts, masks)
-    ]
-
-    def statistics(part, tile):
-        targets = stored[tile] if store else content_maps(tile)
-        maps = feature_maps(network, part, layers)
-        return statistics_of(maps, targets, style_layers, sizes, lambda name: tile.halo(stride(name)), masks_in(tile))
-
-    def losses(statistics, weights):
-        return losses_from(statistics, style_targets, weights, len(style_layers))
-
-    return Objective(statistics, losses, tiles, kept)
-
-
-def masks_by_layer(network: nn.Sequential, masks: list, layers: Iterable[str], tiles: Sequence[Tile]) -> Callable:
-    """The function tile -> function layer -> its `Mask` for each of the masks (H, W), or None for None.
-
-    They are made here, once: how far a mask reaches is a question for which a GPU would have to wait.
+    Raises UserError if it has nothing to match.
     """
-    dtype = network.conv1_1.weight.dtype
-    if all(mask is None for mask in masks):
-        return lambda tile: lambda layer: masks
-    spacings = {stride(name): (name, [share_of(mask, name) for mask in masks]) for name in layers}
-    made = {
-        (tile, spacing): [mask_of(mask, tile, name, dtype, share) for mask, share in zip(masks, shares)]
-        for tile in tiles_of_rank(tiles)
-        for spacing, (name, shares) in spacings.items()
-    }
-    return lambda tile: lambda layer: made[tile, stride(layer)]
-
-
-def gram_matrices(
-    network: nn.Sequential, image: Tensor, layers: Iterable[str], budget_bytes: float, mask: Tensor | None = None
-) -> dict:
-    """{layer: Gram matrix (C, C)} of an image of any size, or of what `mask` (H, W) leaves, within a memory budget."""
-    shape = tuple(image.shape[-2:])
-    sizes = {name: map_size(network, name, shape) for name in layers}
-    tiles = tiles_of(network, shape, budget_bytes - MASKED * math.prod(shape) * (mask is not None))[0]
-    masks_in = masks_by_layer(network, [mask], layers, tiles)
-
-    def statistics(tile):
-        with torch.no_grad():
-            maps = feature_maps(network, image[tile.window], layers)
-            return statistics_of(maps, {}, layers, sizes, lambda name: tile.halo(stride(name)), masks_in(tile))
-
-    return dict(zip(layers, sum_statistics(statistics, tiles)))
-
-
-def mask_bytes(task: Task, shape: Shape) -> int:
-    """How many bytes the masks of a task take at a scale."""
-    return MASKED * math.prod(shape) * len({id(style.mask) for style in task.styles} - {id(None)})
-
-
-def least_memory(network: nn.Sequential, task: Task, shape: Shape) -> float:
-    """How many bytes the evaluation of the smallest tile takes, and the masks."""
-    return memory_per_pixel(network) * smallest_tile(*halo_and_stride(network)) + mask_bytes(task, shape)
-
-
-def tiles_of(network: nn.Sequential, shape: Shape, budget_bytes: float) -> tuple:
-    """(the `Tile`s of an image, of how many the graph is kept) within a budget of memory."""
-    return plan_tiles(shape, budget_bytes, memory_per_pixel(network), *halo_and_stride(network))
-
-
-def as_several(style) -> Tensor | tuple[Style, ...]:
-    """The style of a task, an image or several `Style`s, checked."""
-    if not isinstance(style, Style | list | tuple):
-        return as_image(style, "style")
-    given, styles = as_styles(style), []
-    if not given:
-        raise UserError("style is empty: give an image (1, 3, H, W), or several")
-    for k, (image, weight, *masks) in enumerate(given):
-        name = f"style[{k}]" if len(given) > 1 else "style"
-        image, weight = as_image(image, name), as_weight(weight, f"weight of {name}")
-        named = zip((f"mask of {name}", f"image_mask of {name}"), masks)
-        masks = [None if mask is None else as_mask(mask, what, image.device) for what, mask in named]
-        styles.append(Style(image, weight, *masks))
-    styles = with_shared_masks(styles)
-    for members in regions(styles):
-        if not any(styles[k].weight for k in members):
-            which = ", ".join(f"style[{k}]" for k in members) if len(styles) > 1 else "style"
-            raise UserError(f"weight 0 is all that {which} have where they are to go: give one a weight above 0")
-    return styles
-
-
-def as_task(task):
-    """The `Task` with float32 images, and floats as weights. Raises UserError if it has nothing to match."""
-    if not all(hasattr(task, name) for name in ("content_layers", "style_layers", "_replace")):
+    if not isinstance(task, Task):
         raise UserError(f"task is {shown(task)}: give a Task")
-    if not isinstance(task.style_layers, Mapping):
-        task = task._replace(style_layers=dict.fromkeys(as_layers(task.style_layers), 1.0))
-    checked = task
-    for name, layers in (("content", task.content_layers), ("style", task.style_layers)):
-        if layers or getattr(task, name) is not None:
-            check = as_several if name == "style" else functools.partial(as_image, name=name)
-            checked = checked._replace(**{name: check(getattr(task, name))})
-        weight = as_weight(getattr(task, f"{name}_weight"), f"{name}_weight")
-        checked = checked._replace(**{f"{name}_weight": weight})
-    content, style, content_layers, style_layers, *weights = checked
-    images = [content, *(each.image for each in as_styles(style))]
+    content, style = task.content, task.style
+    if task.content_layers or content is not None:
+        content = as_image(content, "content")
+    if task.style_layers or style is not None:
+        style = _checked_styles(style)
+    content_weight = as_weight(task.content_weight, "content_weight")
+    style_weight = as_weight(task.style_weight, "style_weight")
+    images = [content, *(each.image for each in style or ())]
     devices = {str(image.device): None for image in images if image is not None}
     if len(devices) > 1:
         raise UserError(f"the images are on {' and '.join(devices)}: bring all to one device")
-    content_layers = as_layers(content_layers)
-    style_layers = {name: as_weight(style_layers[name], f"weight of {name}") for name in as_layers(style_layers)}
+    content_layers = as_layers(task.content_layers)
+    layer_weights = task.style_layers if isinstance(task.style_layers, Mapping) else {}
+    style_layers = {
+        name: as_weight(layer_weights.get(name, 1.0), f"weight of {name}") for name in as_layers(task.style_layers)
+    }
     if not (content_layers or style_layers):
-        raise UserError("no layers given: name at least one, such as 'conv1_2'")
-    if not (content_layers and weights[0] or any(style_layers.values()) and weights[1]):
+        raise UserError(f"no layers given: name at least one, such as {CONTENT_LAYER!r}")
+    if not (content_layers and content_weight or any(style_layers.values()) and style_weight):
         given = f"content_weight is {task.content_weight} and style_weight {task.style_weight}"
         raise UserError(f"{given}, and every layer named has weight 0: give one that has layers a weight above 0")
-    return checked._replace(content_layers=content_layers, style_layers=style_layers)
+    return Task(content, style, content_layers, style_layers, content_weight, style_weight)
+
+
+def _checked_styles(style) -> tuple[Style, ...]:
+    several = isinstance(style, Style | list | tuple)
+    given, styles = as_styles(style) if several else [Style(style)], []
+    if not given:
+        raise UserError("style is empty: give an image (1, 3, H, W), or several")
+    for k, (image, weight, mask, image_mask) in enumerate(given):
+        name = f"style[{k}]" if len(given) > 1 else "style"
+        image, weight = as_image(image, name), as_weight(weight, f"weight of {name}")
+        if mask is not None:
+            mask = as_mask(mask, f"mask of {name}", image.device)
+        if image_mask is not None:
+            image_mask = as_mask(image_mask, f"image_mask of {name}", image.device)
+        styles.append(Style(image, weight, mask, image_mask))
+    for region in regions_of(styles):
+        if not any(styles[k].weight for k in region.members):
+            names = ", ".join(f"style[{k}]" for k in region.members) if len(styles) > 1 else "style"
+            raise UserError(f"{names} have weight 0, and no other style shares their mask: give one a weight above 0")
+    return tuple(styles)
+
+
+class Objective:
+    """The losses of images of one shape, by tiles: `statistics` of a tile, and `losses` from those of the whole.
+
+    content: (1, 3, H, W), or None without content layers. masks: (H, W) or None for each region. stored: whether the
+    content's feature maps are computed once, rather than at each evaluation. targets: one for each Gram matrix; set
+    before `losses` is called.
+    """
+
+    def __init__(
+        self, network: VGG, shape: Shape, content_layers: Iterable[str], style_layers: Iterable[str],
+        masks: list, tiling: Tiling, content: Tensor | None = None, stored: bool = False,
+    ):  # fmt: skip
+        self.network, self.tiling, self.content = network, tiling, content
+        self.content_layers, self.style_layers = tuple(content_layers), tuple(style_layers)
+        self.layers = tuple(dict.fromkeys((*self.content_layers, *self.style_layers)))
+        self.sizes = {name: network.map_size(name, shape) for name in self.layers}
+        self.targets: list[Target] = []
+        tiles = tiles_of_rank(tiling.tiles)
+        # Made once: how far a mask reaches is a value that a GPU would have to wait for.
+        self.masks = {
+            (tile, spacing): [tile_mask(mask, tile, spacing, network.dtype) for mask in masks]
+            for tile in tiles
+            for spacing in set(map(stride, self.style_layers))
+        }
+        self.content_maps = {tile: self._content_maps(tile) for tile in tiles} if stored else None
+
+    def statistics(self, part: Tensor, tile: Tile) -> Statistics:
+        """The `Statistics` of a tile, from its window (1, 3, h, w) of an image."""
+        content_maps = self.content_maps[tile] if self.content_maps else self._content_maps(tile)
+        maps = self.network.feature_maps(part, self.layers)
+        content, grams = [], []
+        for name in self.content_layers:
+            error = zero_halo(maps[name] - content_maps[name], tile.halo(stride(name)))
+            content.append(square_sum(error) / self.sizes[name])
+        for name in self.style_layers:
+            halo = tile.halo(stride(name))
+            for mask in self.masks[tile, stride(name)]:
+                size = self.sizes[name] * (mask.mean if mask else 1.0)
+                grams.append(gram_sum(maps[name], halo, mask) / size)
+        return Statistics(content, grams)
+
+    def losses(self, statistics: Statistics, weights: Weights) -> Tensor:
+        """(total, content, style), from the whole image's statistics."""
+        return losses_from(statistics, self.targets, weights)
+
+    def _content_maps(self, tile):
+        if not self.content_layers:
+            return {}
+        with torch.no_grad():
+            return self.network.feature_maps(self.content[tile.window], self.content_layers)
+
+
+def objective_of(network: VGG, task: Task, shape: Shape, full_size: Shape, budget_bytes: float) -> Objective:
+    """The `Objective` of a checked task for images of `shape`, a scale of `full_size`, within a memory budget."""
+    regions, task = regions_of(task.styles), task.at_scale(shape, full_size)  # two masks may become equal when scaled
+    check_size(shape, task.layers)
+    itemsize = network.dtype.itemsize
+    target_bytes = sum(network.map_size(name, shape) for name in task.content_layers) * itemsize
+    stored = target_bytes <= budget_bytes / 4
+    styles, masks = task.styles, [task.styles[region.members[0]].mask for region in regions if task.style_layers]
+    tiling = tiling_of(network, shape, budget_bytes - target_bytes * stored - mask_bytes(regions, shape))
+    objective = Objective(network, shape, task.content_layers, task.style_layers, masks, tiling, task.content, stored)
+    grams = [style_grams(network, style, task.style_layers, budget_bytes) for style in styles]
+    for k, name in enumerate(task.style_layers):
+        for region, mask in zip(regions, masks):
+            targets = {member: grams[member][k] for member in region.members}
+            objective.targets.append(Target(targets, k, share_of(mask, stride(name))))
+    return objective
+
+
+def style_grams(network: VGG, style: Style, layers: Iterable[str], budget_bytes: float) -> list[Tensor]:
+    """The Gram matrix (C, C) of a style at each layer, over what its `image_mask` leaves, within a memory budget."""
+    shape, mask = tuple(style.image.shape[-2:]), style.image_mask
+    taken = BYTES_PER_MASK_PIXEL * math.prod(shape) * (mask is not None)
+    objective = Objective(network, shape, (), layers, [mask], tiling_of(network, shape, budget_bytes - taken))
+    return sum_statistics(objective, style.image).grams
+
+
+def tiling_of(network: VGG, shape: Shape, budget_bytes: float) -> Tiling:
+    """How an image of `shape` is evaluated within a memory budget."""
+    return plan_tiles(shape, budget_bytes, network.bytes_per_pixel, network.halo, network.stride)
+
+
+def mask_bytes(regions: Sequence[Region], shape: Shape) -> int:
+    """How many bytes the regions' masks take at a scale."""
+    return BYTES_PER_MASK_PIXEL * math.prod(shape) * sum(region.mask is not None for region in regions)
+
+
+def min_evaluation_bytes(network: VGG, task: Task, shape: Shape) -> float:
+    """How many bytes the masks and the evaluation of the smallest tile take."""
+    smallest = network.bytes_per_pixel * smallest_tile_pixels(network.halo, network.stride)
+    return smallest + mask_bytes(regions_of(task.styles), shape)

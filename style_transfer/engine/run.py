@@ -9,33 +9,31 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .checks import Shape, UserError, as_memory, as_shape, as_start, as_whole, shown
-from .evaluation import RELATIVE_TOLERANCE, default_modes, evaluator, pick_precisions, prepare, whole_steps
+from .evaluation import RELATIVE_TOLERANCE, Evaluator, default_modes, pick_precisions, threads
 from .images import resize
 from .memory import budget_of, divide_budget, fitting, keep_freed_memory
-from .objective import Task, as_task, least_memory, objective_of, tiles_of
+from .objective import Task, as_task, min_evaluation_bytes, objective_of, tiling_of
 from .optimiser import Iterate, ProjectedLBFGS, begin, gradient_cosine, keep_newest
-from .prior import PRIOR_WEIGHTS, draw_noise, enlarge, enlarge_change, spectral_preconditioner
-from .schedule import BROAD, EVALUATIONS, LARGE, Window, limit_evaluations, plan_scales
-from .tiles import all_reduce_min, largest_window, world_size
-from .vgg import block, check_network, check_size, cut_network, deepest, first_kernels, load_vgg19
+from .prior import PRIOR_WEIGHTS, SpectralPreconditioner, draw_noise, enlarge, enlarge_change
+from .schedule import (
+    EVALUATIONS,
+    FULL_LIMIT_PIXELS,
+    MIN_SIDE_FROM_IMAGE,
+    Window,
+    limit_evaluations,
+    plan_scales,
+)
+from .tiles import all_reduce_min, world_size
+from .vgg import VGG, block, check_network, check_size, deepest, first_kernels, load_vgg19
 
-
-def as_state(state, shape: Shape) -> tuple:
-    """The scales of a `Run.state_dict`. Raises UserError unless it is one of a run of `shape`."""
-    if not isinstance(state, Mapping) or "scales" not in state:
-        raise UserError(f"the state is {shown(state)}: give what state_dict of a run has returned")
-    scales = tuple(map(tuple, state["scales"]))
-    if scales[-1] != shape:
-        raise UserError(f"the state is of an image of shape {scales[-1]}: this run's is {shape}")
-    return scales
-
-
-OPTIMISER = "optimiser."  # begins the names in `state_dict` that are the optimiser's
-COSINE = 0.4  # of the gradients in two precisions; below, five sixths or more of the faster one's are rounding
-KEPT = 3  # correction pairs, when rounding has begun to be in them
+STATE_VERSION = 2  # of `state_dict`
+OPTIMISER_PREFIX = "optimiser."  # of the optimiser's names in `state_dict`
+MIN_GRADIENT_COSINE = 0.4  # of two precisions; below, at least five sixths of the faster one's gradient is rounding
+PAIRS_AFTER_ROUNDING = 3  # correction pairs kept when rounding has begun to spoil them
+ONE_THREAD_PIXELS = 10_000  # smaller images are evaluated on one thread: two would mostly wait for each other
 
 
 class Step(NamedTuple):
@@ -49,32 +47,32 @@ class Step(NamedTuple):
 
 
 class State(NamedTuple):
-    """A run between two evaluations. It is replaced, never changed in place: whatever interrupts, one of them holds."""
+    """A run between two evaluations. It is replaced, never changed in place, so an interrupt leaves a whole one."""
 
-    scales: tuple  # still to go through, the present one first
-    limits: tuple  # how many more evaluations each of these may have
+    scales: tuple  # left to go through, the present one first
+    limits: tuple  # how many more evaluations each of them may have
     left: int  # evaluations left in all
-    stage: str  # "coarse"; at full size "rough", "fine" and at last "done"
+    stage: str  # "coarse"; at full size "fast", then "fine"
     precision: str
-    image: Tensor  # (1, 3, h, w), the best so far at this scale; before its first evaluation, what came before
+    image: Tensor  # (1, 3, h, w), the best so far at this scale; before its first evaluation, the scale's start
     iterate: Iterate  # of the optimiser
     step: Step | None = None  # the best image's; None before the first evaluation at this scale
     gradient: Tensor | None = None  # at the best image, flat
     window: Window = Window()
+    ended: str | None = None  # why the run is over
 
 
 class Run:
     """An optimisation of an image of `shape` (H, W), by default the content's or first style's, for a `Task`.
 
-    init: "noise" (soft clouds around grey, drawn from `seed`), "content", or an image to start from, which is scaled
-    to `shape`; white noise is `torch.rand(1, 3, H, W)`.
-    evaluations: how many times the network is run forward and back, at most, over all scales. The run is done sooner
-    when ten of them lower the loss by less than 0.5 %, or nobody sees what they change (convergence.py). A scale of
-    more than 512 x 1024 pixels has fewer. Coarse scales come first unless `coarse_to_fine` is False; from an image,
-    only those of 512 pixels and more.
-    vgg: from `load_vgg19`, which is the default. precision: "float32", "bfloat16" or "float16"; by default bfloat16
-    where that is fast, and float32 from where rounding would stop it.
-    memory: GiB that the process may take on the device, by default what is free. An image too large for it is evaluated
+    init: "noise" (soft clouds around grey, drawn from `seed`), "content", or an image to start from, which is scaled to
+    `shape`; white noise is `torch.rand(1, 3, H, W)`.
+    evaluations: the maximum number of forward and backward passes through the network, over all scales. The run ends
+    sooner when it has converged (schedule.py). A scale of more than 512 x 1024 pixels has fewer. Coarse scales come
+    first unless `coarse_to_fine` is False; from an image, only those of 512 pixels and more.
+    vgg: from `load_vgg19`, which is the default. precision: "float32" or "bfloat16"; by default bfloat16 where that is
+    fast, then float32 once rounding would stop it.
+    memory: GiB that the process may use on the device, by default what is free. An image too large for it is evaluated
     in tiles: the same losses, in about twice the time.
     Raises UserError for bad input, and for a size that the device has no memory for.
     """
@@ -82,7 +80,7 @@ class Run:
     @default_modes()
     def __init__(
         self, task: Task, shape: Shape | None = None, *, init: str | Tensor = "noise", seed: int = 0,
-        evaluations: int = EVALUATIONS, coarse_to_fine: bool = True, vgg: nn.Sequential | None = None,
+        evaluations: int = EVALUATIONS, coarse_to_fine: bool = True, vgg: VGG | None = None,
         precision: str | None = None, memory: float | None = None,
     ):  # fmt: skip
         self.task, self.evaluations = as_task(task), as_whole(evaluations, "evaluations")
@@ -90,18 +88,25 @@ class Run:
         self.device = self.task.reference.device
         init, self.seed = as_start(init, seed, self.task)
         self.precisions = pick_precisions(self.device, precision)  # at full size one after another, the faster first
+        self.threads = torch.get_num_threads()
         keep_freed_memory()
-        self.vgg, self._weights = load_vgg19(device=self.device) if vgg is None else vgg, self.task.weights
+        self.vgg = load_vgg19(device=self.device) if vgg is None else vgg
         check_network(self.vgg)
+        self.weights = self.task.weights
         self.budget_bytes = all_reduce_min(budget_of(self.device, as_memory(memory), world_size()), self.device)
-        # What is made once: by (deepest layer, precision), (scale, precision), (scale, weight of the prior).
-        self._networks, self._evaluators, self._optimisers = {}, {}, {}
+        # Networks are cached by (deepest layer, precision), evaluators by precision, for the present scale.
+        self._networks, self._evaluators, self._optimiser = {}, {}, None
         with self._fitting():
             self.init = None if init is None else init.to(self.device)
-            smallest = self.task.smallest_side if init is None else max(BROAD, self.task.smallest_side)
+            smallest = self.task.smallest_side
+            if init is not None:
+                smallest = max(MIN_SIDE_FROM_IMAGE, smallest)
             scales = plan_scales(self.shape, smallest) if coarse_to_fine else [self.shape]
-            image = draw_noise(scales[0], self.seed, self.device) if init is None else resize(self.init, scales[0])
-            self._state = self._start(scales, image, image)
+            if init is None:
+                image = draw_noise(scales[0], self.seed, self.device)
+            else:
+                image = resize(self.init, scales[0])
+            self._state = self._start(scales, limit_evaluations(scales, self.evaluations), self.evaluations, image)
 
     @property
     @default_modes()
@@ -111,12 +116,17 @@ class Run:
 
     @property
     def scales(self) -> tuple:
-        """[(height, width), ...] still to go through, the present one first."""
+        """[(height, width), ...] left to go through, the present one first."""
         return self._state.scales
 
     @property
+    def ended(self) -> str | None:
+        """Why the run is over, as part of a sentence; None while it is not."""
+        return self._state.ended
+
+    @property
     def pixels_left(self) -> int:
-        """How many pixels are still to be evaluated, at most."""
+        """How many pixels are left to evaluate, at most."""
         left, pixels = self._state.left, 0
         for scale, limit in zip(self.scales, self._state.limits):
             pixels += min(limit, left) * math.prod(scale)
@@ -124,36 +134,43 @@ class Run:
         return pixels
 
     def describe(self) -> str:
-        """What the budget of memory allows at the present scale, in a line."""
-        tiles, kept = self._evaluator(self._state.precision)[0][2:]
+        """What the memory budget allows at the present scale, in a line."""
+        tiles, kept = self._evaluator(self._state.precision).objective.tiling
         parts = "whole" if len(tiles) == 1 else f"in {len(tiles)} tiles, the graphs of {min(kept, len(tiles))} kept"
-        (height, width), (history_size, _) = self.scales[0], divide_budget(self.budget_bytes, self.scales[0])
+        height, width = self.scales[0]
+        history_size, _ = divide_budget(self.budget_bytes, self.scales[0])
         return f"{width} x {height} pixels {parts}, history size {history_size}"
 
     @default_modes()
     def step(self) -> Step | None:
-        """One evaluation of the network; None, without one, when the run is done.
+        """One evaluation of the network; None, without one, when the run is over: `ended` says why.
 
-        Returns the `Step` of the best image so far; where a run in bfloat16 asks whether rounding is what stops it,
-        that of the best image in float32. If it is interrupted, the state is the one before or the one after.
+        Returns the `Step` of the best image so far; where a run in bfloat16 checks whether rounding stops it, that of
+        the best image in float32. If it is interrupted, the state is the one before or the one after.
         """
         with self._fitting():
-            while self._state.left and self._state.stage != "done":
-                over = not self._state.limits[0] or self._state.window.converged(self._state.stage)
-                step = None if over else self._descend()
-                if step is None and len(self.scales) > 1:
+            while not self.ended:
+                why = self._state.window.converged(self._state.stage)
+                if not (self._state.left and self._state.limits[0]):
+                    why = f"the limit of {self.evaluations} evaluations is reached"
+                if not why:
+                    if step := self._descend():
+                        return step
+                    why = "no step lowers the loss any more"
+                if self._state.left and len(self.scales) > 1:
                     self._begin_scale()
-                elif step is None and self._state.limits[0] and self._state.precision != self.precisions[-1]:
-                    return self._check_rounding()
+                elif self._state.left and self._state.limits[0] and self._state.precision != self.precisions[-1]:
+                    return self._check_rounding(why)
                 else:
-                    return step
+                    self._state = self._state._replace(ended=why)
+        return None
 
     @default_modes()
     def retarget(self, task: Task) -> None:
         """Go on from the present image with another task: limit, best image and correction pairs begin afresh.
 
         Other weights keep networks, targets and CUDA graph. Other layers or images have their own made at the next
-        step, and the scales that are left stay. Raises UserError for bad input, and then nothing has changed.
+        step. The scales that are left stay. Raises UserError for bad input, and then nothing has changed.
         """
         task, before, state = as_task(task), self.task, self._state
         if task.reference.device != self.device:
@@ -162,22 +179,27 @@ class Run:
         if not task.differs_by_weights_alone(before):
             self._evaluators = {}
         self._networks = {key: network for key, network in self._networks.items() if key[0] == deepest(task.layers)}
-        state = self._start(state.scales, state.image, state.image if state.step else state.iterate.x)
-        self.task, self._weights, self._state = task, task.weights, state
+        limits = limit_evaluations(state.scales, self.evaluations)
+        x = state.image if state.step else state.iterate.x
+        state = self._start(state.scales, limits, self.evaluations, state.image, x)
+        self.task, self.weights, self._state = task, task.weights, state
 
     @default_modes()
     def state_dict(self) -> dict:
         """The state between two evaluations, {name: tensor, number, string or tuple}, for `load_state_dict`.
 
-        scales, limits, left, stage, precision, image (1, 3, h, w), step and gradient (3 h w,): as in `State`.
-        first_total, totals and window, (k, 3, h', w'): the stopping rule's `Window`. optimiser.*: as
-        `ProjectedLBFGS.state_dict` has them, n being 3 h w. What is None is left out.
+        scales, limits, left, stage, precision, image (1, 3, h, w), step, gradient (3 h w,), ended: as in `State`.
+        first_total, totals and window, (k, 3, h', w'): the stopping rule's `Window`. optimiser.*: as in
+        `ProjectedLBFGS.state_dict`, with n = 3 h w. budget_bytes, threads: on which tiles, history size and the last
+        bits depend. What is None is left out.
         """
         state = self._state._asdict()
         window, iterate = state.pop("window"), state.pop("iterate")
         # Before the optimiser of a scale is made there are no correction pairs.
-        optimiser = next(iter(self._optimisers.values()), None) or ProjectedLBFGS(iterate.x, None, 0)
-        state |= {f"{OPTIMISER}{name}": value for name, value in optimiser.state_dict(iterate).items()}
+        optimiser = self._optimiser or ProjectedLBFGS(iterate.x, None, 0)
+        for name, value in optimiser.state_dict(iterate).items():
+            state[OPTIMISER_PREFIX + name] = value
+        state |= {"version": STATE_VERSION, "budget_bytes": self.budget_bytes, "threads": self.threads}
         state |= {"first_total": window.first, "totals": window.totals}
         state["window"] = torch.cat(window.images) if window.images else None
         return {name: value for name, value in state.items() if value is not None}
@@ -186,46 +208,54 @@ class Run:
     def load_state_dict(self, state: dict) -> None:
         """Go on from the `state_dict` of a run with the same arguments, in this process or another.
 
-        The next steps are those that the other run would have taken. Raises UserError for a state of another shape.
+        The next steps are those that the other run would have taken, if as much memory and as many processors are free.
+        Raises UserError for a state of another shape or of an earlier version.
         """
-        scales = as_state(state, self.shape)
-        of_optimiser = {name.removeprefix(OPTIMISER): state[name] for name in state if name.startswith(OPTIMISER)}
+        scales = as_scales(state, self.shape)
+        self.budget_bytes = min(self.budget_bytes, state["budget_bytes"])
+        self.threads = min(torch.get_num_threads(), state["threads"])
+        of_optimiser = {
+            name.removeprefix(OPTIMISER_PREFIX): state[name] for name in state if name.startswith(OPTIMISER_PREFIX)
+        }
+        self._evaluators, self._optimiser = {}, None
         with self._fitting():
-            iterate = self._optimiser(scales[0]).load_state_dict(of_optimiser)
-        tensors = ("image", "gradient", "window")
-        image, gradient, images = (state[name].to(self.device) if name in state else None for name in tensors)
-        step = Step(tuple(state["step"][0]), *state["step"][1:]) if "step" in state else None
-        window = Window(state.get("first_total"), tuple(state["totals"]), () if images is None else images.split(1))
-        plain = tuple(state["limits"]), state["left"], state["stage"], state["precision"]
-        self._evaluators, self._state = {}, State(scales, *plain, image, iterate, step, gradient, window)
+            iterate = self._optimiser_at(scales[0]).load_state_dict(of_optimiser)
+        image, gradient, images = (
+            state[name].to(self.device) if name in state else None for name in ("image", "gradient", "window")
+        )
+        images = () if images is None else images.split(1)
+        window = Window(state.get("first_total"), tuple(state["totals"]), images)
+        step = None
+        if "step" in state:
+            shape, *numbers = state["step"]
+            step = Step(tuple(shape), *numbers)
+        counters = tuple(state["limits"]), state["left"], state["stage"], state["precision"]
+        self._state = State(scales, *counters, image, iterate, step, gradient, window, state.get("ended"))
 
-    def _start(self, scales, image, x, limits=(), left=None):
-        """The state before the first evaluation of a scale, at `x`; by default with all evaluations still to come."""
-        limits = limits or limit_evaluations(scales, self.evaluations)
-        left = self.evaluations if left is None else left
-        stage = "coarse" if len(scales) > 1 else "rough" if len(self.precisions) > 1 else "fine"
-        return State(tuple(scales), tuple(limits), left, stage, self.precisions[0], image, Iterate(x.flatten()))
+    def _start(self, scales, limits, left, image, x=None):
+        """The state before the first evaluation of a scale, at `x`, by default `image`."""
+        stage = "coarse" if len(scales) > 1 else "fast" if len(self.precisions) > 1 else "fine"
+        iterate = Iterate((image if x is None else x).flatten())
+        return State(tuple(scales), tuple(limits), left, stage, self.precisions[0], image, iterate)
 
     def _count(self, state, **changes):
-        """Take the state after an evaluation; returns the best image's `Step`."""
+        """Replace the state after an evaluation; returns the best image's `Step`."""
         limits = (state.limits[0] - 1, *state.limits[1:])
         self._state = state._replace(limits=limits, left=state.left - 1, **changes)
         return self._state.step
 
     def _descend(self):
-        """One step of the optimiser; None where no step lowers the loss."""
-        state, scale, optimiser = self._state, self.scales[0], self._optimiser(self.scales[0])
-        if whole_steps(self.device) and state.iterate.losses is not None:
-            graphed = functools.partial(self._graphed_step(state.precision), self._weights)
-            iterate = optimiser.step_with(graphed, state.iterate)
-        else:
+        """One step of the optimiser; None if no step lowers the loss."""
+        scale, precision = self.scales[0], self._state.precision
+        optimiser = self._optimiser_at(scale)
+        evaluate = functools.partial(self._evaluator(precision), self.weights)
+        with self._threads():
             # The pending correction pair first, so that its memory is free during the evaluation.
-            self._state = state = state._replace(iterate=optimiser.update(state.iterate))
-            evaluate = functools.partial(self._evaluate, state.precision)
-            iterate = optimiser.step(state.iterate, evaluate, RELATIVE_TOLERANCE[state.precision])
+            self._state = state = self._state._replace(iterate=optimiser.update(self._state.iterate))
+            iterate = optimiser.step(state.iterate, evaluate, RELATIVE_TOLERANCE[precision])
         if iterate is None:
             return None
-        step = Step(scale, state.precision, *iterate.losses.tolist())
+        step = Step(scale, precision, *iterate.losses.tolist())
         if state.step is None or step.total < state.step.total:
             state = state._replace(image=iterate.x.view(1, 3, *scale), step=step, gradient=iterate.gradient)
         return self._count(state, iterate=iterate, window=state.window.extend(state.image, state.step.total))
@@ -236,72 +266,81 @@ class Run:
         image = state.image if state.step else state.iterate.x.view(1, 3, *self.scales[0])
         if self.init is not None:
             x = enlarge_change(image, self.init, shape)
+        elif self.task.style_layers:
+            x = enlarge(image, shape, self.seed)
         else:
-            x = enlarge(image, shape, self.seed) if self.task.style_layers else resize(image, shape)
-        self._state = self._start(state.scales[1:], state.image, x, state.limits[1:], state.left)
-        self._evaluators, self._optimisers = {}, {}  # their memory is free before the new scale's are made
+            x = resize(image, shape)
+        self._state = self._start(state.scales[1:], state.limits[1:], state.left, state.image, x)
+        self._evaluators, self._optimiser = {}, None  # frees their memory before the new scale's are made
 
-    def _check_rounding(self):
-        """Evaluate the best image in the exact precision, and go on in that if rounding is what slows the faster one.
+    def _check_rounding(self, why):
+        """Evaluate the best image in the exact precision, and go on in that if rounding slows the faster one.
 
-        If the gradients of both point the same way it is not, and the faster one goes on.
+        If the gradients of both point the same way it does not: the faster one goes on, or ends because of `why`.
         """
-        state, precision, optimiser = self._state, self.precisions[-1], self._optimiser(self.scales[0])
-        x, iterate = state.image.flatten(), optimiser.update(state.iterate)
-        losses, gradient = self._evaluate(precision, x)
+        state, precision, optimiser = self._state, self.precisions[-1], self._optimiser_at(self.scales[0])
+        evaluator = self._evaluator(precision)
+        with self._threads():
+            x, iterate = state.image.flatten(), optimiser.update(state.iterate)
+            losses, gradient = evaluator(self.weights, x)
+            cosine = gradient_cosine(state.gradient, gradient, optimiser.precondition)
         step = Step(self.scales[0], precision, *losses.tolist())
-        cosine = gradient_cosine(state.gradient, gradient, optimiser.precondition)
-        if cosine >= COSINE:
-            self._count(state, stage="fine" if state.stage == "rough" else "done", window=Window())
+        if cosine >= MIN_GRADIENT_COSINE:
+            ended = None if state.stage == "fast" else why
+            self._count(state, stage="fine", window=Window(), ended=ended)
         else:
-            iterate = begin(keep_newest(iterate, KEPT)._replace(x=x), losses, gradient)
+            iterate = begin(keep_newest(iterate, PAIRS_AFTER_ROUNDING)._replace(x=x), losses, gradient)
             state = state._replace(iterate=iterate, step=step, gradient=gradient)
             self._count(state, stage="fine", precision=precision, window=Window())
         return step
 
-    def _evaluate(self, precision, x):
-        """(losses, flat gradient of the first) at a flat image."""
-        return self._evaluator(precision)[1](x, self._weights)
-
     def _network(self, precision):
         key = deepest(self.task.layers), precision
         if key not in self._networks:
-            self._networks[key] = cut_network(self.vgg, key[0], self.device, precision)
+            self._networks[key] = self.vgg.cut(key[0], self.device, precision)
         return self._networks[key]
 
     def _evaluator(self, precision):
-        """(the `Objective`, its function of flat images and weights) at the present scale."""
-        shape = self.scales[0]
-        key = shape, precision
-        if key not in self._evaluators:
-            task, (_, budget_bytes) = self.task.at_scale(shape, self.shape), divide_budget(self.budget_bytes, shape)
-            objective = objective_of(self._network(precision), task, shape, budget_bytes)
-            self._evaluators[key] = objective, evaluator(objective, shape, self.device, precision)
-        return self._evaluators[key]
+        """The `Evaluator` of the present scale in a precision."""
+        scale, evaluator = self.scales[0], self._evaluators.get(precision)
+        if evaluator is None or evaluator.shape != scale:
+            _, budget_bytes = divide_budget(self.budget_bytes, scale)
+            objective = objective_of(self._network(precision), self.task, scale, self.shape, budget_bytes)
+            evaluator = self._evaluators[precision] = Evaluator(objective, scale, self.device, precision)
+        return evaluator
 
-    def _graphed_step(self, precision):
-        """`step_in_tensors` of the present scale's optimiser, as a function of weights and an iterate's tensors."""
-        key = self.scales[0], precision, "step"
-        if key not in self._evaluators:
-            compute = functools.partial(self._optimiser(key[0]).step_in_tensors, RELATIVE_TOLERANCE[precision])
-            self._evaluators[key] = prepare(compute, self._evaluator(precision)[0], key[0], self.device, precision)
-        return self._evaluators[key]
-
-    def _optimiser(self, scale):
-        key = scale, PRIOR_WEIGHTS.get(min(map(block, self.task.layers)), math.inf)
-        if key not in self._optimisers:
-            self._optimisers = {}  # the memory of another first
+    def _optimiser_at(self, scale):
+        """The optimiser for a scale and the present task."""
+        prior_weight = PRIOR_WEIGHTS[min(map(block, self.task.layers))]
+        made = self._optimiser and self._optimiser.precondition
+        if not made or (made.shape, made.weight) != (scale, prior_weight):
+            self._optimiser = None  # frees its memory first
             history_size, budget_bytes = divide_budget(self.budget_bytes, scale)
-            if math.prod(scale) > LARGE:
-                tiles, _ = tiles_of(self._network(self.precisions[-1]), scale, budget_bytes)
-                if len(tiles) > 1:  # the feature maps of tiles, of up to 64 float32 per pixel
-                    keep_freed_memory(below=257 * largest_window(tiles))
-            precondition = spectral_preconditioner(first_kernels(self.vgg), *key, self.device)
-            place = torch.empty(3 * math.prod(scale), device=self.device)
-            solver = self.device if whole_steps(self.device) else "cpu"
-            self._optimisers[key] = ProjectedLBFGS(place, precondition, history_size, solver)
-        return self._optimisers[key]
+            if math.prod(scale) > FULL_LIMIT_PIXELS:
+                tiling = tiling_of(self._network(self.precisions[-1]), scale, budget_bytes)
+                if len(tiling.tiles) > 1:  # the feature maps of tiles, of up to 64 float32 per pixel
+                    keep_freed_memory(below=257 * tiling.largest_window_pixels)
+            precondition = SpectralPreconditioner(first_kernels(self.vgg), scale, prior_weight, self.device)
+            x = torch.empty(3 * math.prod(scale), dtype=torch.float32, device=self.device)
+            self._optimiser = ProjectedLBFGS(x, precondition, history_size)
+        return self._optimiser
+
+    def _threads(self):
+        one = self.device.type != "cuda" and math.prod(self.scales[0]) < ONE_THREAD_PIXELS
+        return threads(1 if one else self.threads)
 
     def _fitting(self):
-        least = least_memory(self._network(self.precisions[-1]), self.task, self.shape)
+        least = min_evaluation_bytes(self._network(self.precisions[-1]), self.task, self.shape)
         return fitting(self.shape, self.budget_bytes, least, self.device)
+
+
+def as_scales(state, shape: Shape) -> tuple:
+    """The scales of a `Run.state_dict`. Raises UserError if it is of another shape or version."""
+    if not isinstance(state, Mapping) or "scales" not in state:
+        raise UserError(f"the state is {shown(state)}: give what state_dict of a run has returned")
+    if state.get("version") != STATE_VERSION:
+        raise UserError("the state was saved by another version of this project: begin the run again")
+    scales = tuple(map(tuple, state["scales"]))
+    if scales[-1] != shape:
+        raise UserError(f"the state is of an image of shape {scales[-1]}: this run's is {shape}")
+    return scales

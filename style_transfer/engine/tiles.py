@@ -1,17 +1,17 @@
 """Loss and gradient of an image tile by tile, where the whole does not fit in memory. It knows no network.
 
-The losses are made of statistics, which are sums over positions, and those of the tiles add up to those of the whole
-image. A first pass over the tiles sums the statistics; the derivative of the loss by each of them follows; a second
-pass backpropagates it through every tile. That is exact but for rounding: a tile is seen through a window that adds a
-halo, as wide as the receptive field of the deepest layer reaches, and that begins where pooling does. An image that
-fits is a single tile, which is evaluated once.
+The losses are made of statistics that are sums over positions, so those of the tiles add up to those of the whole
+image. A first pass over the tiles sums the statistics. The derivatives of the loss by the sums follow. A second pass
+backpropagates them through every tile. That is exact up to rounding: a tile is evaluated in a window that adds a halo,
+as wide as the receptive field of the deepest layer reaches, and that begins where pooling does. An image that fits is
+a single tile, which is evaluated once.
 
 The ranks of `torch.distributed` may share the tiles; statistics and gradients are then all-reduced.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,55 +19,59 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .checks import Shape, UserError
+from .losses import Statistics, Weights
 from .memory import release_freed_memory
 
-# Pixels, where there is memory: a tile twice as wide costs a tenth less time and takes nearly four times the memory.
-SIDE = 256
-HALOS = 4  # but at least so many halos
+# Where memory allows. A tile twice as wide costs a tenth less time and takes nearly four times the memory.
+TILE_SIDE_PIXELS = 256
+MIN_TILE_SIDE_HALOS = 4
 
 
 class Tile(NamedTuple):
     """A part of an image, and its window: (first, end) of rows and of columns."""
 
-    rows: tuple
-    columns: tuple
-    window_rows: tuple
-    window_columns: tuple
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+    window_rows: tuple[int, int]
+    window_columns: tuple[int, int]
 
     @property
-    def window(self):
+    def window(self) -> tuple:
         """The index of the window in an image (1, 3, H, W)."""
         return (..., slice(*self.window_rows), slice(*self.window_columns))
 
     def halo(self, stride: int) -> list[tuple]:
-        """The indices of the strips around the tile in the window's feature map, of a layer with this stride."""
+        """The indices of the strips around the tile in the window's feature map, for a layer with this stride."""
 
         def around(part, window):
             before = (part[0] - window[0]) // stride
             return before, before + part[1] // stride - part[0] // stride, (window[1] - window[0]) // stride
 
-        (top, bottom, height), (left, right, width) = map(around, self[:2], self[2:])
+        top, bottom, height = around(self.rows, self.window_rows)
+        left, right, width = around(self.columns, self.window_columns)
         strips = [(0, top, 0, width), (bottom, height, 0, width), (top, bottom, 0, left), (top, bottom, right, width)]
         return [(..., slice(a, b), slice(c, d)) for a, b, c, d in strips if a < b and c < d]
 
 
-class Objective(NamedTuple):
-    """What to minimise, as two functions and the tiles that the first is called for."""
+class Tiling(NamedTuple):
+    """How an image is evaluated."""
 
-    statistics: Callable  # of a `Tile`'s window of the image, (1, 3, h, w), and the tile: a list of sums over the tile
-    losses: Callable  # of the whole's statistics and a tensor of weights: a 1-D tensor; the first is minimised
-    tiles: Sequence  # of the image
-    kept: int = 1  # for how many tiles there is memory to keep the graph until the second pass
+    tiles: Sequence[Tile]
+    kept: int  # for how many tiles memory holds the graph of the first pass until the second
+
+    @property
+    def largest_window_pixels(self) -> int:
+        sizes = ((bottom - top) * (right - left) for _, _, (top, bottom), (left, right) in self.tiles)
+        return max(sizes)
 
 
 def cut_tiles(shape: Shape, side: int, halo: int, stride: int) -> list[Tile]:
-    """The `Tile`s of an image of `shape`, at most `side` pixels wide or high, at its borders a halo more.
+    """The `Tile`s of an image of `shape`, at most `side` pixels wide or high, and a halo more at the image's borders.
 
-    `side` and `halo` are multiples of `stride`. Beyond the image there is no halo: tiles at its borders have as much
-    more of the image, so that all windows but the last are of one size. Then the feature maps of one fit where those of
-    another were freed.
+    `side` and `halo` are multiples of `stride`. Beyond the image there is no halo, so tiles at its borders hold more of
+    the image: all windows but the last have equal sizes, which lets the allocator reuse freed blocks.
     """
-    more = min(halo, side // HALOS // stride * stride)
+    more = min(halo, side // MIN_TILE_SIDE_HALOS // stride * stride)
 
     def spans(length):
         count = max(1, math.ceil((length - 2 * more) / side))
@@ -75,86 +79,85 @@ def cut_tiles(shape: Shape, side: int, halo: int, stride: int) -> list[Tile]:
         edges = [0, *(more + k * part for k in range(1, count)), length]
         return [((a, b), (max(0, a - halo), min(length, b + halo))) for a, b in itertools.pairwise(edges)]
 
-    pairs = itertools.product(*map(spans, shape))
     return [
-        Tile(rows, columns, window_rows, window_columns) for (rows, window_rows), (columns, window_columns) in pairs
+        Tile(rows, columns, window_rows, window_columns)
+        for rows, window_rows in spans(shape[0])
+        for columns, window_columns in spans(shape[1])
     ]
 
 
-def plan_tiles(shape: Shape, budget_bytes: float, bytes_per_pixel: float, halo: int, stride: int) -> tuple:
-    """(the `Tile`s of an image, of how many the graph is kept for the second pass) within a budget of memory.
-
-    Raises UserError if there are fewer tiles than ranks.
-    """
-    if bytes_per_pixel * math.prod(shape) <= budget_bytes and world_size() == 1:
-        return cut_tiles(shape, math.ceil(max(shape) / stride) * stride, halo, stride), 1
-    side = 2 * max(SIDE, HALOS * halo)
-    tiles, fit = [], 0  # for how many there is memory
-    while side > stride and (fit < 1 or len(tiles) < world_size()):
+def plan_tiles(shape: Shape, budget_bytes: float, bytes_per_pixel: float, halo: int, stride: int) -> Tiling:
+    """The `Tiling` of an image of `shape` within a memory budget. Raises UserError for fewer tiles than ranks."""
+    ranks = world_size()
+    if bytes_per_pixel * math.prod(shape) <= budget_bytes and ranks == 1:
+        return Tiling(cut_tiles(shape, math.ceil(max(shape) / stride) * stride, halo, stride), 1)
+    side = 2 * max(TILE_SIDE_PIXELS, MIN_TILE_SIDE_HALOS * halo)
+    tiles, fitting = [], 0  # how many fit in the budget at once
+    while side > stride and (fitting < 1 or len(tiles) < ranks):
         side = max(stride, side // 2 // stride * stride)
         tiles = cut_tiles(shape, side, halo, stride)
-        fit = int(budget_bytes / (bytes_per_pixel * (side + 2 * halo) ** 2))
-    if len(tiles) < world_size():
-        raise UserError(f"an image of {shape[0]} x {shape[1]} is too small to share among {world_size()} processes")
-    return tiles, max(0, fit - 1)  # one is under way
+        fitting = int(budget_bytes / (bytes_per_pixel * (side + 2 * halo) ** 2))
+    if len(tiles) < ranks:
+        raise UserError(f"an image of {shape[0]} x {shape[1]} is too small to share among {ranks} processes")
+    return Tiling(tiles, max(0, fitting - 1))  # one more is being evaluated
 
 
-def largest_window(tiles: Sequence[Tile]) -> int:
-    """How many pixels it has."""
-    return max((bottom - top) * (right - left) for _, _, (top, bottom), (left, right) in tiles)
-
-
-def smallest_tile(halo: int, stride: int) -> int:
+def smallest_tile_pixels(halo: int, stride: int) -> int:
     """How many pixels the window of the smallest tile has."""
     return (stride + 2 * halo) ** 2
 
 
-def sum_statistics(statistics: Callable[[Tile], list[Tensor]], tiles: Sequence[Tile]) -> list[Tensor]:
-    """The statistics of each tile, summed over all tiles and ranks."""
-    total = None
-    for tile in tiles_of_rank(tiles):
-        found = [x.detach().clone() for x in statistics(tile)]
-        total = [a + b for a, b in zip(total, found)] if total else found
-    return all_reduce_sum(total)
+def statistics_at(objective, image: Tensor, tile: Tile, with_graph: bool) -> tuple[Tensor, Statistics]:
+    """(a tile's window of an image (1, 3, H, W), the tile's `Statistics`), with or without their autograd graph."""
+    part = image[tile.window].clone().requires_grad_(with_graph)
+    with torch.set_grad_enabled(with_graph):
+        return part, objective.statistics(part, tile)
 
 
-def losses_and_gradient(
-    objective: Objective, image: Tensor, weights: Tensor, scale: Tensor | float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """(losses, gradient of the first) of an `Objective` at an image (1, 3, H, W), in the two passes.
+def sum_statistics(objective, image: Tensor, graphs: dict | None = None) -> Statistics:
+    """The `Statistics` of an image (1, 3, H, W), summed over all tiles and ranks.
 
-    scale: a power of two, by which the derivatives are multiplied on their way back through the network.
+    graphs: takes, for as many tiles as the objective keeps, what `statistics_at` returned with its graph.
     """
-    kept = {}
-    # The passes and the optimiser want blocks of other sizes, for which what is freed leaves gaps. Where many graphs
-    # are kept there is memory to spare, and to have its pages cleared by the system again would take longer.
-    scarce = 4 * objective.kept < len(objective.tiles)
-
-    def look(tile, with_graph):
-        part = image[tile.window].clone().requires_grad_(with_graph)
-        with torch.set_grad_enabled(with_graph):
-            return part, objective.statistics(part, tile)
-
-    def first_pass(tile):
-        with_graph = len(kept) < objective.kept
-        part, statistics = look(tile, with_graph)
+    total = None
+    for tile in tiles_of_rank(objective.tiling.tiles):
+        with_graph = graphs is not None and len(graphs) < objective.tiling.kept
+        part, found = statistics_at(objective, image, tile, with_graph)
         if with_graph:
-            kept[tile] = part, statistics
-        return statistics
+            graphs[tile] = part, found
+        content, grams = ([x.detach().clone() for x in each] for each in found)
+        if total:
+            content = [a + b for a, b in zip(total.content, content)]
+            grams = [a + b for a, b in zip(total.grams, grams)]
+        total = Statistics(content, grams)
+    all_reduce_sum([*total.content, *total.grams])
+    return total
 
-    statistics = [x.requires_grad_() for x in sum_statistics(first_pass, objective.tiles)]
+
+def losses_and_gradient(objective, image: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
+    """(losses, gradient of the first) of an `Objective` at an image (1, 3, H, W), in the two passes."""
+    tiles, kept = objective.tiling
+    # The two passes and the optimiser need blocks of different sizes, so freed ones leave gaps. Where many graphs are
+    # kept there is memory to spare, and having the system clear its pages again would take longer.
+    scarce = 4 * kept < len(tiles)
+    graphs = {}
+    statistics = sum_statistics(objective, image, graphs)
+    sums = [*statistics.content, *statistics.grams]
+    for x in sums:
+        x.requires_grad_()
     if scarce:
         release_freed_memory()
     with torch.enable_grad():
         losses = objective.losses(statistics, weights)
-    derivatives = [scale * derivative for derivative in torch.autograd.grad(losses[0], statistics)]
+    derivatives = torch.autograd.grad(losses[0], sums)
     gradient = torch.zeros_like(image)
-    for tile in tiles_of_rank(objective.tiles):
-        part, found = kept.pop(tile) if tile in kept else look(tile, True)
-        gradient[tile.window] += torch.autograd.grad(found, part, derivatives)[0]
+    for tile in tiles_of_rank(tiles):
+        part, found = graphs.pop(tile) if tile in graphs else statistics_at(objective, image, tile, with_graph=True)
+        gradient[tile.window] += torch.autograd.grad([*found.content, *found.grams], part, derivatives)[0]
     if scarce:
         release_freed_memory()
-    return losses.detach(), all_reduce_sum([gradient])[0].div_(scale)
+    all_reduce_sum([gradient])
+    return losses.detach(), gradient
 
 
 # --- Several processes ---------------------------------------------------------------------------
@@ -165,16 +168,15 @@ def world_size() -> int:
 
 
 def tiles_of_rank(tiles: Sequence[Tile]) -> Sequence[Tile]:
-    """The tiles that are this rank's."""
+    """This rank's tiles."""
     return tiles[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else tiles
 
 
-def all_reduce_sum(tensors: list[Tensor]) -> list[Tensor]:
-    """The tensors, each summed over all ranks, in place."""
+def all_reduce_sum(tensors: list[Tensor]) -> None:
+    """Sum each tensor over all ranks, in place."""
     if dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)
-    return tensors
 
 
 def all_reduce_min(number: int, device: torch.device) -> int:
