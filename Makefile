@@ -10,7 +10,7 @@ OLDEST_PYTHON ?= python3.11
 NEWEST_PYTHON ?= $(shell for python in python3.14 python3.13 python3.12 python3.11; do \
 	$$python -c '' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: install run check test test-browser test-environments address lab panel notebooks assignment grade test-assignment clean
+.PHONY: install run check test test-browser test-environments address lab panel notebooks assignment grade mark test-assignment clean
 
 install: $(VENV)/installed  ## everything but the developers' tools, into .venv
 
@@ -54,11 +54,16 @@ notebooks: $(VENV)/installed  ## execute the notebooks and store their outputs, 
 assignment: $(NBGRADER)/installed  ## the notebooks as homework, without solutions, in assignment/ and assignment.zip
 	$(NBGRADER)/bin/python tools/make_assignment.py
 
-grade: $(VENV)/installed  ## SUBMISSIONS=folder or zip; GRADES=new folder, SEED=word for other numbers: see INSTRUCTORS.md
-	$(BIN)/python tools/grade.py "$(SUBMISSIONS)" --into "$(or $(GRADES),grades)" --seed "$(SEED)"
+grade: $(VENV)/installed $(NBGRADER)/installed  ## SUBMISSIONS=folder or zip, into grading/; STUDENT=name, SEED=word: see INSTRUCTORS.md
+	$(NBGRADER)/bin/python tools/grade_submissions.py "$(SUBMISSIONS)" $(BIN)/python grading "$(STUDENT)" "$(SEED)"
 
-test-assignment: $(VENV)/for-developers $(NBGRADER)/installed  ## make the release, and grade twelve submissions
-	$(BIN)/python tools/check_assignment.py $(NBGRADER)/bin/python
+mark: $(NBGRADER)/installed  ## the texts to be marked by hand, in the browser
+	@test -d grading || { echo "There is nothing to mark: say make grade SUBMISSIONS=folder-or-zip first."; exit 1; }
+	cd grading && PATH="$(abspath $(NBGRADER))/bin:$$PATH" NOTEBOOKS_PYTHON="$(abspath $(BIN))/python" \
+		JUPYTER_CONFIG_PATH="$(CURDIR)/tools" jupyter lab --LabApp.default_url=/formgrader/gradebook/style-transfer
+
+test-assignment: $(VENV)/for-developers $(NBGRADER)/installed  ## make the release, and grade honest and other submissions
+	$(BIN)/pytest -m assignment tests/test_assignment.py
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "No Python of 3.11 or newer was found: install one, or say make PYTHON=..."; exit 1; }

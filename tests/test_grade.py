@@ -1,162 +1,135 @@
-"""What `make grade` makes of files, before a notebook is run: who handed in what, and what is run of it."""
+"""Whom `make grade` takes a file for, and what it makes of files that are no notebooks: before anything is run."""
 
-import copy
-import html
+import io
+import json
+import os
 import zipfile
-from pathlib import Path
 
-import grade
 import nbformat
 import pytest
-from homework import ROOT, grade_id, is_test, questions, read_notebooks
+from collect import MOST_BYTES, collect, files_in, opened
+from homework import ROOT, questions, read_notebooks
 
 SOURCES = read_notebooks(ROOT / "notebooks")
 ONE, TWO, THREE = SOURCES
+TEXTS = {name: (ROOT / "notebooks" / f"{name}.ipynb").read_bytes() for name in SOURCES}
+
+
+def zip_of(files):
+    """The bytes of a zip: {path: bytes, or (bytes, year)}."""
+    written = io.BytesIO()
+    with zipfile.ZipFile(written, "w") as archive:
+        for path, content in files.items():
+            content, year = content if isinstance(content, tuple) else (content, 2026)
+            archive.writestr(zipfile.ZipInfo(path, (year, 1, 1, 0, 0, 0)), content)
+    return written.getvalue()
+
+
+def collected(files):
+    """What `collect` makes of a zip of these files."""
+    return collect(opened((), (), lambda: zip_of(files)), SOURCES)
 
 
 @pytest.mark.parametrize(
-    "path, student, late, number",
+    "path, student",
     [
-        (f"muellerhans_12345_67890_{ONE}-2.ipynb", "muellerhans", False, 2),
-        (f"muellerhans_LATE_12345_67890_{ONE}.ipynb", "muellerhans", True, 0),
-        (f"Hans Müller_77_assignsubmission_file_/{ONE}.ipynb", "Hans Müller", False, 0),
-        (f"submitted/hans/style-transfer/{ONE}.ipynb", "hans", False, 0),
-        (f"week 7/hans/assignment/notebooks/{ONE}.ipynb", "hans", False, 0),
-        (f"{ONE}_hans.ipynb", "hans", False, 0),
-        (f"hans {ONE} (1).ipynb", "hans", False, 0),
-        ("my homework.ipynb", "my homework", False, 0),
+        (f"muellerhans_12345_67890_{ONE}-2.ipynb", "muellerhans_12345"),
+        (f"muellerhans_LATE_12345_67890_{ONE}.ipynb", "muellerhans_12345"),
+        (f"Hans Müller_77_assignsubmission_file_/{ONE}.ipynb", "Hans Müller_77"),
+        (f"submitted/hans/style-transfer/{ONE}.ipynb", "hans"),
+        (f"hans/assignment/notebooks/week 7/{ONE}.ipynb", "hans"),
+        (f"{ONE}_hans.ipynb", "hans"),
+        (f"hans {ONE} (1).ipynb", "hans"),
+        ("my homework.ipynb", "my homework"),
+        (f"jane/final_{ONE}.ipynb", "jane"),
+        (f"2024_001_anna/{ONE}.ipynb", "2024_001_anna"),
+        (f"group_12_3/{ONE}.ipynb", "group_12_3"),
+        (f"<img src=x>/{ONE}.ipynb", "img src_x"),
+        (f"{'long ' * 40}/{ONE}.ipynb", ("long " * 16).strip()),
+        (f"{ONE}.IPYNB", "unknown"),
     ],
 )
-def test_the_student_is_in_the_names(tmp_path, path, student, late, number):
-    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(SOURCES[ONE], tmp_path / path)
-    (found,), remarks = grade.find_submissions([tmp_path], SOURCES)
-    assert (found.student, found.name, found.late, found.number) == (student, ONE, late, number) and not remarks
+def test_the_outermost_name_is_the_student(path, student):
+    chosen, remarks = collected({path: TEXTS[ONE]})
+    assert list(chosen) == list(remarks) == [student] and list(chosen[student]) == [ONE]
+    assert remarks[student] == (["late"] if "LATE" in path else [])
 
 
-def test_a_notebook_is_recognised_by_its_ids_where_a_platform_drops_the_rest(tmp_path):
-    bare = copy.deepcopy(SOURCES[TWO])
-    for cell in bare.cells:
-        cell.metadata = nbformat.from_dict({})
-    nbformat.write(bare, tmp_path / "hans.ipynb")
-    ((found,), _) = grade.find_submissions([tmp_path], SOURCES)
-    assert found.name == TWO
+def test_namesakes_and_similar_folders_are_not_merged():
+    paths = [f"smithjohn_{k}1_9_{ONE}.ipynb" for k in (1, 2)] + [f"{name}/{ONE}.ipynb" for name in ("Jane", "jane")]
+    chosen, _ = collected({path: TEXTS[ONE] for path in paths})
+    assert sorted(chosen) == ["Jane", "jane", "smithjohn_11", "smithjohn_21"]
 
 
-def test_what_is_no_submission_is_named(tmp_path):
-    (tmp_path / "broken.ipynb").write_text("{")
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")]), tmp_path / "other.ipynb")
-    (tmp_path / ".ipynb_checkpoints").mkdir()
-    nbformat.write(SOURCES[ONE], tmp_path / ".ipynb_checkpoints" / f"{ONE}-checkpoint.ipynb")
-    (tmp_path / "odd.zip").write_bytes(b"no zip")
-    folders, opened = grade.unpacked(tmp_path, tmp_path / "new")
-    found, remarks = grade.find_submissions(folders, SOURCES)
-    assert not found and len(remarks) == 2 and len(opened) == 1
-    assert (
-        "broken.ipynb cannot be read" in remarks[0] and "other.ipynb has none" in remarks[1] and "odd.zip" in opened[0]
+def test_zips_belong_to_the_outermost_name_and_a_folder_around_all_to_nobody():
+    work = zip_of({f"assignment/{TWO}.ipynb": TEXTS[TWO]})
+    chosen, _ = collected({
+        "week 7/annab_12_34_work.zip": work, "week 7/carl/all/work.zip": work, f"week 7/dora/{TWO}.ipynb": TEXTS[TWO],
+    })  # fmt: skip
+    assert sorted(chosen) == ["annab_12", "carl", "dora"] and all([*own] == [TWO] for own in chosen.values())
+
+
+def test_of_two_the_newer_counts_by_the_times_in_the_zip():
+    one = SOURCES[ONE].copy()
+    old, new = (nbformat.writes(nbformat.from_dict({**one, "metadata": {"year": year}})) for year in (2025, 2026))
+    chosen, remarks = collected(
+        {f"anna/a/{ONE}.ipynb": (new, 2026), f"anna/b/{ONE}.ipynb": (old, 2025), f"ben/{TWO}.ipynb": b""}
     )
+    assert json.loads(chosen["anna"][ONE])["metadata"]["year"] == 2026
+    assert remarks["anna"] == [f"{ONE} was handed in twice: anna/a/{ONE}.ipynb counts, anna/b/{ONE}.ipynb not"]
 
 
-def test_a_zip_of_zips_is_opened(tmp_path):
-    nbformat.write(SOURCES[THREE], tmp_path / f"{THREE}.ipynb")
-    inner, outer = tmp_path / "annab_12_34_work.zip", tmp_path / "all.zip"
-    with zipfile.ZipFile(inner, "w") as archive:
-        archive.write(tmp_path / f"{THREE}.ipynb", f"assignment/notebooks/{THREE}.ipynb")
-    with zipfile.ZipFile(outer, "w") as archive:
-        archive.write(inner, inner.name)
-        archive.write(tmp_path / f"{THREE}.ipynb", f"carl/{THREE}.ipynb")
-    folders, remarks = grade.unpacked(outer, tmp_path / "new")
-    found, _ = grade.find_submissions(folders, SOURCES)
-    assert sorted(one.student for one in found) == ["annab", "carl"] and not remarks
+def test_a_notebook_is_recognised_by_its_questions_in_whatever_form_it_comes():
+    bare = json.loads(TEXTS[TWO])
+    for cell in bare["cells"]:
+        cell["metadata"] = {}
+    other = json.loads(TEXTS[ONE])
+    for cell in other["cells"]:
+        del cell["id"]
+        cell["source"] = "\r\n".join("".join(cell["source"]).splitlines())
+    other["nbformat_minor"] = 0
+    chosen, remarks = collected({
+        "anna/only ids.ipynb": json.dumps(bare), "anna/no ids.ipynb": b"\xef\xbb\xbf" + json.dumps(other).encode()
+    })  # fmt: skip
+    assert {*chosen["anna"]} == {ONE, TWO} and not remarks["anna"] and "\\r\\n" not in chosen["anna"][ONE]
 
 
-def test_of_several_the_newest_counts():
-    several = [grade.Submission("anna", ONE, Path(__file__), False, number) for number in (1, 3, 2)]
-    chosen, remarks = grade.newest(several)
-    assert chosen["anna"][ONE].number == 3 and len(remarks) == 2
+def test_what_is_no_notebook_of_ours_is_named_and_its_student_has_a_row(tmp_path):
+    empty = nbformat.writes(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")]))
+    encrypted = bytearray(zip_of({f"{ONE}.ipynb": b"x"}))
+    for mark in (b"PK\x03\x04", b"PK\x01\x02"):
+        encrypted[encrypted.find(mark) + (6 if mark[2] == 3 else 8)] |= 1
+    files = {
+        "broken.ipynb": b"{", "other.ipynb": empty.encode(), "work.rar": b"", f"{ONE}.ipynb.txt": b"", "page.html": b"",
+        "odd.zip": b"no zip", "locked.zip": bytes(encrypted), "list.ipynb": b"[1]", "latin.ipynb": b"\xe9",
+    }  # fmt: skip
+    for k, (name, content) in enumerate(files.items()):
+        (tmp_path / f"student {k}").mkdir()
+        (tmp_path / f"student {k}" / name).write_bytes(content)
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    (tmp_path / ".ipynb_checkpoints" / f"{ONE}.ipynb").write_bytes(TEXTS[ONE])
+    os.mkfifo(tmp_path / "pipe.ipynb")
+    chosen, remarks = collect(files_in(tmp_path), SOURCES)
+    words = ["cannot be read as", "has none of", "ignored", "ignored", "ignored", "as a zip", "cannot be read"]
+    words += ["cannot be read as", "cannot be read as"]
+    assert not chosen and [*remarks] == [f"student {k}" for k in range(len(files))]
+    for (name, said), word, path in zip(remarks.items(), words, files):
+        assert len(said) == 1 and f"{name}/{path}" in said[0] and word in said[0]
 
 
-def submitted(name):
-    """A student's notebook: our source without the hidden tests."""
-    notebook = read_notebooks(ROOT / "notebooks")[name]
-    for cell in notebook.cells:
-        cell.source = cell.source.partition("### BEGIN HIDDEN TESTS")[0]
-    return notebook
+def test_a_zip_of_more_than_a_gigabyte_is_refused():
+    with io.BytesIO() as written:
+        with zipfile.ZipFile(written, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("anna/zeros.ipynb", b"0" * 1000)
+        content = bytearray(written.getvalue())
+    place = content.find(b"PK\x01\x02") + 24
+    content[place : place + 4] = (MOST_BYTES + 1).to_bytes(4, "little")
+    chosen, remarks = collect(opened((), (), lambda: bytes(content)), SOURCES)
+    assert not chosen and "more than a gigabyte" in remarks["unknown"][0]
 
 
-def test_parameters_and_tests_are_put_back():
-    notebook = submitted(ONE)
-    for cell in notebook.cells:
-        if is_test(cell):
-            cell.source = "assert True"
-        if cell.id == "parameters":
-            cell.source = "import colorsys\nSIZE = 5000"
-    cells = grade.prepared(ONE, SOURCES[ONE], notebook).cells
-    run = {cell.id: cell.source for cell in cells}
-    assert [cell.source for cell in cells].index("import colorsys\nSIZE = 5000") == list(run).index("parameters") - 1
-    assert "SIZE = 5000" not in run["parameters"] and "SIZE = 48" in run["parameters"]
-    tests = [cell for cell in SOURCES[ONE].cells if is_test(cell)]
-    assert all(cell.source in run[cell.id] and run[cell.id].startswith("guard.before()") for cell in tests)
-
-
-@pytest.mark.parametrize("name", SOURCES)
-def test_what_is_run_ends_with_the_last_test(name):
-    cells = grade.prepared(name, SOURCES[name], submitted(name)).cells
-    assert is_test(cells[-1]) and sum(map(is_test, cells)) == sum(map(is_test, SOURCES[name].cells))
-    assert cells[0].source.endswith("guard.begin()")
-
-
-def test_a_deleted_cell_comes_back_in_its_place():
-    notebook = submitted(TWO)
-    whole = [cell.id for cell in notebook.cells if cell.cell_type == "code" and cell.id != "set-up"]
-    whole = whole[: whole.index("test-style-gradient") + 1]
-    notebook.cells = [cell for cell in notebook.cells if not is_test(cell) and cell.id != "parameters"]
-    assert [cell.id for cell in grade.prepared(TWO, SOURCES[TWO], notebook).cells[1:]] == whole
-
-
-def test_a_word_moves_the_hidden_seeds_only():
-    source = "manual_seed(1)\n### BEGIN HIDDEN TESTS\nmanual_seed(2)\nmanual_seed(size)"
-    moved = "manual_seed(1)\n### BEGIN HIDDEN TESTS\nmanual_seed(70 + 2)\nmanual_seed(70 + size)"
-    assert grade.with_other_numbers(source, 70) == moved
-
-
-def asked():
-    return [question for source in SOURCES.values() for question in questions(source)]
-
-
-def test_points_and_feedback(tmp_path):
-    verdicts = {
-        "test-content-loss": grade.Verdict(True, ""),
-        "test-descent": grade.Verdict(False, grade.explained("AssertionError", "nothing <moved>\nmore")),
-    }
-    graded = grade.Graded("Ann/a", True, {name: submitted(name) for name in SOURCES}, verdicts)
-    grade.write_all(tmp_path / "grades", [graded], asked(), ["Ann/a: late"])
-    header, row = (tmp_path / "grades" / "grades.csv").read_text(encoding="utf-8-sig").splitlines()
-    points = dict(zip(header.split(","), row.split(",")))
-    assert points["content-loss"] == "2" and points["descent"] == "0" and points["which-layers"] == ""
-    assert points["by machine"] == "2" and points["late"] == "late"
-    page = (tmp_path / "grades" / "feedback" / "Ann_a.html").read_text(encoding="utf-8")
-    assert "nothing &lt;moved&gt;" in page and "48 dB" in page and "not handed in" in page
-    for question in filter(lambda question: question.by_hand, asked()):
-        (answer,) = (
-            cell.source for source in SOURCES.values() for cell in source.cells if grade_id(cell) == question.name
-        )
-        assert html.escape(answer) in page
-    tests = [cell.source.partition("### BEGIN HIDDEN TESTS")[2] for source in SOURCES.values() for cell in source.cells]
-    hidden = [line.strip() for test in tests for line in test.splitlines() if "assert" in line]
-    assert hidden and not [line for line in hidden if line in page]
-
-
-@pytest.mark.parametrize(
-    "name, value, words",
-    [
-        ("NotImplementedError", "yours to write", "left blank"),
-        ("AssertionError", "", "other numbers than the example"),
-        ("KeyboardInterrupt", "", "stopped after 60 seconds"),
-        ("TypeError", "unsupported operand type(s) for -: 'dict' and 'dict'", "a dictionary stands where"),
-        ("RuntimeError", "Trying to backward through the graph a second time (or", "in place"),
-        ("NameError", "name 'x' is not defined", "NameError: name 'x' is not defined"),
-    ],
-)
-def test_an_error_gets_a_sentence(name, value, words):
-    assert words in grade.explained(name, value)
+def test_the_points_of_the_homework():
+    asked = {question.name: question for source in SOURCES.values() for question in questions(source)}
+    assert sum(question.most for question in asked.values()) == 40
+    assert sum(question.most for question in asked.values() if question.by_hand) == 19
+    assert asked["objective"].points == {"test-objective-parts": 3, "test-objective-total": 2}

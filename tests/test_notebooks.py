@@ -108,7 +108,7 @@ def test_make_run_prints_nothing_odd(tmp_path):
     (tmp_path / "tools").mkdir()
     small = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 + 1")])
     nbformat.write(small, tmp_path / "notebooks" / "small.ipynb")
-    for name in ("run_notebooks.py", "kernels.py"):
+    for name in ("run_notebooks.py",):
         shutil.copy(ROOT / "tools" / name, tmp_path / "tools")
     command = [sys.executable, str(tmp_path / "tools" / "run_notebooks.py")]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

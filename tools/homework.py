@@ -8,10 +8,8 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "style-transfer"  # the assignment's, in nbgrader's folders and gradebook
-FORMULAS = ["gram_matrix", "content_loss", "style_loss", "make_objective"]  # blank in the released helper
 CODE_BLANK = 'raise NotImplementedError("yours to write, in place of this line")'
 TEXT_BLANK = "*Your answer, in place of this line.*"
-HELPER_BLANK = 'raise NotImplementedError("yours to write: first in the notebook, then here")'
 
 
 def read_notebooks(folder):
@@ -32,7 +30,7 @@ def is_parameters(cell):
 
 
 def is_solution(cell):
-    """Whether a student fills it in."""
+    """Whether a student fills it in: a question, an exercise, or a function from an earlier notebook."""
     return cell.metadata.get("nbgrader", {}).get("solution", False)
 
 
@@ -41,18 +39,9 @@ def is_test(cell):
     return cell.metadata.get("nbgrader", {}).get("grade", False) and not is_solution(cell)
 
 
-def is_exercise(cell):
-    """Whether it is filled in without points."""
-    return is_solution(cell) and grade_id(cell).startswith("exercise-")
-
-
 def is_question(cell):
-    return is_solution(cell) and not is_exercise(cell)
-
-
-def is_unpointed(cell):
-    """Whether it is filled in on the way, such as a function from an earlier notebook, without points of its own."""
-    return is_solution(cell) and grade_id(cell).startswith("your-")
+    """Whether it is filled in for points."""
+    return is_solution(cell) and not grade_id(cell).startswith(("exercise-", "your-"))
 
 
 class Question(NamedTuple):
@@ -60,33 +49,25 @@ class Question(NamedTuple):
     heading: str  # that it stands under
     name: str  # its grade_id
     by_hand: bool
-    points: int
-    tests: dict  # {grade_id: points} of the cells that test it
+    points: dict  # {grade_id: points} of the cells that it is graded by
+
+    @property
+    def most(self):
+        return sum(self.points.values())
 
 
 def questions(notebook):
-    """The questions of a notebook, in its order, each with the points of its tests."""
-    tests = [cell for cell in notebook.cells if is_test(cell)]
-    title, _ = next(sections(notebook))
+    """The questions of a notebook, in its order."""
+    title = heading = ""
     found = []
-    for heading, cell in sections(notebook):
-        if is_question(cell) and not is_unpointed(cell):
-            own = [test for test in tests if f"{grade_id(test)}-".startswith(f"test-{grade_id(cell)}-")]
-            tests = [test for test in tests if test not in own]
-            worth = points(cell) + sum(map(points, own))
-            if not worth:
-                raise ValueError(f"The question {grade_id(cell)} has no test: one is named test-{grade_id(cell)}.")
-            by_test = {grade_id(test): points(test) for test in own}
-            found.append(Question(title, heading, grade_id(cell), points(cell) > 0, worth, by_test))
-    if tests:
-        raise ValueError(f"To no question belong these tests: {', '.join(map(grade_id, tests))}.")
-    return found
-
-
-def sections(notebook):
-    """(The heading that it stands under, cell) of every cell."""
-    heading = ""
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             heading = [heading, *re.findall(r"^#+ (.+)$", cell.source, re.MULTILINE)][-1]
-        yield heading, cell
+            title = title or heading
+        if is_question(cell):
+            found.append(Question(title, heading, grade_id(cell), points(cell) > 0, {}))
+        if points(cell):
+            if not grade_id(cell).startswith((found[-1].name, f"test-{found[-1].name}")):
+                raise ValueError(f"{grade_id(cell)} belongs to no question: a test is named test-question.")
+            found[-1].points[grade_id(cell)] = points(cell)
+    return found

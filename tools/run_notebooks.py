@@ -6,11 +6,14 @@ import sys
 from pathlib import Path
 
 import nbformat
-from kernels import CONFIG
+import zmq
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 from tqdm import tqdm
+from traitlets.config import Config
 
+# Encrypted connections, where they can be had: without them a kernel prints a warning.
+CONFIG = Config(AsyncKernelManager={"transport_encryption": "auto"} if zmq.has("curve") else {})
 ROOT = Path(__file__).resolve().parent.parent
 KERNEL = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},

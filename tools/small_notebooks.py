@@ -19,10 +19,9 @@ for _name in ("reconstruct_content", "synthesize_texture", "transfer_style"):
 """
 
 
-def made_small(name, notebook, parameters=None):
-    """A notebook with overriding lines at the end of its cell tagged `parameters`, by default those of `SMALL`."""
-    parameters = parameters or SMALL[name]
-    notebook = copy.deepcopy(notebook)
+def made_small(name, notebook):
+    """A notebook with overriding lines at the end of its cell tagged `parameters`."""
+    parameters, notebook = SMALL[name], copy.deepcopy(notebook)
     (cell,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
     assigned = {node.id for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Name)}
     if parameters.keys() - assigned:

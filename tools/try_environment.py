@@ -20,13 +20,6 @@ from small_notebooks import made_small
 from tqdm import tqdm
 
 COLUMNS = ["torch", "torchvision", "numpy", "pillow", "matplotlib", "ipywidgets", "ipython", "ipykernel"]
-PARAMETERS = {
-    "1_content_reconstruction": {"SIZE": 64, "SMALL": 64, "STEPS": 10, "EVALUATIONS": 10},
-    "2_texture_synthesis": {"SIZE": 64, "SMALL": 64, "STEPS": 10},
-    "3_style_transfer": {
-        "SIZE": 64, "SMALL": 64, "STEPS": 10, "TUNING_SIZE": 64, "GALLERY_SIZE": 64, "LARGE_SIZE": 80, "FEWER": 10,
-    },
-}  # fmt: skip
 VERSIONS = """
 import importlib.metadata, json, platform
 found = {name: importlib.metadata.version(name) for name in %r}
@@ -132,7 +125,7 @@ def attempt(python, home):
     (kernel / "kernel.json").write_text(json.dumps(command | {"display_name": "tried", "language": "python"}))
     os.environ |= {"JUPYTER_PATH": str(home / "share"), "TQDM_DISABLE": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     for path in NOTEBOOKS:
-        notebook = made_small(path.stem, nbformat.read(path, as_version=4), PARAMETERS[path.stem])
+        notebook = made_small(path.stem, nbformat.read(path, as_version=4))
         next(cell for cell in notebook.cells if cell.cell_type == "code").source = first_cell(address, version)
         execute(notebook, folder, "tried")
     execute(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(PANEL)]), folder, "tried")

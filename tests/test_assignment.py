@@ -1,0 +1,352 @@
+"""The homework as an instructor has it: the release, and what `make grade` gives honest and other submissions.
+
+Needs nbgrader's environment; `make test-assignment` makes it. All submissions are graded once, in two calls. They leave
+the experiments out, except where they are the case.
+"""
+
+import copy
+import csv
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from homework import ROOT, grade_id, is_parameters, is_question, is_solution, is_test, questions, read_notebooks
+from nbformat.v4 import new_code_cell, new_markdown_cell
+
+NBGRADER = ROOT / os.environ.get("NBGRADER", ".venv-nbgrader") / "bin" / "python"
+pytestmark = [
+    pytest.mark.assignment,
+    pytest.mark.skipif(not NBGRADER.exists(), reason="no nbgrader here: make test-assignment installs it"),
+]
+SOURCES = read_notebooks(ROOT / "notebooks")
+ONE, TWO, THREE = SOURCES
+MARKS = ["BEGIN SOLUTION", "END SOLUTION", "BEGIN HIDDEN TESTS", "END HIDDEN TESTS"]
+SCRIPT = "<script>hacked = 1</script><img src=x onerror='hacked = 1'><b onclick='hacked = 1'>bold</b>"
+WHOLE = {question.name: question.most for source in SOURCES.values() for question in questions(source)}
+MACHINES = {question.name for source in SOURCES.values() for question in questions(source) if not question.by_hand}
+
+
+@pytest.fixture(scope="session")
+def release(tmp_path_factory):
+    target = tmp_path_factory.mktemp("release") / "assignment"
+    subprocess.run([NBGRADER, ROOT / "tools" / "make_assignment.py", target], check=True)
+    return target
+
+
+# --- Submissions ---------------------------------------------------------------------------------
+
+
+def short(notebook):
+    """A notebook without what no test needs."""
+    kept = {"parameters", "pictures", "title"}  # and the answers that give points or are needed for them
+    notebook.cells = [
+        cell
+        for cell in notebook.cells
+        if cell.get("id") in kept or is_test(cell) or (is_solution(cell) and wanted(cell))
+    ]
+    return notebook
+
+
+def wanted(cell):
+    return not grade_id(cell).startswith(("exercise-", "your-pair"))
+
+
+def answered(released, *changes):
+    """A released notebook, short, with our answers: (line, other) is a line of these that is replaced."""
+    notebook = short(copy.deepcopy(released))
+    answers = {grade_id(cell): cell.source for source in SOURCES.values() for cell in source.cells if is_solution(cell)}
+    left = dict(changes)
+    for cell in filter(is_solution, notebook.cells):
+        cell.source = answers[grade_id(cell)]
+        for line, other in changes:
+            if line in cell.source:
+                left.pop(line, None)
+                cell.source = cell.source.replace(line, other)
+    assert not left, f"no answer has {left}"
+    return notebook
+
+
+def with_cell(notebook, source, before=None):
+    """A notebook with a cell of a student's own: at its beginning, or before the cell of this grade_id."""
+    place = next((k for k, cell in enumerate(notebook.cells) if before and grade_id(cell) == before), 0)
+    notebook.cells.insert(place, new_code_cell(source))
+    return notebook
+
+
+def cell_of(notebook, name):
+    return next(cell for cell in notebook.cells if grade_id(cell) == name)
+
+
+GRAM, WRONG_GRAM = "return rows @ rows.T / rows.numel()", "return rows @ rows.T"
+LOSS = "return ((F - P) ** 2).mean()"
+NUMBERS = "return share.item(), gap.mean().item(), psnr.item()"
+LOOPED = """rows = F[0].flatten(1)
+    gram = torch.zeros(len(rows), len(rows))
+    for i in range(len(rows)):
+        for j in range(len(rows)):
+            gram[i, j] = (rows[i] * rows[j]).sum() / rows.numel()
+    return gram"""
+GLOBAL_LAYERS = [
+    ("{**content_targets, **style_targets}", "{*CONTENT_LAYERS, *STYLE_LAYERS}"),
+    ("for name, target in content_targets.items())", "for name, target in content_targets.items() if name in maps)"),
+    ("for name in style_targets}", "for name in STYLE_LAYERS}"),
+]
+CLAMP = "        image.data.clamp_(0, 1)\n        losses.append(value.item())\n    return image.detach(), losses"
+CLAMP_AT_END = "        losses.append(value.item())\n    return image.detach().clamp(0, 1), losses"
+PLAIN = [("optimiser = torch.optim.Adam([image], lr=rate)", "optimiser = torch.optim.SGD([image], lr=rate)")]
+TAKEN = """
+import torch.nn.functional as F
+!pip install nothing-of-this-name
+%pip install nothing-of-this-name
+%matplotlib inline
+import rich.traceback
+rich.traceback.install()
+abs = zip = min = 0
+def pow(x): return x * x
+open(nst.IMAGES / "mine.txt", "w").write("x")
+exit()
+own = nst.load_image("my cat.jpg")
+"""
+WEIGHTED = "CONTENT_WEIGHT * content_part + STYLE_WEIGHT"
+SWAPPED = "STYLE_WEIGHT * content_part + CONTENT_WEIGHT"
+FUNCTIONAL = "import torch.nn.functional as F"
+MEAN = "((grams[name] - target) ** 2).mean()"
+HELPERS = [(NUMBERS, "return nst.difference_numbers(a, b)"), (LOSS, "return nst.content_loss({0: F}, {0: P})")]
+
+
+def honest(released):
+    """{student: (notebooks, what they lose)} of work that was done in good faith."""
+    one, two, three = (released[name] for name in SOURCES)
+    merged = answered(two)
+    cell_of(merged, "gram-matrix").source += "\n" + cell_of(merged, "test-gram-matrix").source
+    merged.cells.remove(cell_of(merged, "test-gram-matrix"))
+    edited = answered(two)
+    for place in (0, len(edited.cells)):
+        copied = copy.deepcopy(cell_of(edited, "test-gram-matrix")) | {"source": "assert gram_matrix(F).sum() == 0"}
+        edited.cells.insert(place, copied)
+    split = answered(two)
+    answer = cell_of(split, "style-layers")
+    place = split.cells.index(answer)
+    text = new_markdown_cell(f"All of my text, {SCRIPT} and [a link](javascript:hacked=1)")
+    answer.source = cell_of(two, "style-layers").source
+    split.cells[place + 1 : place + 1] = [text, new_code_cell("1"), new_markdown_cell("The rest.")]
+    reordered = answered(one)
+    reordered.cells.append(reordered.cells.pop(reordered.cells.index(cell_of(reordered, "content-loss"))))
+    parameters = answered(three)
+    next(filter(is_parameters, parameters.cells)).source += '\nCONTENT = "my cat.jpg"\nSTYLE_WEIGHT = 5.0'
+    hungry = with_cell(answered(one), "hoard = [bytearray(10**8) for k in range(10**6)]", "descent")
+    return {
+        "everything": ([answered(one), answered(two), answered(three)], {}),
+        "tensors": ([answered(one, ("losses.append(value.item())", "losses.append(value.detach())"))], {}),
+        "clamp at the end": ([answered(one, (CLAMP, CLAMP_AT_END))], {"descent": 0}),
+        "loops": ([answered(two, (f"rows = F[0].flatten(1)\n    {GRAM}", LOOPED))], {}),
+        "plain descent": ([answered(one, *PLAIN)], {"descent": 0}),
+        "above zero": ([answered(one, (">= 1 / 255", "> 0"))], {"difference": 0}),
+        "own names": ([with_cell(answered(one, (LOSS, "return pow(F - P).mean()")), TAKEN, "content-loss")], {}),
+        "functional": ([with_cell(answered(two, (MEAN, "F.mse_loss(grams[name], target)")), FUNCTIONAL)], {}),
+        "global layers": ([answered(three, *GLOBAL_LAYERS)], {}),
+        "wrong gram": ([answered(two, (GRAM, WRONG_GRAM)), answered(three, (GRAM, WRONG_GRAM))], {"gram-matrix": 0}),
+        "merged": ([merged], {}),
+        "edited copies": ([edited], {}),
+        "split": ([split], {}),
+        "reordered": ([reordered], {}),
+        "own image": ([parameters], {}),
+        "memory without end": ([hungry], {}),
+        "signed": ([answered(one, ("return (a - b).abs()", "return a - b"))], {"difference": 0}),
+        "swapped": ([answered(three, (WEIGHTED, SWAPPED))], {"objective": 3}),
+    }
+
+
+def blank(released, *cells):
+    """A notebook of blanks with cells of a student's own at its beginning."""
+    notebook = short(copy.deepcopy(released))
+    for source in reversed(cells):
+        with_cell(notebook, source)
+    return notebook
+
+
+def cheats(released):
+    """{student: notebooks}, none of which may get points from the machine."""
+    one = released[ONE]
+    copied = blank(one)
+    for cell in [*filter(is_test, copied.cells)]:
+        copied.cells.insert(0, copy.deepcopy(cell) | {"source": "assert True"})
+        copied.cells.append(copy.deepcopy(cell) | {"source": "assert True"})
+    faked = blank(one)
+    faked.cells += [copy.deepcopy(cell) for name in (TWO, THREE) for cell in filter(is_test, released[name].cells)]
+    quiet = "get_ipython().set_custom_exc((Exception,), lambda *_, **__: None)"
+    tree = "import ast\nclass T(ast.NodeTransformer):\n    def visit_Assert(self, node): return ast.Pass()\n"
+    return {
+        "copied tests": [copied],
+        "faked": [faked],
+        "custom exception": [blank(one, quiet)],
+        "transformer": [blank(one, f"{tree}get_ipython().ast_transformers.append(T())")],
+        "prints": [blank(one, "print('passed')\ndef content_loss(F, P):\n    print('passed')\n    raise SystemExit")],
+        "helper's": [answered(one, *HELPERS)],
+        "dies": [answered(one, (LOSS, "import os; os._exit(0)"))],
+        "patched": [answered(one, (LOSS, "torch.Tensor.__format__ = lambda *_: '3'; return torch.tensor(3.0)"))],
+    }
+
+
+def run_grader(*arguments):
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    command = [NBGRADER, ROOT / "tools" / "grade_submissions.py", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, encoding="cp1252", errors="replace")
+
+
+class Grading:
+    """The folder that `make grade` has written."""
+
+    def __init__(self, folder, said):
+        self.folder, self.said = folder, said
+
+    def row(self, student):
+        with (self.folder / "grades.csv").open(encoding="utf-8-sig", newline="") as file:
+            return next(row for row in csv.DictReader(file) if row["student"] == student)
+
+    def report(self, student):
+        lines = (self.folder / "report.txt").read_text(encoding="utf-8").splitlines()
+        return "\n".join(line.removeprefix(f"{student}: ") for line in lines if line.startswith(f"{student}: "))
+
+    def feedback(self, student):
+        return (self.folder / "feedback" / f"{student}.html").read_text(encoding="utf-8")
+
+
+NAMES = [*honest(SOURCES), *cheats(SOURCES)]
+
+
+@pytest.fixture(scope="session")
+def handed_in(release):
+    released = read_notebooks(release / "notebooks")
+    return honest(released) | {student: (notebooks, None) for student, notebooks in cheats(released).items()}
+
+
+@pytest.fixture(scope="session")
+def graded(handed_in, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("class")
+    for student, (notebooks, _) in handed_in.items():
+        (folder / "all" / student).mkdir(parents=True)
+        for k, notebook in enumerate(notebooks):
+            nbformat.write(notebook, folder / "all" / student / f"homework {k}.ipynb")
+    (folder / "all" / "=1+1").mkdir()
+    (folder / "all" / "=1+1" / "work.rar").write_bytes(b"")
+    done = run_grader(folder / "all", sys.executable, folder / "grading", "", "other numbers")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Grading(folder / "grading", done.stdout)
+
+
+# --- The release ---------------------------------------------------------------------------------
+
+
+def regions(source, kind):
+    """The texts between the marks of a kind, without indentation."""
+    found = re.findall(rf"### BEGIN {kind}\n(.*?)\n\s*### END {kind}", source, re.DOTALL)
+    return ["\n".join(map(str.strip, text.splitlines())) for text in found]
+
+
+def test_the_release_shows_neither_answers_nor_hidden_tests_nor_outputs(release):
+    notebooks = read_notebooks(release / "notebooks")
+    texts = ["\n".join(cell.source for cell in notebook.cells) for notebook in notebooks.values()]
+    texts += [path.read_text(encoding="utf-8") for path in release.iterdir() if path.is_file()]
+    shown = "\n".join(line.strip() for text in texts for line in text.splitlines())
+    for cell in (cell for source in SOURCES.values() for cell in source.cells if is_test(cell) or is_solution(cell)):
+        secrets = regions(cell.source, "HIDDEN TESTS") if is_test(cell) else regions(cell.source, "SOLUTION")
+        assert secrets or cell.cell_type == "markdown", f"{grade_id(cell)} hides nothing"
+        assert not [secret for secret in secrets or [cell.source] if secret in shown]
+    assert not [mark for mark in MARKS if mark in shown]
+    assert not [cell for notebook in notebooks.values() for cell in notebook.cells if cell.get("outputs")]
+    assert (release / "nst_utils.py").read_text(encoding="utf-8").count("yours to write: first in the notebook") == 4
+
+
+def test_the_release_opens_as_the_handout_says(release, tmp_path):
+    """pip installs it into an environment of its own; the packages that it requires are those of this one."""
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "own"], check=True)
+    (packages,) = tmp_path.glob("own/lib/*/site-packages")
+    (packages / "base.pth").write_text(str(Path(pytest.__file__).parents[1]))
+    assert "pip install -r requirements.txt -e .\n" in (release / "HANDOUT.md").read_text(encoding="utf-8")
+    python = tmp_path / "own" / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", "-e", "."], cwd=release, check=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    (first, second) = (
+        next(cell.source for cell in SOURCES[ONE].cells if cell.id == name) for name in ("set-up", "parameters")
+    )
+    command = [python, "-m", "IPython", "-c", f"{first}\n{second}\nprint(nst.__file__, CONTENT.exists())"]
+    done = subprocess.run(command, cwd=release / "notebooks", env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == f"{release / 'nst_utils.py'} True", done.stdout + done.stderr
+
+
+# --- Grades --------------------------------------------------------------------------------------
+
+
+def due(notebooks, lost):
+    """{question: points} of notebooks that lose these."""
+    names = {grade_id(cell) for notebook in notebooks for cell in notebook.cells if is_question(cell)}
+    return {name: lost.get(name, WHOLE[name] if name in names else 0) for name in MACHINES}
+
+
+@pytest.mark.parametrize("student", honest(SOURCES))
+def test_honest_work_gets_its_points(graded, handed_in, student):
+    notebooks, lost = handed_in[student]
+    row = graded.row(student)
+    assert {name: row[name] for name in MACHINES} == {k: str(v) for k, v in due(notebooks, lost).items()}, (
+        graded.report(student)
+    )
+
+
+@pytest.mark.parametrize("student", cheats(SOURCES))
+def test_a_cheat_gets_no_points_from_the_machine(graded, student):
+    row = graded.row(student)
+    if student in ("custom exception", "transformer", "helper's", "dies", "patched"):  # a person decides
+        assert "is held" in graded.report(student) or "held for a look" in graded.report(student)
+        assert all(row[name] in ("", "0") for name in MACHINES) and "" in row.values()
+    else:
+        assert all(row[name] == "0" for name in MACHINES), graded.report(student)
+
+
+def test_the_report_says_what_was_odd(graded):
+    assert "test-gram-matrix was missing" in graded.report("merged")
+    assert "test-gram-matrix was doubled" in graded.report("edited copies")
+    assert "=1+1/work.rar was ignored" in graded.report("=1+1") and "no notebook that can be read" in graded.report(
+        "=1+1"
+    )
+    assert "which-layers was left blank" in graded.report("copied tests")
+    assert graded.row("'=1+1")["total"] == "0" and graded.row("split")["style-layers"] == ""
+    assert graded.row("copied tests")["which-layers"] == "0"
+
+
+def test_feedback_gives_reasons_but_neither_hidden_tests_nor_answers_nor_scripts(graded):
+    page = graded.feedback("signed")
+    assert "0 of 3" in page and "not yet marked, of 4" in page
+    for name in NAMES:
+        page = graded.feedback(name)
+        assert "<script" not in page and "onerror" not in page
+        for cell in (cell for source in SOURCES.values() for cell in source.cells if grade_id(cell)):
+            secrets = regions(cell.source, "HIDDEN TESTS") + regions(cell.source, "SOLUTION")
+            lines = {line.strip() for secret in secrets for line in secret.splitlines() if "=" in line}
+            assert not [line for line in lines if line in page]
+
+
+def test_a_second_call_grades_what_has_changed(graded, handed_in, tmp_path):
+    before = {path: path.read_bytes() for path in (graded.folder / "autograded").rglob("*.ipynb")}
+    notebook = copy.deepcopy(handed_in["loops"][0][0])
+    cell_of(notebook, "gram-matrix").source = "pass"
+    for student, content in {"loops": notebook, "merged": handed_in["merged"][0][0]}.items():
+        (tmp_path / student).mkdir()
+        nbformat.write(content, tmp_path / student / "again.ipynb")
+    done = run_grader(tmp_path, sys.executable, graded.folder, "", "other numbers")
+    assert "loops: graded (1 of 1)" in done.stdout, done.stdout + done.stderr
+    after = {path: path.read_bytes() for path in before}
+    assert {path.parts[-3] for path in before if before[path] != after[path]} == {"loops"}
+    assert graded.row("loops")["gram-matrix"] == "0" and graded.row("everything")["gram-matrix"] == "3"
+
+
+@pytest.mark.parametrize(
+    "submissions, words", [("", "There is no folder or zip ''"), (".", "no notebook of the homework")]
+)
+def test_nothing_to_grade_is_a_sentence(tmp_path, submissions, words):
+    done = run_grader(submissions and tmp_path, sys.executable, tmp_path / "grading")
+    assert done.returncode == 1 and words in done.stderr and not (tmp_path / "grading").exists()

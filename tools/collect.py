@@ -1,0 +1,119 @@
+"""Who handed in what: the notebooks in a folder or a zip, as Canvas, Moodle, nbgrader or people make them.
+
+A notebook is recognised by its questions, whatever its file is called; the student by the outermost name of a platform
+or a folder. Nothing is unpacked onto the disk.
+"""
+
+import io
+import json
+import re
+import time
+import zipfile
+from functools import partial
+from pathlib import PurePosixPath
+
+import nbformat
+from homework import NAME, grade_id
+
+MOST_BYTES = 1_000_000_000  # of a zip when unpacked
+MOST_NAMES = 30  # of folders and zips within each other
+LONGEST_NAME = 80
+OTHERS = {NAME, "assignment", "notebooks", "submitted", "submissions", "release"}  # folders that are no student's
+CANVAS = re.compile(r"(?P<name>[^_]+)_(?P<late>LATE_)?(?P<id>\d+)_\d+_.*?(-(?P<number>\d+))?")
+MOODLE = re.compile(r"(?P<name>.+?)_(?P<id>\d+)_assignsubmission.*")
+
+
+def files_in(folder, path=()):
+    """(Names of its folders and zips and its own, time, what reads it or the error) of each file of a folder."""
+    for entry in sorted(folder.iterdir()):
+        below = (*path, entry.name.encode("utf-8", "replace").decode())
+        if entry.is_dir():
+            yield from files_in(entry, below)
+        elif entry.is_file():
+            yield from opened(below, time.localtime(entry.stat().st_mtime)[:6], entry.read_bytes)
+
+
+def opened(path, when, read):
+    """A file, or those in it if it is a zip, as in `files_in`."""
+    if path and not path[-1].lower().endswith(".zip"):
+        yield path, when, read
+        return
+    try:
+        archive = zipfile.ZipFile(io.BytesIO(read()))
+        entries = archive.infolist()
+        if sum(entry.file_size for entry in entries) > MOST_BYTES or len(path) > MOST_NAMES:
+            raise ValueError("it unpacks to more than a gigabyte")
+        for entry in entries:
+            inner = PurePosixPath(entry.filename.replace("\\", "/")).parts
+            if not entry.is_dir():
+                yield from opened((*path, *inner), entry.date_time, partial(archive.read, entry))
+    except Exception as error:  # whatever a file can be that is no zip
+        yield path, when, error
+
+
+def student_of(path, notebooks):
+    """(Student, whether Canvas says late, Canvas's number) by the outermost name that says so; notebooks: ours."""
+    for k, part in enumerate(path):
+        is_file = k == len(path) - 1 or part.lower().endswith(".zip")
+        stem = re.sub(r"(\.\w{1,5})+$", "", part) if is_file else part
+        stem = re.sub(rf"({'|'.join(notebooks)})( \(\d+\))?", "", stem)
+        if found := is_file and CANVAS.fullmatch(stem):
+            return f"{found['name']}_{found['id']}", bool(found["late"]), int(found["number"] or 0)
+        if found := MOODLE.fullmatch(stem):
+            stem = f"{found['name']}_{found['id']}"
+        name = re.sub(r"[^\w .,()@-]", "_", stem[:LONGEST_NAME]).strip(" _-().")
+        if name and name.lower() not in OTHERS and (k < len(path) - 1 or re.search(r"[^\W\d_]", name)):
+            return name, False, 0
+    return "unknown", False, 0
+
+
+def without_wrapping(files, notebooks):
+    """The files without a folder around all: one within which several students have a file of one name."""
+    while len({path[:1] for path, *_ in files}) == 1:
+        inner = [(path[1:], *rest) for path, *rest in files]
+        if not all(path for path, *_ in inner):
+            break
+        students = {student_of(path[:-1], notebooks)[0] for path, *_ in inner}
+        if len(students - {"unknown"}) < 2 or len({path[-1] for path, *_ in inner}) == len(inner):
+            break
+        files = inner
+    return files
+
+
+def recognised(notebook, sources):
+    """The name of our notebook that has most questions and tests in common with this one, or nothing."""
+    keys = {grade_id(cell) or cell.get("id") for cell in notebook.cells}
+    common = {name: len(keys & {grade_id(cell) for cell in ours.cells} - {None}) for name, ours in sources.items()}
+    best = max(common, key=common.get)
+    return best if common[best] else None
+
+
+def collect(files, sources):
+    """({student: {notebook: its content as JSON}}, {student: sentences on the files})."""
+    chosen, newest, remarks = {}, {}, {}
+    files = [file for file in files if not any(name.startswith((".", "__MACOSX")) for name in file[0])]
+    for path, when, read in without_wrapping(files, sources):
+        student, late, number = student_of(path, sources)
+        said, where = remarks.setdefault(student, []), "/".join(path)
+        said += ["late"] if late and "late" not in said else []
+        if isinstance(read, Exception):
+            said.append(f"{where} cannot be opened as a zip: {read}")
+        elif not where.lower().endswith(".ipynb"):
+            said.append(f"{where} was ignored")
+        else:
+            try:
+                notebook = nbformat.reads(read().decode("utf-8-sig").replace("\\r\\n", "\\n"), as_version=4)
+                name = recognised(notebook, sources)
+            except Exception as error:  # whatever a file can be that is no notebook
+                said.append(f"{where} cannot be read as a notebook: {str(error)[:80]}")
+                continue
+            rank = number, when, where
+            before = newest.get((student, name), rank)
+            if before != rank:
+                said.append(f"{name} was handed in twice: {max(before, rank)[2]} counts, {min(before, rank)[2]} not")
+            if not name:
+                said.append(f"{where} has none of the homework's questions")
+            elif rank >= before:
+                newest[student, name] = rank
+                chosen.setdefault(student, {})[name] = json.dumps(notebook)
+    return chosen, remarks

@@ -1,0 +1,25 @@
+"""nbgrader's configuration, for the release, for grading and for the pages of `make mark`."""
+
+import os
+import sys
+from pathlib import Path
+
+TOOLS = str(Path(__file__).resolve().parent)
+sys.path.insert(0, TOOLS)
+os.environ["JUPYTER_PATH"] = TOOLS  # where the kernel of `Judge` is
+
+from homework import CODE_BLANK, TEXT_BLANK  # noqa: E402
+
+c = get_config()  # noqa: F821
+c.NbGraderAPI.log_level = "ERROR"
+c.ClearSolutions.code_stub = {"python": CODE_BLANK}
+c.ClearSolutions.text_stub = TEXT_BLANK
+c.Autograde.sanitize_preprocessors = []
+c.Autograde.autograde_preprocessors = [
+    "preprocessors.Judge",
+    "preprocessors.SaveVerdicts",
+    "nbgrader.preprocessors.AssignLatePenalties",
+]
+# What a student hands in must not run in the browser of whoever marks it.
+c.HTMLExporter.sanitize_html = True
+c.HTMLExporter.filters = {"markdown2html": "preprocessors.safe_markdown"}
