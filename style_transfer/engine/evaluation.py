@@ -92,32 +92,32 @@ class CudaGraph:
         """Capture the evaluation at `inputs`; whether the first replay agreed with an eager one."""
         try:
             with _capturing, torch.cuda.device(self.device):
-                expected = self._capture_on(_stream(self.device))
-                self.graph.replay()
-                errors = [_relative_error(found, value) for found, value in zip(self.outputs, expected)]
+                graph, outputs, expected = self._capture_on(_stream(self.device))
+                graph.replay()
+                errors = [_relative_error(found, value) for found, value in zip(outputs, expected)]
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             problem = str(error).splitlines()[0]
         else:
             if all(error <= self.tolerance for error in errors):
+                self.outputs, self.graph = outputs, graph  # only now, so that after an interrupt it is captured again
                 return True
             problem = f"the first replay differs from what it repeats, by relative errors of {errors}"
-        self.graph = self.outputs = None
         warnings.warn(f"evaluations on {self.device} are slower, not captured as a CUDA graph: {problem}", stacklevel=4)
         return False
 
     def _capture_on(self, stream):
-        """Capture on a stream, and return what an eager run gave."""
+        """Capture on a stream; returns the graph, its outputs, and what an eager run gave."""
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):  # libraries choose algorithms and allocate workspaces, which must not be captured
                 expected = [value.clone() for value in self.evaluator.evaluate(*self.inputs)]
         torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
-            self.outputs = self.evaluator.evaluate(*self.inputs)
-        return expected
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            outputs = self.evaluator.evaluate(*self.inputs)
+        return graph, outputs, expected
 
 
 @functools.cache

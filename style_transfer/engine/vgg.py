@@ -352,8 +352,8 @@ def convolutions_of(state: dict) -> tuple[dict, Tensor]:
         found = [(state[f"features.{k}.weight"], state[f"features.{k}.bias"]) for k in positions]
         convolutions = dict(zip(CONVOLUTIONS, found))
         weight, bias = convolutions["conv1_1"]
-        convolutions["conv1_1"] = weight / torch.tensor(constants.std).view(1, 3, 1, 1), bias
-        return convolutions, torch.tensor(constants.mean)
+        convolutions["conv1_1"] = weight / torch.tensor(constants.std, dtype=torch.float32).view(1, 3, 1, 1), bias
+        return convolutions, torch.tensor(constants.mean, dtype=torch.float32)
     # Oxford's, codebooks for BGR in 0 ... 255 minus a mean. Activations are divided by one number, the mean of
     # torchvision's three standard deviations, so that a style weight means about the same for both networks.
     deviation = sum(constants.std) / 3  # 0.226, of colours in [0, 1]
@@ -364,4 +364,4 @@ def convolutions_of(state: dict) -> tuple[dict, Tensor]:
         convolutions[name] = weight, state[f"{key}_b"] / (255 * deviation)
     weight, bias = convolutions["conv1_1"]
     convolutions["conv1_1"] = weight.flip(1) / deviation, bias
-    return convolutions, torch.tensor([123.68, 116.779, 103.939]) / 255
+    return convolutions, torch.tensor([123.68, 116.779, 103.939], dtype=torch.float32) / 255
