@@ -1,295 +1,190 @@
+"""Evaluations as a CUDA graph, with a stand-in for the GPU: in which order, what is copied, what happens on failure."""
+
 import contextlib
-import functools
-import gc
 import math
 import weakref
-from unittest import mock
 
 import pytest
 import torch
-from quadratics import coupled, quadratic
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import style_transfer.engine.evaluation
-from nst_utils import FIRST_FIVE
-from style_transfer.engine.evaluation import REPLAY_TOLERANCE, capture, graphed
-from style_transfer.engine.objective import Style, Task
-from style_transfer.engine.optimiser import Iterate, ProjectedLBFGS
-from style_transfer.engine.run import Run
+from style_transfer.engine import evaluation
+from style_transfer.engine.evaluation import CudaGraph, Evaluator
+from style_transfer.engine.losses import Weights
+from style_transfer.engine.objective import Style, Task, objective_of
 
 GPU = torch.device("cuda", 0)
+CAPTURED = ["wait", "run", "run", "wait", "capture", "run", "replay"]  # twice to warm up
 
 
-class FakeCuda:
-    """Stands in for torch.cuda: a graph keeps the run that is captured, and overwrites its outputs when replayed."""
+class StandIn:
+    """torch.cuda, and an evaluator whose runs it captures: a replay repeats the run and overwrites its outputs.
 
-    def __init__(self, monkeypatch):
-        self.said, self.streams, self.error, self.wrong_by = [], [], None, (0.0,) * 10
-        fake, captured = self, []
+    error: raised at the end of a capture. relative_errors: of a replay's losses and gradient.
+    """
+
+    def __init__(self):
+        self.events, self.streams, self.error, self.relative_errors = [], [], None, (0.0, 0.0)
+        self.captured = None
+        stand_in = self
 
         class Graph:
             def replay(self):
-                fake.said.append("replay")
-                inputs = [place() for place in self.places]
-                for kept, new, wrong_by in zip(self.outputs, self.run()(*inputs), fake.wrong_by):
-                    kept.copy_(new * (1 + wrong_by))
+                stand_in.events.append("replay")
+                x, *weights = (place() for place in self.places)  # a graph keeps nothing alive but its outputs
+                found = stand_in.evaluate(Weights(*weights), x, replayed=True)
+                for kept, new, error in zip(self.outputs, found, stand_in.relative_errors):
+                    kept.copy_(new * (1 + error))
 
         class Stream:
             def __init__(self, device=None):
                 self.device = device
 
             def wait_stream(self, other):
-                fake.said.append("wait")
+                stand_in.events.append("wait")
 
         @contextlib.contextmanager
         def graph(made, stream, capture_error_mode):
-            assert capture_error_mode == "thread_local"  # what other threads do is no error
-            fake.said.append("capture")
-            fake.streams.append(stream)
-            captured.append(made)
+            assert capture_error_mode == "thread_local"  # so that other threads may go on
+            assert evaluation._capturing.locked()
+            stand_in.events.append("capture")
+            stand_in.streams.append(stream)
+            stand_in.captured = made
             yield
-            captured.clear()
-            if fake.error:
-                raise fake.error
+            stand_in.captured = None
+            if stand_in.error:
+                raise stand_in.error
 
-        def tracked(run):
-            def running(*inputs):
-                fake.said.append("run")
-                fake.locked = style_transfer.engine.evaluation._capturing.locked()
-                outputs = run(*inputs)
-                for made in captured:  # a graph keeps nothing alive but its outputs
-                    made.run, made.places, made.outputs = weakref.ref(run), [*map(weakref.ref, inputs)], outputs
-                return outputs
-
-            return running
-
-        self.tracked = tracked
-        style_transfer.engine.evaluation._stream.cache_clear()
-        for name, stand_in in {
+        self.replacements = {
             "device": lambda device: contextlib.nullcontext(),
             "stream": lambda stream: contextlib.nullcontext(),
             "Stream": Stream,
             "current_stream": Stream,
             "CUDAGraph": Graph,
             "graph": graph,
-        }.items():
-            monkeypatch.setattr(torch.cuda, name, stand_in)
+        }
 
-    def capture(self, run, device=GPU, tolerance=1e-3):
-        return capture(self.tracked(run), device, tolerance)
+    def evaluate(self, weights, x, replayed=False):
+        """Made-up losses (content, style, 0 whatever x, sum of x) and gradient."""
+        if not replayed:
+            self.events.append("run")
+        losses = torch.stack([weights.content * x.sum(), weights.style * x.sum(), x.new_zeros(())])
+        outputs = losses, weights.content * x
+        if self.captured:
+            self.captured.places = [weakref.ref(tensor) for tensor in (x, *weights)]
+            self.captured.outputs = outputs
+        return outputs
 
-    def graphed(self, function, device=GPU):
-        return graphed(self.tracked(function), device, 1e-3)
+    def call(self, graph, value):
+        """(losses, gradient) of a graph as lists; weights and image are gone afterwards."""
+        weights, x = Weights(*torch.full((4,), 10 * value)), torch.full((3,), value)
+        found = graph(weights, x)
+        assert x.tolist() == [value] * 3 and weights.content == 10 * value
+        return found
+
+
+def expected(value):
+    """What `StandIn.call` finds."""
+    return [30 * value**2, 30 * value**2, 0.0], [10 * value**2] * 3
 
 
 @pytest.fixture
 def cuda(monkeypatch):
-    yield FakeCuda(monkeypatch)
-    style_transfer.engine.evaluation._stream.cache_clear()
+    stand_in = StandIn()
+    for name, replacement in stand_in.replacements.items():
+        monkeypatch.setattr(torch.cuda, name, replacement)
+    evaluation._stream.cache_clear()
+    yield stand_in
+    evaluation._stream.cache_clear()
 
 
-def test_a_run_is_captured_once_after_a_warm_up_and_then_replayed(cuda):
-    """The order of events, with a stand-in for the GPU; that a real one agrees is a test further down."""
-    place = torch.ones(3)
-    replay = cuda.capture(lambda: (place * 2, place.sum()))
-    assert cuda.said == ["wait", "run", "run", "wait", "capture", "run", "replay"] and cuda.locked
-    place.fill_(5)
-    doubled, total = replay()
-    assert doubled.tolist() == [10] * 3 and total.item() == 15
-    assert cuda.said[7:] == ["replay"]
+def test_the_first_call_runs_the_second_is_captured_and_all_others_are_replayed(cuda):
+    """Inputs are copied to where the graph reads, and outputs from where it writes."""
+    graph, values = CudaGraph(cuda, GPU, 1e-3), (2.0, 3.0, 5.0, 7.0)
+    found = [cuda.call(graph, value) for value in values]
+    assert cuda.events == ["run", *CAPTURED, "replay", "replay", "replay"]
+    assert [(losses.tolist(), gradient.tolist()) for losses, gradient in found] == [*map(expected, values)]
 
 
 def test_each_device_has_one_stream_to_capture_on(cuda):
     for index in (0, 1, 0):
-        cuda.capture(lambda: (torch.ones(1),), torch.device("cuda", index))
+        graph = CudaGraph(cuda, torch.device("cuda", index), 1e-3)
+        for _ in range(2):
+            cuda.call(graph, 1.0)
     first, second, again = cuda.streams
     assert first is again and [stream.device.index for stream in (first, second)] == [0, 1]
 
 
-def test_a_replay_keeps_alive_what_it_reads(cuda):
-    target = torch.ones(3)
-    replay, kept = cuda.capture(functools.partial(lambda target: (target * 2,), target)), weakref.ref(target)
-    del target
-    gc.collect()
-    assert kept() is not None
-    assert replay()[0].tolist() == [2.0] * 3
+@pytest.mark.parametrize(
+    "relative_errors, trusted",
+    [((5e-4, 5e-4), True), ((2e-3, 0.0), False), ((0.0, 2e-3), False), ((0.0, math.nan), False)],
+)
+def test_a_replay_is_trusted_only_if_it_agrees(relative_errors, trusted, cuda, recwarn):
+    graph, cuda.relative_errors = CudaGraph(cuda, GPU, 1e-3), relative_errors
+    for value in (2.0, 3.0, 5.0):
+        cuda.call(graph, value)
+    assert cuda.events == ["run", *CAPTURED, *(["replay"] * 2 if trusted else ["run"] * 2)]
+    messages = [str(warning.message) for warning in recwarn]
+    assert len(messages) == (not trusted) and all("the first replay differs from" in message for message in messages)
 
 
-def test_where_capture_fails_the_run_itself_is_taken_and_a_warning_says_so(cuda):
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_what_is_not_finite_is_repeated_as_such(value, cuda, recwarn):
+    graph = CudaGraph(cuda, GPU, 1e-3)
+    for _ in range(2):
+        graph(Weights(*torch.ones(4)), torch.tensor([value, 5.0, -1.0]))
+    assert cuda.events == ["run", *CAPTURED, "replay"] and not recwarn.list
+
+
+def test_where_a_capture_fails_evaluations_stay_eager_and_a_warning_says_so(cuda):
+    graph = CudaGraph(cuda, GPU, 1e-3)
+    cuda.call(graph, 2.0)
     cuda.error = RuntimeError("operation not permitted when stream is capturing\nmore")
-    with pytest.warns(UserWarning, match="cuda:0 .*CUDA graph.*: operation not permitted when stream is capturing$"):
-        replay = cuda.capture(lambda: (torch.ones(3),))
-    before = len(cuda.said)
-    assert replay()[0].tolist() == [1.0] * 3 and cuda.said[before:] == ["run"]
-    assert not style_transfer.engine.evaluation._capturing.locked()
+    with pytest.warns(UserWarning, match="cuda:0 .*CUDA graph: operation not permitted when stream is capturing$"):
+        losses, gradient = cuda.call(graph, 3.0)
+    assert (losses.tolist(), gradient.tolist()) == expected(3.0)
+    cuda.events.clear()
+    cuda.call(graph, 5.0)
+    assert cuda.events == ["run"] and not evaluation._capturing.locked()
 
 
-@pytest.mark.parametrize(
-    "wrong_by, trusted",
-    [((5e-4, 5e-4), True), ((2e-3, 2e-3), False), ((0.0, 2e-3), False), ((2e-3, 0.0), False), ((0.0, math.nan), False)],
-)
-def test_a_replay_is_trusted_only_if_it_is_what_it_repeats(wrong_by, trusted, cuda, recwarn):
-    cuda.wrong_by = wrong_by
-    replay = cuda.capture(lambda: (torch.tensor([0.0, 3.0]), torch.ones(2)))
-    cuda.said.clear()
-    replay()
-    assert cuda.said == ["replay" if trusted else "run"]
-    warned = [str(warning.message).count("first replay differs from") for warning in recwarn]
-    assert warned == ([] if trusted else [1])
-
-
-def test_a_replay_may_be_off_by_the_rounding_of_its_precision(vgg, content, monkeypatch):
-    tolerances = []
-    monkeypatch.setattr(
-        "style_transfer.engine.evaluation.graphed",
-        lambda function, device, tolerance: tolerances.append(tolerance) or function,
-    )
-    for precision in ("float32", "bfloat16"):
-        Run(Task(content, None, ("conv1_1",)), vgg=vgg, precision=precision).step()
-    assert tolerances == [1e-3, 0.05] == [REPLAY_TOLERANCE[precision] for precision in ("float32", "bfloat16")]
-
-
-@pytest.mark.parametrize("wrong_by, trusted", [(0.0, True), (5e-4, True), (2e-3, False), (math.nan, False)])
-def test_what_is_not_finite_is_repeated_as_such(wrong_by, trusted, cuda, recwarn):
-    """In float16 a gradient may be infinite until its scale is found."""
-    cuda.wrong_by = (wrong_by,)
-    values = torch.tensor([math.inf, -math.inf, math.nan, 5.0, 0.0])
-    replay = cuda.capture(lambda: (values.clone(),))
-    assert hasattr(replay, "reads") is trusted and len(recwarn) == (not trusted)
-
-
-def test_too_little_memory_while_capturing_is_not_hidden(cuda):
-    cuda.error = torch.OutOfMemoryError("CUDA out of memory")
-    with pytest.raises(torch.OutOfMemoryError):
-        cuda.capture(lambda: (torch.ones(3),))
-
-
-def test_a_function_is_captured_at_its_second_call_and_from_then_on_replayed(cuda):
-    """Its first call has the libraries choose; inputs are copied to where the graph reads, and outputs from there."""
-    call, inputs, found = cuda.graphed(lambda x, y: (x * y, x.sum())), [], []
-    for value in (2.0, 3.0, 5.0, 7.0):
-        inputs.append((torch.full((3,), value), torch.full((), 10 * value)))
-        found.append(call(*inputs[-1]))
-    replays = ["run", "wait", "run", "run", "wait", "capture", "run", "replay", "replay", "replay", "replay"]
-    assert cuda.said == replays
-    for value, (x, y), (product, total) in zip((2.0, 3.0, 5.0, 7.0), inputs, found):
-        assert x.tolist() == [value] * 3 and y == 10 * value
-        assert product.tolist() == [10 * value**2] * 3 and total == 3 * value
-
-
-def test_a_capture_that_is_interrupted_is_made_at_the_next_call(cuda):
-    call = cuda.graphed(lambda x: (2 * x,))
-    call(torch.ones(1))
-    cuda.error = KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt):
-        call(torch.ones(1))
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_an_interrupt_and_too_little_memory_are_passed_on_and_the_next_call_is_captured(error, cuda):
+    graph = CudaGraph(cuda, GPU, 1e-3)
+    cuda.call(graph, 2.0)
+    cuda.error = error
+    with pytest.raises(type(error)):
+        cuda.call(graph, 3.0)
     cuda.error = None
-    assert [call(torch.full((1,), value))[0].item() for value in (3.0, 4.0)] == [6.0, 8.0]
-    assert cuda.said.count("capture") == 2 and cuda.said[-1] == "replay"
+    cuda.events.clear()
+    losses, gradient = cuda.call(graph, 5.0)
+    assert (losses.tolist(), gradient.tolist()) == expected(5.0)
+    assert cuda.events == [*CAPTURED, "replay"]
 
 
-def test_where_there_is_no_cuda_a_function_stays_what_it_is(cuda):
-    assert graphed(len, torch.device("cpu"), 1e-3) is len
-
-
-@pytest.mark.parametrize("history_size", [3, 20])
-def test_a_descent_by_graphs_of_whole_steps_is_that_by_steps(history_size, cuda):
-    """With a stand-in for the GPU. Steps are refused, pairs dropped and discarded, and at the end there is no step."""
-    matrix, target = (part.double() for part in coupled(seed=2))
-
-    def evaluate(x, refuse=0.0):
-        image = x.clone().requires_grad_()
-        losses = quadratic(matrix, target)(image)
-        gradient = torch.autograd.grad(losses[0], image)[0]
-        return losses.detach() + torch.where(7 * x.sum() % 1 < refuse, math.nan, 0.0), gradient
-
-    scales, start = torch.linspace(0.5, 2, 27).double(), torch.full((27,), 0.5, dtype=torch.float64)
-    one, other = (ProjectedLBFGS(start, scales.mul, history_size) for _ in range(2))
-    refuse = torch.tensor(0.4)
-    refusing = lambda x: evaluate(x, refuse)  # noqa: E731
-    whole = cuda.graphed(functools.partial(other.step_in_tensors, 0.0, refusing))
-    iterate, halved = one.step(Iterate(start), refusing), 0
-    assert iterate.losses[0].isfinite()
-    found = iterate
-    for count in range(200):
-        refuse.fill_(1.0 if count > 30 else 0.4)  # from then on no step is taken
-        iterate, found = one.step(iterate, refusing), other.step_with(whole, found)
-        if iterate is None:
-            break
-        halved += (iterate.halvings > 0).item()
-        assert all(torch.equal(*both) for both in zip(iterate[:4], found[:4]))
-        assert all(torch.equal(*both) for both in zip(iterate.pending, found.pending))
-        assert all(torch.equal(*both) for both in zip(iterate.curvature, found.curvature))
-    assert iterate is None is found and halved > 20 and cuda.said.count("capture") == 1
-
-
-def end_of(task, **options):
-    run = Run(task, **options)
-    while step := run.step():
-        last = step
-    return last, run.image
+def test_an_evaluator_has_a_graph_on_cuda_alone_as_tolerant_as_its_precision():
+    tolerances = {name: Evaluator(None, (3, 4), GPU, name).graph.tolerance for name in ("float32", "bfloat16")}
+    assert tolerances == {"float32": 1e-3, "bfloat16": 0.05}
+    assert Evaluator(None, (3, 4), torch.device("cpu"), "float32").graph is None
 
 
 @pytest.mark.parametrize(
-    "precision, init, shape, weight", [("float32", "noise", (130, 136), 1e4), ("float16", "content", (24, 24), 1e9)]
+    "precision, regions, share", [("float32", 2, math.inf), ("bfloat16", 1, math.inf), ("float32", 2, 0.9)]
 )
-def test_a_run_by_whole_steps_is_that_by_steps(precision, init, shape, weight, vgg, picture, monkeypatch):
-    """Over two scales; and where float16's scale is halved, for the first evaluation and for steps each by itself."""
-    task = Task(picture(*shape), picture(70, 66, seed=1), ("conv1_2",), FIRST_FIVE, 1.0, weight)
-    options = {"init": init, "vgg": vgg, "precision": precision, "evaluations": 12}
-    expected = end_of(task, **options)
-    monkeypatch.setattr(style_transfer.engine.evaluation, "WHOLE_STEPS", ("cpu",))
-    whole = mock.Mock(wraps=ProjectedLBFGS.step_with)
-    monkeypatch.setattr(ProjectedLBFGS, "step_with", lambda *arguments: whole(*arguments))
-    found = end_of(task, **options)
-    assert found[0].total == pytest.approx(expected[0].total, rel=0.01)
-    assert precision == "float16" or torch.equal(found[1], expected[1])
-    assert whole.call_count == 12 - {"noise": 2, "content": 1}[init]  # all but the first of each scale
-
-
-@pytest.mark.parametrize(
-    "precision, regions, budget_bytes, parts",
-    [("float32", 2, 1e12, "whole"), ("bfloat16", 1, 1e12, "whole"), ("float16", 1, 1e12, "whole"),
-     ("float32", 2, 9e6, "in 9 tiles")],
-)  # fmt: skip
-def test_what_a_graph_would_hold_asks_for_no_value(precision, regions, budget_bytes, parts, vgg, picture, monkeypatch):
-    """Neither evaluation nor whole step: torch's fake tensors have none, and refuse."""
-    functions = []
-
-    def checked(function, device, tolerance):
-        def call(*inputs):
-            functions.append(function)
-            with FakeTensorMode(allow_non_fake_inputs=True):
-                function(*inputs)
-            return function(*inputs)
-
-        return call
-
-    monkeypatch.setattr("style_transfer.engine.evaluation.graphed", checked)
-    monkeypatch.setattr(style_transfer.engine.evaluation, "WHOLE_STEPS", ("cpu",))
-    shape = (48, 56) if parts != "whole" else (24, 26)
+def test_an_evaluation_never_synchronises_with_the_host(precision, regions, share, vgg, picture):
+    """torch's fake tensors have no values, and refuse to be asked for one."""
+    shape = (22, 36)
     mask = torch.linspace(0, 1, shape[0])[:, None].expand(shape).contiguous()
     styles = [Style(picture(26, 24, seed=1), 1.0, mask), Style(picture(24, 28, seed=2))][2 - regions :]
-    task = Task(picture(*shape), styles, ("conv1_2",), FIRST_FIVE)
-    run = Run(task, init="content", vgg=vgg, precision=precision)
-    run.budget_bytes = budget_bytes
-    assert parts in run.describe()
-    assert run.step() and run.step()
-    assert len({*functions}) == 2
-
-
-@pytest.mark.parametrize("ask", [torch.Tensor.item, bool, torch.Tensor.tolist])
-def test_a_value_that_is_asked_for_would_be_noticed(ask):
-    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(RuntimeError):
-        ask(torch.ones(1).sum())
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_whole_steps_on_a_gpu_end_as_steps_do(precision, vgg, content, style, monkeypatch, recwarn):
-    """A graph that is not captured warns."""
-    task = Task(content.to(GPU), style.to(GPU), ("conv1_2",), FIRST_FIVE)
-    expected = end_of(task, vgg=vgg, precision="float32")
-    monkeypatch.setattr(style_transfer.engine.evaluation, "WHOLE_STEPS", ("cuda",))
-    found = end_of(task, vgg=vgg, precision=precision)
-    assert found[0].total == pytest.approx(expected[0].total, rel=0.01) and not recwarn.list
+    task = Task(picture(*shape), styles, ("conv1_2",), {"conv1_1": 1.0, "conv2_1": 2.0})
+    network = vgg.cut("conv2_1", torch.device("cpu"), precision)
+    budget_bytes = share * network.bytes_per_pixel * math.prod(shape)
+    objective = objective_of(network, task, shape, shape, budget_bytes)
+    assert (len(objective.tiling.tiles) > 1) == (share < 1)
+    evaluator = Evaluator(objective, shape, torch.device("cpu"), precision)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        losses, gradient = evaluator(task.weights, picture(*shape).flatten())
+        assert losses.shape == (3,) and gradient.shape == (3 * math.prod(shape),)
+        for ask in (torch.Tensor.item, bool, torch.Tensor.tolist):
+            with pytest.raises(RuntimeError):
+                ask(losses[0])
