@@ -1,4 +1,4 @@
-"""What a figure shows: its pixels against the pictures, its curves and titles against what they are of."""
+"""What a figure shows: which image where, under which title, and which curve."""
 
 import base64
 import io
@@ -6,136 +6,138 @@ import io
 import numpy as np
 import pytest
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from nst_utils import image_grid, image_table, plot_losses, show, to_pil
 from style_transfer.engine import figures
 
 
-def drawn(axes):
-    """The picture in an axes, as 8-bit values (H, W, 3)."""
-    (image,) = axes.get_images()
-    return np.asarray(image.get_array())
+def plain(*colour):
+    return torch.tensor(colour).view(1, 3, 1, 1).expand(1, 3, 20, 30)
+
+
+RED = plain(1.0, 0.0, 0.0)
+
+
+def drawn(figure):
+    """What each place shows, as arrays."""
+    return [axes.images[0].get_array() if axes.images else None for axes in figure.axes]
 
 
 def titles(figure):
     return [axes.get_title() for axes in figure.axes]
 
 
-def plain(colour):
-    return torch.tensor(colour).view(1, 3, 1, 1).expand(1, 3, 20, 30)
+def test_images_and_maps_are_drawn_row_by_row_under_their_titles(picture):
+    images = [picture(8, 12, 0), None, picture(8, 12, 1), torch.arange(12.0).view(3, 4)]
+    figure = image_grid(images, ["a", "b", "c", "d"], columns=3)
+    assert titles(figure) == ["a", "b", "c", "d", "", ""]
+    first, empty, third, false_colour, *rest = drawn(figure)
+    assert np.array_equal(first, to_pil(images[0])) and np.array_equal(third, to_pil(images[2]))
+    assert np.array_equal(false_colour, images[3]) and figure.axes[3].images[0].get_cmap().name == "magma"
+    assert empty is None and rest == [None, None]
 
 
-def test_pictures_are_shown_in_order_each_under_its_title(picture):
-    pictures = [picture(8, 12, seed) for seed in range(3)]
-    figure = image_grid(pictures, ["a", "b", "c"], columns=2)
-    assert titles(figure) == ["a", "b", "c", ""]
-    for axes, image in zip(figure.axes, pictures):
-        assert np.array_equal(drawn(axes), np.asarray(to_pil(image)))
-    assert not figure.axes[3].get_images()
+def test_columns_have_titles_and_rows_labels():
+    figure = image_grid([RED] * 6, ["left", "right"], columns=2, rows=["1", "2", "3"])
+    assert titles(figure) == ["left", "right", "", "", "", ""]
+    assert [[text.get_text() for text in axes.texts] for axes in figure.axes[::2]] == [["1"], ["2"], ["3"]]
 
 
-def test_a_row_is_as_high_as_its_tallest_picture(picture):
-    for shapes, height in (([(10, 40)], 0.5), ([(40, 10), (10, 10)], 8.0)):
-        figure = image_grid([picture(*shape) for shape in shapes], width=2.0)
-        assert figure.get_size_inches() == pytest.approx((2 * len(shapes), height), abs=0.2)
+SIZES = [
+    ([(10, 40)], 1, None, (2, 0.59)),
+    ([(10, 10), (40, 10)], 2, ["", "one\ntwo"], (4, 8.49)),
+    ([(10, 10), (10, 20), (20, 10)], 2, ["", "one", "one"], (4, 6.58)),
+]
 
 
-def test_what_is_seen_is_the_picture():
-    """Rendered: a red picture beside a blue one, upright and in its own colours."""
-    blue = plain([0.0, 0.0, 1.0]).clone()
-    blue[:, :, :10] = 1.0  # its upper half white
-    figure = image_grid([plain([1.0, 0.0, 0.0]), blue], ["red", "blue"])
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    pixels = np.asarray(canvas.buffer_rgba())[..., :3].astype(int)
-    height, width = pixels.shape[:2]
-
-    def at(axes, down):
-        box = axes.get_window_extent()
-        return pixels[round(height - box.y1 + down * box.height), round(box.x0 + box.width / 2)].tolist()
-
-    assert at(figure.axes[0], 0.5) == [255, 0, 0]
-    assert at(figure.axes[1], 0.25) == [255, 255, 255] and at(figure.axes[1], 0.75) == [0, 0, 255]
+@pytest.mark.parametrize("shapes, columns, names, inches", SIZES)
+def test_a_row_is_as_high_as_its_tallest_image_and_title(shapes, columns, names, inches, picture):
+    figure = image_grid([picture(*shape) for shape in shapes], names, columns, width=2.0)
+    assert figure.get_size_inches() == pytest.approx(inches)
 
 
-def test_a_place_may_be_left_empty_and_a_map_is_drawn_in_false_colour(picture):
-    figure = image_grid([None, torch.arange(12.0).view(3, 4)], ["", "map"])
-    assert not figure.axes[0].get_images()
-    (image,) = figure.axes[1].get_images()
-    assert image.get_cmap().name == "magma" and np.array_equal(image.get_array(), np.arange(12.0).reshape(3, 4))
+@pytest.mark.parametrize(
+    "images, options, why",
+    [
+        ([], {}, "there are 0 images and 0 titles"),
+        ([None], {"titles": [""]}, "there are 1 images and 1 titles"),
+        ([RED] * 3, {"titles": ["a", "b"]}, "there are 3 images and 2 titles"),
+        ([RED] * 4, {"columns": 2, "rows": ["a", "b", "c"]}, "there are 2 rows and 3 labels"),
+        ([RED], {"columns": 0}, "columns is 0"),
+        ([RED], {"width": 0}, "width is 0"),
+        ([RED], {"width": float("nan")}, "width is nan"),
+    ],
+)
+def test_a_grid_that_cannot_be_drawn_is_refused(images, options, why, refuses):
+    with refuses(why):
+        image_grid(images, **options)
 
 
-@pytest.mark.parametrize("images, names", [([], None), ([None], [""]), (3, ["a", "b"]), (1, ["a", "b"])])
-def test_nothing_to_show_or_another_number_of_titles_is_refused(images, names, picture, refuses):
-    images = [picture(4, 4)] * images if isinstance(images, int) else images
-    with refuses(f"there are {len(images)} images and {len(names or images)} titles"):
-        image_grid(images, names)
+def test_a_table_has_smaller_images_along_its_edges():
+    shades = [plain(k / 10, 0.0, 0.0) for k in range(10)]
+    figure = image_table(shades[:2], dict(zip("xyz", shades[2:5])), shades[4:], width=2.0)
+    corner, *places = drawn(figure)
+    assert corner is None
+    assert [round(place[0, 0, 0] / 25.5) for place in places] == [2, 3, 4, 0, 4, 5, 6, 1, 7, 8, 9]
+    assert titles(figure) == ["", *"xyz", *[""] * 8]
+    assert figure.get_size_inches() == pytest.approx((6.8, 5.2))
 
 
-def test_a_row_may_be_empty_and_a_width_is_of_inches(refuses):
-    assert len(image_grid([plain([1.0, 0.0, 0.0]), None, None, None], columns=2).axes) == 4
-    for width in (0, -1, "a", float("nan")):
-        with refuses(f"width is {width!r}"):
-            image_grid([plain([1.0, 0.0, 0.0])], width=width)
+LOSSES = {"fast": [8.0, 4.0, 6.0], "slow": [3.0]}
+SECONDS = {"fast": [0.5, 0.75, 1.5], "slow": [2.0]}
+COUNTED = {"fast": [1, 2, 3], "slow": [1]}
 
 
-def test_a_curve_is_the_losses_after_each_evaluation():
-    figure = plot_losses({"coarse to fine": [8.0, 4.0, 6.0, 2.0], "one scale": [3.0, 1.0]}, ylabel="loss / noise's")
-    (axes,) = figure.axes
-    curves = {line.get_label(): line for line in axes.lines}
-    assert list(curves) == ["coarse to fine", "one scale"] and axes.get_yscale() == "log"
-    assert curves["coarse to fine"].get_xdata().tolist() == [1, 2, 3, 4]
-    assert curves["coarse to fine"].get_ydata().tolist() == [8, 4, 6, 2]
-    assert curves["one scale"].get_ydata().tolist() == [3, 1] and axes.get_ylabel() == "loss / noise's"
+@pytest.mark.parametrize(
+    "seconds, x, label", [(None, COUNTED, "evaluations of the network"), (SECONDS, SECONDS, "seconds")]
+)
+def test_curves_are_losses_against_evaluations_or_seconds(seconds, x, label):
+    figure = plot_losses(LOSSES, "relative loss", (5, 2), seconds)
+    axes = figure.axes[0]
+    assert {line.get_label(): [*line.get_ydata()] for line in axes.lines} == LOSSES
+    assert {line.get_label(): [*line.get_xdata()] for line in axes.lines} == x
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_yscale()) == (label, "relative loss", "log")
+    assert figure.get_size_inches() == pytest.approx((5, 2))
 
 
-def test_what_is_published_is_the_figure_and_its_alternative_text(monkeypatch):
-    published = []
-    monkeypatch.setattr(figures, "publish_display_data", lambda data, metadata: published.append((data, metadata)))
-    show([plain([1.0, 0.0, 0.0])], alt="a red picture")
-    ((data, metadata),) = published
-    assert data["text/plain"] == "a red picture" and metadata == {"image/jpeg": {"alt": "a red picture"}}
-    with Image.open(io.BytesIO(base64.b64decode(data["image/jpeg"]))) as image:
-        assert image.format == "JPEG"
-        middle = image.getpixel((image.width // 2, image.height // 2))
-    assert middle == pytest.approx((254, 0, 0), abs=6)
+def test_the_parts_of_a_loss_are_drawn_if_there_are_two():
+    content, style, both = (figures.draw_losses([(9.0, *parts), (5.0, *parts)]) for parts in ((9, 0), (0, 9), (4, 5)))
+    assert content == style != both and content.startswith(b"\x89PNG")
 
 
-def test_rows_and_columns_have_labels():
-    red, blue = plain([1.0, 0.0, 0.0]), plain([0.0, 0.0, 1.0])
-    figure = image_grid([red, blue, red, blue], ["left", "right"], columns=2, rows=["above", "below"])
-    assert [axes.get_title() for axes in figure.axes] == ["left", "right", "", ""]
-    assert [[text.get_text() for text in axes.texts] for axes in figure.axes] == [["above"], [], ["below"], []]
+@pytest.fixture
+def published(monkeypatch):
+    """What a cell shows: [(data, metadata), ...]."""
+    outputs = []
+    monkeypatch.setattr(figures, "publish_display_data", lambda data, metadata: outputs.append((data, metadata)))
+    return outputs
 
 
-def test_a_label_for_each_row(refuses):
-    with refuses("2 rows and 3 labels"):
-        image_grid([plain([1.0, 0.0, 0.0])] * 4, columns=2, rows=["a", "b", "c"])
+@pytest.mark.parametrize("form", ["jpeg", "png"])
+def test_what_is_seen_are_the_images_upright_and_the_text_is_the_alternative(form, published):
+    flag = torch.cat([plain(1.0, 1.0, 1.0), plain(0.0, 0.0, 1.0)], dim=2)
+    show([RED, flag], ["", ""], alt="red, and a flag", width=2.0, form=form)
+    show(image_grid([RED, flag], width=2.0), alt="red, and a flag", form=form)
+    (data, metadata), again = published
+    assert again == (data, metadata)
+    assert data["text/plain"] == "red, and a flag" and metadata == {f"image/{form}": {"alt": "red, and a flag"}}
+    with Image.open(io.BytesIO(base64.b64decode(data[f"image/{form}"]))) as file:
+        assert file.format == form.upper()
+        seen = np.asarray(file.convert("RGB")).astype(int)
+    height, width = (side // 4 for side in seen.shape[:2])
+    for row, column, colour in ((1, 1, (255, 0, 0)), (1, 3, (255, 255, 255)), (3, 3, (0, 0, 255))):
+        assert seen[row * height, column * width] == pytest.approx(colour, abs=6)
 
 
-def test_a_table_has_what_its_images_are_made_of_along_its_edges():
-    colours = [plain([k / 10, 0.0, 0.0]) for k in range(10)]
-    figure = image_table(colours[:2], {"x": colours[2], "y": colours[3], "z": colours[4]}, colours[4:])
-    shown = [round(float(axes.images[0].get_array()[0, 0, 0]) / 25.5) if axes.images else None for axes in figure.axes]
-    assert shown == [None, 2, 3, 4, 0, 4, 5, 6, 1, 7, 8, 9]
-    assert [axes.get_title() for axes in figure.axes][:4] == ["", "x", "y", "z"]
-
-
-def test_losses_against_seconds():
-    figure = plot_losses({"fast": [3.0, 1.0], "slow": [4.0]}, seconds={"fast": [0.5, 0.75], "slow": [2.0]})
-    (axes,) = figure.axes
-    assert {line.get_label(): list(line.get_xdata()) for line in axes.lines} == {"fast": [0.5, 0.75], "slow": [2.0]}
-    assert axes.get_xlabel() == "seconds"
-
-
-def test_a_drawing_and_a_png_are_published_as_they_are(monkeypatch, tmp_path):
-    published = []
-    monkeypatch.setattr(figures, "publish_display_data", lambda data, metadata: published.append((data, metadata)))
+def test_a_drawing_is_published_as_it_is(published, tmp_path):
     (tmp_path / "drawing.svg").write_text("<svg>ä</svg>", encoding="utf-8")
     show(tmp_path / "drawing.svg", alt="a drawing")
-    show(image_grid([torch.eye(3)]), alt="a map", form="png")
-    (drawing, _), (grid, metadata) = published
-    assert drawing == {"image/svg+xml": "<svg>ä</svg>", "text/plain": "a drawing"}
-    assert base64.b64decode(grid["image/png"]).startswith(b"\x89PNG") and metadata["image/png"] == {"alt": "a map"}
+    data = {"image/svg+xml": "<svg>ä</svg>", "text/plain": "a drawing"}
+    assert published == [(data, {"image/svg+xml": {"alt": "a drawing"}})]
+
+
+def test_a_preview_is_a_jpeg_of_the_image():
+    with Image.open(io.BytesIO(figures.jpeg(RED))) as file:
+        assert file.format == "JPEG" and file.size == (30, 20)
+        assert file.getpixel((9, 9)) == pytest.approx((255, 0, 0), abs=3)

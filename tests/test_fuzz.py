@@ -4,7 +4,6 @@ import io
 import os
 import random
 import re
-import warnings
 
 import pytest
 import torch
@@ -13,64 +12,61 @@ from PIL import Image, ImageCms
 from nst_utils import UserError, load_image
 
 COUNT = int(os.environ.get("NST_FUZZ", 200))
+NOISE = Image.effect_noise((45, 31), 90)
+MODES = {"JPEG": "RGB", "PNG": "RGBA", "WEBP": "RGB", "TIFF": "CMYK", "AVIF": "RGB", "BMP": "RGB", "GIF": "L"}
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def sound():
-    """{suffix: bytes of pictures of several modes, with EXIF, profile and transparency}."""
-    noise = Image.effect_noise((45, 31), 90)
-    colours = Image.merge("RGB", (noise, noise.rotate(180), noise.transpose(Image.Transpose.FLIP_TOP_BOTTOM)))
-    exif, profile = Image.Exif(), ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    exif[0x0112], exif[0x010F], exif[0x011A] = 6, "a camera", 72.5
-    made = {}
-    for form, image in {
-        "JPEG": colours, "PNG": colours.convert("RGBA"), "WEBP": colours, "TIFF": noise.convert("CMYK"), "BMP": colours,
-        "GIF": colours.quantize(32), "AVIF": colours, "PPM": noise, "JPEG2000": colours,
-    }.items():  # fmt: skip
-        if form not in Image.SAVE:
-            continue
-        about = {"exif": exif, "icc_profile": profile} if form in ("JPEG", "PNG", "WEBP", "TIFF", "AVIF") else {}
-        image.save(buffer := io.BytesIO(), form, **about)
-        made[form] = buffer.getvalue()
-    return made
+def encoded(form):
+    """The bytes of an image file, with EXIF and a profile where the format has them."""
+    Image.init()
+    if form not in Image.SAVE:
+        pytest.skip(f"this Pillow writes no {form}")
+    about = {}
+    if form not in ("BMP", "GIF"):
+        about["exif"] = Image.Exif()
+        about["exif"].update({0x0112: 6, 0x010F: "a camera", 0x011A: 72.5})
+        about["icc_profile"] = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    NOISE.convert(MODES[form]).save(buffer := io.BytesIO(), form, **about)
+    return buffer.getvalue()
 
 
 def damaged(content, chance):
-    """Cut, with bits flipped, or with random bytes where EXIF stands or anywhere else."""
+    """Cut off, with flipped bits, or with a block of random bytes."""
     content = bytearray(content)
-    kind = chance.choice(("cut", "bits", "exif", "block"))
+    place = chance.randrange(len(content))
+    kind = chance.choice(("cut", "bits", "block"))
     if kind == "cut":
-        return bytes(content[: chance.randrange(len(content))])
-    if kind == "bits":
-        for _ in range(chance.choice((1, 3, 30))):
-            content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
-        return bytes(content)
-    begin = max(0, content.find(b"Exif")) if kind == "exif" else chance.randrange(len(content))
-    begin += chance.randrange(40)
-    length = chance.randrange(1, 60)
-    content[begin : begin + length] = chance.randbytes(length)
-    return bytes(content)
+        return content[:place]
+    if kind == "block":
+        content[place : place + 60] = chance.randbytes(chance.randrange(1, 60))
+        return content
+    for _ in range(chance.choice((1, 3, 30))):
+        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+    return content
 
 
-Image.init()
-SOUND = sound()
-
-
-@pytest.mark.parametrize("form", SOUND)
-def test_a_damaged_picture_is_an_image_or_a_sentence(form, tmp_path):
+@pytest.mark.parametrize("form", MODES)
+def test_a_damaged_file_is_an_image_or_a_sentence(form, tmp_path):
     path = tmp_path / "picture"
-    outcomes = set()
-    for k in range(COUNT // len(SOUND)):
-        content = damaged(SOUND[form], random.Random(f"{form} {k}"))
-        path.write_bytes(content)
+    sound, refused = encoded(form), 0
+    for k in range(COUNT // len(MODES)):
+        path.write_bytes(damaged(sound, random.Random(f"{form} {k}")))
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                image = load_image(path, 8, "cpu")
+            image = load_image(path, 8, "cpu")
         except UserError as error:
-            outcomes.add(str(error).removeprefix(repr(str(path))).split(":")[0])
+            refused += 1
             assert "\n" not in str(error) and not re.search(r"\w\. [A-Z]", str(error)), k
         else:
-            outcomes.add("an image")
             assert image.dtype == torch.float32 and image.shape[:2] == (1, 3) and min(image.shape[2:]) == 8, k
             assert 0 <= image.min() and image.max() <= 1, k
-    assert len(outcomes) > 1
+    assert refused
+
+
+@pytest.mark.parametrize("form", MODES)
+def test_half_a_file_is_named_as_such(form, tmp_path, refuses):
+    path = tmp_path / "picture"
+    content = encoded(form)
+    path.write_bytes(content[: len(content) // 2])
+    with refuses(f"{str(path)!r} is cut off"):
+        load_image(path)

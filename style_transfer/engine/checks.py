@@ -1,6 +1,6 @@
-"""Errors that the user can mend, apart from those that are the code's fault.
+"""Checks of arguments: each is converted to one form, or refused in one sentence.
 
-Arguments: brought to one form, or refused in one sentence that names the value and what is allowed."""
+The sentence names the value and what is allowed. Errors that are the code's own fault are not `UserError`s."""
 
 import contextlib
 import numbers
@@ -16,29 +16,37 @@ from torch import Tensor
 
 
 class UserError(ValueError):
-    """Bad input, or a machine that cannot do what is asked: one sentence that names the value and what is allowed."""
+    """The user can fix this: the message is one sentence that names the value and what is allowed."""
 
 
 class MissingFileError(UserError, FileNotFoundError):
-    """There is no such file."""
+    """The file does not exist."""
 
 
 def shown(value) -> str:
-    """A value for a sentence: in one line, and not longer than one reads."""
+    """`repr(value)` on one line; if it is longer than 320 characters, its beginning and its type."""
     text = " ".join(repr(value).split())
-    return text if len(text) <= 320 else f"{text[:60]} ... ({type(value).__name__})"
+    if len(text) > 320:
+        return f"{text[:60]} ... ({type(value).__name__})"
+    return text
 
 
 def sentence(error: Exception) -> str:
-    """What an error says, in one line; of one that nobody foresaw, its class too."""
+    """The message of an error on one line. Unexpected errors are prefixed with their class name."""
     text = " ".join(str(error).split())
-    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text[:200]}".rstrip(": ")
+    if isinstance(error, UserError):
+        return text
+    return f"{type(error).__name__}: {text[:200]}".rstrip(": ")
+
+
+# --- Files ---------------------------------------------------------------------------------------
 
 
 def as_file(path, what: str, advice: str = "give the path of a file") -> Path:
-    """The path of a file that exists; what: "picture" or "weights", for the sentence, as `advice` is.
+    """Return `path` as a Path if it is a regular file.
 
-    Raises UserError unless `path` is a str or a Path of a file, and MissingFileError where there is none.
+    what: what the file holds, such as "picture" or "weights", and advice: what to do about it; both are for the error
+    message. Raises MissingFileError if there is no such file, UserError for everything else that is not one.
     """
     if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
         raise UserError(f"no {what} at {shown(path)}: {advice}, as a str or a Path")
@@ -48,7 +56,7 @@ def as_file(path, what: str, advice: str = "give the path of a file") -> Path:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
         raise MissingFileError(f"no {what} at {str(path)!r}: {advice}") from error
-    except (OSError, ValueError) as error:  # a name too long, a folder without permission, a null character
+    except (OSError, ValueError) as error:  # the name is too long or has a null character; no permission
         raise UserError(f"no {what} can be read at {str(path)!r}: {reason(error)}") from error
     if stat.S_ISDIR(mode):
         raise MissingFileError(f"no {what} at {str(path)!r}, which is a folder: {advice}")
@@ -58,87 +66,109 @@ def as_file(path, what: str, advice: str = "give the path of a file") -> Path:
 
 
 def reason(error: Exception) -> str:
-    """Why the operating system refused, without numbers and paths."""
+    """Why the operating system refused, without error number and path."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def file_version(path: Path) -> tuple | None:
-    """What differs once a file has been written again: times and size; None for no file."""
+    """Times and size of a file, which change when it is written again; None if it does not exist."""
     with contextlib.suppress(OSError):
         status = os.stat(path)
         return status.st_mtime_ns, status.st_ctime_ns, status.st_size
 
 
-Shape = tuple[int, int]  # (height, width)
+# --- Tensors -------------------------------------------------------------------------------------
 
-FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-LARGEST_NUMBER = 10**9  # of pixels or evaluations
-LARGEST_WEIGHT = 1e12  # squares of the gradient must stay within float32
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def _has_values(value) -> bool:
+    """Whether this is a tensor whose values can be read: not sparse, not nested, not on the meta device."""
+    if not torch.is_tensor(value) or value.layout != torch.strided:
+        return False
+    return not value.is_nested and value.device.type != "meta"
+
+
+def _describe(value) -> str:
+    """Shape and dtype of a tensor, or the type of anything else."""
+    if _has_values(value):
+        return f"{tuple(value.shape)} {value.dtype}"
+    return type(value).__name__
+
+
+def _without_graph(tensor: Tensor) -> Tensor:
+    if tensor.requires_grad or tensor.is_inference():
+        return tensor.detach().clone()
+    return tensor
 
 
 def check_image(image, name: str, lowest: float = 0.0, highest: float = 1.0) -> None:
-    """Raise UserError unless it is a tensor (1, 3, H, W), floating, of finite values from `lowest` to `highest`."""
-    plain = torch.is_tensor(image) and image.layout == torch.strided and image.device.type != "meta"
-    shaped = plain and not image.is_nested and image.dim() == 4 and image.shape[:2] == (1, 3) and image.numel()
-    if not (shaped and image.dtype in FLOATING):
-        found = f"{tuple(image.shape)} {image.dtype}" if plain and not image.is_nested else type(image).__name__
+    """Raise UserError unless `image` is a float tensor (1, 3, H, W) with values from `lowest` to `highest`."""
+    shaped = _has_values(image) and image.dim() == 4 and image.shape[:2] == (1, 3) and image.numel()
+    if not shaped or image.dtype not in FLOAT_DTYPES:
+        found = _describe(image)
         raise UserError(f"{name} is {found}: an image is a float tensor (1, 3, H, W), as load_image gives it")
-    if not ((image >= lowest) & (image <= highest)).all():
+    inside = (image >= lowest) & (image <= highest)
+    if not inside.all():
         found = f"outside [{lowest:g}, {highest:g}] or not finite, {image.min():.3g} to {image.max():.3g}"
         raise UserError(f"{name} has values {found}: an image holds RGB in [0, 1]")
 
 
 def check_shown(image, name: str) -> None:
-    """`check_image` for what is shown or evaluated, and not yet clamped: values a little outside [0, 1] may pass."""
+    """`check_image` for images that are yet to be clamped: values from -1 to 2 pass."""
     check_image(image, name, lowest=-1.0, highest=2.0)
 
 
 def as_image(image, name: str) -> Tensor:
-    """`image` in float32, without a graph. Raises UserError as `check_image` does."""
+    """Return an image (1, 3, H, W) in float32, without its graph. Raises UserError as `check_image` does."""
     check_image(image, name)
-    if image.requires_grad or image.is_inference():
-        image = image.detach().clone()
-    return image.float()
+    return _without_graph(image).float()
 
 
 def as_mask(mask, name: str, device: torch.device) -> Tensor:
-    """A mask (H, W) of floats in [0, 1], or of truth values, in float32 on `device`."""
-    plain = torch.is_tensor(mask) and mask.layout == torch.strided and mask.device.type != "meta"
-    if not (plain and not mask.is_nested and mask.dim() == 2 and mask.dtype in (*FLOATING, torch.bool)):
-        found = f"{tuple(mask.shape)} {mask.dtype}" if plain and not mask.is_nested else type(mask).__name__
-        raise UserError(f"{name} is {found}: a mask is a float tensor (H, W) with values in [0, 1]")
-    if mask.requires_grad or mask.is_inference():
-        mask = mask.detach().clone()
-    mask = mask.to(device, torch.float32)
-    if not (mask.numel() and ((mask >= 0) & (mask <= 1)).all()):
-        found = f"values from {mask.min():.3g} to {mask.max():.3g}" if mask.numel() else "no pixels"
-        raise UserError(f"{name} has {found}: a mask is a float tensor (H, W) with values in [0, 1]")
+    """Return a mask (H, W), of floats in [0, 1] or of bools, in float32 on `device`. Raises UserError for others."""
+    allowed = "a mask is a float tensor (H, W) with values in [0, 1]"
+    if not (_has_values(mask) and mask.dim() == 2 and mask.dtype in (*FLOAT_DTYPES, torch.bool)):
+        raise UserError(f"{name} is {_describe(mask)}: {allowed}")
+    if not mask.numel():
+        raise UserError(f"{name} has no pixels: {allowed}")
+    mask = _without_graph(mask).to(device, torch.float32)
+    inside = (mask >= 0) & (mask <= 1)
+    if not inside.all():
+        raise UserError(f"{name} has values from {mask.min():.3g} to {mask.max():.3g}: {allowed}")
     if not mask.any():
         raise UserError(f"{name} is 0 everywhere: give one that leaves something")
     return mask
 
 
 def check_feature_map(feature_map) -> None:
-    """Raise UserError unless it is a feature map of one image: (1, C, h, w)."""
-    if not torch.is_tensor(feature_map) or feature_map.dim() != 4 or len(feature_map) != 1:
-        found = tuple(feature_map.shape) if torch.is_tensor(feature_map) else type(feature_map).__name__
-        raise UserError(f"the feature map is {found}: one image's is (1, C, h, w)")
+    """Raise UserError unless this is a tensor (1, C, h, w), the feature map of one image."""
+    if not _has_values(feature_map) or feature_map.dim() != 4 or len(feature_map) != 1:
+        raise UserError(f"the feature map is {_describe(feature_map)}: one image's is a tensor (1, C, h, w)")
+
+
+# --- Numbers -------------------------------------------------------------------------------------
+
+Shape = tuple[int, int]  # (height, width) in pixels
+
+MAX_COUNT = 10**9  # pixels or evaluations
+MAX_WEIGHT = 1e12  # squared gradients must not overflow float32
 
 
 def as_whole(value, name: str, unit: str = "") -> int:
-    """A whole number, 1 or more, of any library, as an int."""
+    """Return an integer of any library, 1 to 1e9, as an int. Raises UserError; unit: for its message."""
     try:
         number = 0 if isinstance(value, bool) else operator.index(value)
-    except (TypeError, ValueError, RuntimeError):  # the last two of a tensor with several values
+    except (TypeError, ValueError, RuntimeError):  # the last two from a tensor of several values
         number = 0
-    if not 1 <= number <= LARGEST_NUMBER:
+    if not 1 <= number <= MAX_COUNT:
         allowed = "1 or more" if number < 1 else "at most 1e9"
         raise UserError(f"{name} is {shown(value)}: it must be a whole number{unit}, {allowed}")
     return number
 
 
 def as_shape(shape) -> Shape:
-    """A pair of whole numbers, 1 or more, as (height, width)."""
+    """Return two integers, 1 to 1e9, as (height, width). Raises UserError for anything else."""
     try:
         height, width = shape
         return as_whole(height, "height"), as_whole(width, "width")
@@ -146,34 +176,46 @@ def as_shape(shape) -> Shape:
         raise UserError(f"shape is {shown(shape)}: it must be (height, width), two whole numbers, 1 or more") from error
 
 
-def as_number(value, name: str, smallest: float, largest: float, what: str) -> float:
-    """A number of any library, from `smallest` to `largest`, as a float; `what` says so in words."""
-    scalar = isinstance(value, numbers.Real) or (torch.is_tensor(value) and value.dim() == 0 and value.isreal())
-    if not (scalar and smallest <= value <= largest):
-        raise UserError(f"{name} is {shown(value)}: it must be a finite number{what}")
+def as_number(value, name: str, smallest: float, largest: float, allowed: str) -> float:
+    """Return a real number of any library, from `smallest` to `largest`, as a float.
+
+    Raises UserError; allowed: the end of its message, which puts unit and range into words.
+    """
+    scalar = isinstance(value, numbers.Real)
+    if torch.is_tensor(value):
+        scalar = value.dim() == 0 and value.isreal()
+    if not scalar or not smallest <= value <= largest:
+        raise UserError(f"{name} is {shown(value)}: it must be a finite number{allowed}")
     return float(value)
 
 
 def as_weight(value, name: str) -> float:
-    """A number of any library, 0 to 1e12, as a float."""
-    return as_number(value, name, 0, LARGEST_WEIGHT, f", 0 or more and at most {LARGEST_WEIGHT:.0e}")
+    """Return a real number of any library, 0 to 1e12, as a float. Raises UserError for anything else."""
+    return as_number(value, name, 0, MAX_WEIGHT, f", 0 or more and at most {MAX_WEIGHT:.0e}")
 
 
 def as_memory(value) -> float | None:
-    """A number of any library, above 0, as a float; None as it is."""
-    return (
-        None if value is None else as_number(value, "memory", sys.float_info.min, sys.float_info.max, " of GiB above 0")
-    )
+    """Return a number of GiB above 0 as a float, and None unchanged. Raises UserError for anything else."""
+    if value is None:
+        return None
+    return as_number(value, "memory", sys.float_info.min, sys.float_info.max, " of GiB above 0")
 
 
 def as_start(init, seed, task) -> tuple[Tensor | None, int]:
-    """(the image to start from, or None for noise; the seed) from the options `init` and `seed`."""
-    starts = {"noise": None} if task.content is None else {"noise": None, "content": task.content}
-    if isinstance(init, str) and init not in starts:
-        raise UserError(f"unknown init {init!r}: use {' or '.join(map(repr, starts))} or an image to start from")
+    """Convert the options `init` and `seed` of a run to (start image or None for noise, seed).
+
+    init: "noise", "content" if `task` has a content image, or an image. Raises UserError for other values of both.
+    """
     try:
         seed = operator.index(seed)
         torch.Generator().manual_seed(seed)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"seed is {seed!r}: it must be a whole number of at most 64 bits") from error
-    return (starts[init] if isinstance(init, str) else as_image(init, "init")), seed
+        raise UserError(f"seed is {shown(seed)}: it must be a whole number of at most 64 bits") from error
+    if not isinstance(init, str):
+        return as_image(init, "init"), seed
+    starts = {"noise": None}
+    if task.content is not None:
+        starts["content"] = task.content
+    if init not in starts:
+        raise UserError(f"unknown init {init!r}: use {' or '.join(map(repr, starts))} or an image to start from")
+    return starts[init], seed

@@ -1,6 +1,4 @@
-"""What is kept of a run, to be shown: a few of its images as a figure, or many as a film.
-
-Images, single maps and loss curves, drawn and shown."""
+"""Figures and films: images, feature maps and loss curves drawn with matplotlib, and the frames of a run."""
 
 import base64
 import io
@@ -19,156 +17,190 @@ from torch import Tensor
 from .checks import UserError, as_number, as_whole, check_shown
 from .images import resize, to_pil
 
-QUALITY = 95  # of the JPEG in which an image is kept: with 100 of 512 pixels some 10 MB
-SHOWN, HELD = 80, 2500  # ms, an image of a film and the last
+RECORDED_JPEG_QUALITY = 95  # 100 frames of 512 pixels take about 10 MB
+FRAME_MS = 80  # how long a film shows a frame
+LAST_FRAME_MS = 2500
+
+# --- Films ---------------------------------------------------------------------------------------
 
 
-class Frame(NamedTuple):
-    """An image of a run."""
+class FilmFrame(NamedTuple):
+    """An image that a `Recorder` kept."""
 
-    image: Image.Image  # of Pillow's
     evaluation: int  # its number, from 1
-    total: float  # the loss
+    total: float  # loss
+    file: bytes  # JPEG
+
+    @property
+    def image(self) -> Image.Image:
+        """The image in 8-bit RGB."""
+        return Image.open(io.BytesIO(self.file))
 
 
 class Recorder:
-    """A callback of `optimise` that keeps images at even steps of evaluations, at most `most`, and the last.
+    """A callback for `optimise` that keeps at most `most` images of a run: evenly spaced ones and the last.
 
-    Where there would be more, every other one goes and the steps become twice as long. Larger ones are scaled to `side`
-    pixels along the longer side.
+    When it is full it drops every second image and doubles the interval. Images are scaled down to `side` pixels along
+    the longer side, and kept as JPEG files. Raises UserError unless `most` and `side` are integers, 1 or more.
     """
 
     def __init__(self, most: int = 100, side: int = 512):
-        self.most, self.side, self.every = as_whole(most, "most"), as_whole(side, "side", " of pixels"), 1
-        self.kept = {}  # {evaluation: (total loss, JPEG file)}
+        self.most = as_whole(most, "most")
+        self.side = as_whole(side, "side", " of pixels")
+        self.interval = 1  # evaluations
+        self.frames = []  # `FilmFrame`s in order
 
     def __call__(self, image: Tensor, step) -> None:
-        """Look at an image; step: its `Step`, or its loss as a number."""
-        kept = {n: frame for n, frame in self.kept.items() if (n - 1) % self.every == 0}
+        """Record the next image (1, 3, H, W) of a run; step: its `Step`, or its total loss as a number."""
+        kept = self._evenly_spaced()
         if len(kept) >= self.most:
-            self.every *= 2
-            kept = {n: frame for n, frame in kept.items() if (n - 1) % self.every == 0}
-        scale, buffer = min(1.0, self.side / max(image.shape[-2:])), io.BytesIO()
-        smaller = resize(image, tuple(max(1, round(side * scale)) for side in image.shape[-2:]))
-        to_pil(smaller).save(buffer, "jpeg", quality=QUALITY, subsampling=0)
-        self.kept = kept | {self.evaluations + 1: (getattr(step, "total", step), buffer.getvalue())}
+            self.interval *= 2
+            kept = self._evenly_spaced()
+        height, width = image.shape[-2:]
+        scale = min(1.0, self.side / max(height, width))
+        smaller = resize(image, (max(1, round(height * scale)), max(1, round(width * scale))))
+        file = jpeg(smaller, RECORDED_JPEG_QUALITY, subsampling="4:4:4")
+        self.frames = [*kept, FilmFrame(self.evaluations + 1, getattr(step, "total", step), file)]
+
+    def _evenly_spaced(self) -> list[FilmFrame]:
+        """The frames without the last one if it is off the interval."""
+        return [frame for frame in self.frames if (frame.evaluation - 1) % self.interval == 0]
 
     @property
     def evaluations(self) -> int:
-        """How many it has seen."""
-        return max(self.kept, default=0)
-
-    @property
-    def frames(self) -> list[Frame]:
-        """What is kept, in order."""
-        return [Frame(Image.open(io.BytesIO(data)), n, total) for n, (total, data) in self.kept.items()]
+        """The number of images seen."""
+        return self.frames[-1].evaluation if self.frames else 0
 
     def state_dict(self) -> dict:
-        """{name: tensor or list}, for `load_state_dict`."""
-        files = b"".join(data for _, data in self.kept.values())
-        kept = [(n, total, len(data)) for n, (total, data) in self.kept.items()]
+        """{name: tensor or list} for `load_state_dict`."""
+        files = b"".join(frame.file for frame in self.frames)
         return {
-            "film_every": self.every,
-            "film_kept": kept,
+            "film_interval": self.interval,
+            "film_frames": [(n, total, len(file)) for n, total, file in self.frames],
             "film": torch.from_numpy(np.frombuffer(files, np.uint8).copy()),
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from the `state_dict` of another, as if it had gone on itself."""
+        """Continue from the `state_dict` of another recorder, exactly as that one would have."""
         files = io.BytesIO(state["film"].numpy().tobytes())
-        self.every = state["film_every"]
-        self.kept = {n: (total, files.read(length)) for n, total, length in state["film_kept"]}
+        self.interval = state["film_interval"]
+        self.frames = [FilmFrame(n, total, files.read(length)) for n, total, length in state["film_frames"]]
 
 
-def film_of(frames: list[Frame], form: str) -> bytes:
-    """A GIF or WebP file of images, all enlarged to the size of the last, which is held. form: "gif" or "webp"."""
-    images = [frame.image.resize(frames[-1].image.size, Image.Resampling.BICUBIC) for frame in frames]
-    times, buffer = [SHOWN] * (len(images) - 1) + [HELD], io.BytesIO()
-    images[0].save(buffer, form, save_all=True, append_images=images[1:], duration=times, loop=0, quality=85)
+def film_of(frames: list[FilmFrame], form: str) -> bytes:
+    """Encode frames as a GIF or WebP file, all enlarged to the size of the last. form: "gif" or "webp"."""
+    size = frames[-1].image.size
+    images = [frame.image.resize(size, Image.Resampling.BICUBIC) for frame in frames]
+    durations = [FRAME_MS] * (len(images) - 1) + [LAST_FRAME_MS]
+    buffer = io.BytesIO()
+    images[0].save(buffer, form, save_all=True, append_images=images[1:], duration=durations, loop=0, quality=85)
     return buffer.getvalue()
 
 
-def image_grid(
-    images: Iterable, titles: list | None = None, columns: int | None = None, width: float = 2.6,
-    rows: list | None = None,
-) -> Figure:  # fmt: skip
-    """Draw images (1, 3, H, W), or single maps (H, W) in false colour, in a grid; return the Figure.
+# --- Figures -------------------------------------------------------------------------------------
 
-    titles: of the images, or of the first row alone; rows: labels of the rows. columns: by default one row. width: of
-    an image, in inches. None in `images` leaves that place empty. Raises UserError for what is neither image nor map.
+
+def _new_figure(width: float, height: float, gap: float, row_gap: float) -> Figure:
+    """An empty figure of so many inches. Not pyplot's, since the panel draws on its own thread."""
+    figure = Figure(figsize=(width, height))
+    figure.set_layout_engine("constrained", w_pad=gap, h_pad=row_gap, wspace=0, hspace=0)
+    return figure
+
+
+def _draw(axes, image: Tensor | None, title: str | None) -> None:
+    """Draw an image, or a map (H, W) in false colour, under its title; no image leaves the place empty."""
+    axes.set_axis_off()
+    axes.set_title(title, fontsize=9)
+    if image is None:
+        return
+    if image.dim() == 2:
+        axes.imshow(image.detach().float().cpu().numpy(), cmap="magma")
+    else:
+        axes.imshow(to_pil(image))
+
+
+def image_grid(
+    images: Iterable,
+    titles: list | None = None,
+    columns: int | None = None,
+    width: float = 2.6,
+    rows: list | None = None,
+) -> Figure:
+    """Draw images (1, 3, H, W), or single maps (H, W) in false colour, in a grid.
+
+    images: row by row; None leaves a place empty. titles: one for each image, or for each column. columns: by default
+    all images are in one row. width: of an image, 0.1 to 100 inches. rows: a label for each row. Raises UserError for
+    what is neither image nor map, and for another number of titles or labels.
     """
     images = list(images)
     for k, image in enumerate(images):
-        if image is not None and not (torch.is_tensor(image) and image.dim() == 2 and image.numel()):
+        is_map = torch.is_tensor(image) and image.dim() == 2 and image.numel()
+        if image is not None and not is_map:
             check_shown(image, f"images[{k}]")
-    columns = max(1, len(images)) if columns is None else as_whole(columns, "columns")
+    if columns is None:
+        columns = len(images) or 1
+    columns = as_whole(columns, "columns")
     titles = list(titles or [""] * len(images))
-    titles += [""] * (len(images) - len(titles) if len(titles) == columns else 0)
-    if not any(image is not None for image in images) or len(titles) != len(images):
+    if len(titles) == columns < len(images):
+        titles += [""] * (len(images) - columns)
+    if len(titles) != len(images) or all(image is None for image in images):
         raise UserError(f"there are {len(images)} images and {len(titles)} titles: give one or more, and each a title")
     width = as_number(width, "width", 0.1, 100, " of inches, 0.1 to 100")
-    heights, above = [], []  # of each row in inches: the tallest image, and the room for the lines of its titles
+    heights, title_heights = [], []  # of each row, in inches
     for k in range(0, len(images), columns):
-        shapes = [image.shape[-2:] for image in images[k : k + columns] if image is not None]
-        lines = max(text.count("\n") + 1 if text else 0 for text in titles[k : k + columns])
-        heights.append(width * max((h / w for h, w in shapes), default=0.1))
-        above.append(0.09 + 0.2 * lines)
-    labels = 0.2 if rows else 0.0  # inches beside the first column
-    figure = Figure(figsize=(width * columns + labels, sum(heights + above)))
-    figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.04, wspace=0, hspace=0)
-    grid = figure.subplots(len(heights), columns, squeeze=False, gridspec_kw={"height_ratios": heights})
-    for axes in grid.flat:
-        axes.set_axis_off()
-        axes.set_anchor("N")  # so that the titles of a row stand on one line
-    for axes, image, text in zip(grid.flat, images, titles):
-        if image is not None and image.dim() == 2:
-            axes.imshow(image.detach().float().cpu().numpy(), cmap="magma")
-        elif image is not None:
-            axes.imshow(to_pil(image))
-        axes.set_title(text, fontsize=9)
-    if len(rows or grid) != len(grid):
-        raise UserError(f"there are {len(grid)} rows and {len(rows)} labels: give each row a label")
-    for axes, text in zip(grid[:, 0], rows or ()):
-        axes.text(-0.03, 0.5, text, rotation=90, ha="right", va="center", fontsize=9, transform=axes.transAxes)
+        row = slice(k, k + columns)
+        aspects = [image.shape[-2] / image.shape[-1] for image in images[row] if image is not None]
+        lines = [title.count("\n") + 1 for title in titles[row] if title]
+        heights.append(width * max(aspects, default=0.1))
+        title_heights.append(0.09 + 0.2 * max(lines, default=0))
+    if rows and len(rows) != len(heights):
+        raise UserError(f"there are {len(heights)} rows and {len(rows)} labels: give each row a label")
+    label_width = 0.2 if rows else 0.0
+    figure = _new_figure(width * columns + label_width, sum(heights + title_heights), 0.03, 0.04)
+    grid = figure.subplots(len(heights), columns, squeeze=False, height_ratios=heights)
+    for axes, image, title in itertools.zip_longest(grid.flat, images, titles):
+        axes.set_anchor("N")  # aligns the titles of a row
+        _draw(axes, image, title)
+    for axes, label in zip(grid[:, 0], rows or ()):
+        axes.text(-0.03, 0.5, label, rotation=90, ha="right", va="center", fontsize=9, transform=axes.transAxes)
     return figure
 
 
 def image_table(rows: list, columns: Mapping[str, Tensor], images: list, width: float = 2.1) -> Figure:
-    """Draw images and, small along the edges, what they are made of; return the Figure. All are squares.
+    """Draw a table of square images, with smaller ones as the heads of its rows and columns.
 
-    rows: images; columns: {title: image}; images: row by row, for each of `rows` one for each of `columns`. width: of
-    one of `images`, in inches.
+    rows: the images (1, 3, H, W) at the left; columns: {title: image at the top}; images: row by row, one for each of
+    `columns`. width: of one of `images`, in inches.
     """
-    sizes = [0.4 * width, *[width] * len(columns)], [0.4 * width, *[width] * len(rows)]
-    figure = Figure(figsize=(sum(sizes[0]), sum(sizes[1]) + 0.4))
-    figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
-    grid = figure.subplots(1 + len(rows), 1 + len(columns), width_ratios=sizes[0], height_ratios=sizes[1])
-    shown = [None, *columns.values()]
+    count = len(columns)
+    widths = [0.4 * width] + [width] * count
+    heights = [0.4 * width] + [width] * len(rows)
+    figure = _new_figure(sum(widths), sum(heights) + 0.4, 0.03, 0.03)
+    grid = figure.subplots(len(heights), len(widths), width_ratios=widths, height_ratios=heights)
+    drawn = [None, *columns.values()]
     for k, image in enumerate(rows):
-        shown += [image, *images[k * len(columns) : (k + 1) * len(columns)]]
-    for axes, image in zip(grid.flat, shown):
-        axes.set_axis_off()
-        if image is not None:
-            axes.imshow(to_pil(image))
-    for axes, title in zip(grid[0, 1:], columns):
-        axes.set_title(title, fontsize=9)
+        drawn += [image, *images[k * count : (k + 1) * count]]
+    for axes, image, title in itertools.zip_longest(grid.flat, drawn, ["", *columns]):
+        _draw(axes, image, title)
     return figure
 
 
 def filmstrip(recorder: Recorder, count: int = 6, width: float = 1.7) -> Figure:
-    """Draw `count` of the images that a `Recorder` has kept, evenly spaced, the first and the last among them.
+    """Draw `count` evenly spaced images of a `Recorder`, from the first to the last, each `width` inches wide.
 
-    Under each stand its evaluation and its total loss. width: of an image, in inches. Raises UserError without images.
+    Below each are its evaluation and its total loss. Raises UserError if the recorder has no images.
     """
     frames = recorder.frames
     count = min(as_whole(count, "count"), len(frames))
     if not frames:
         raise UserError("the recorder has no images yet: give it to a task as `callback`")
-    chosen = [frames[round(k * (len(frames) - 1) / (count - 1))] for k in range(count)] if count > 1 else frames[-1:]
-    figure = Figure(figsize=(width * len(chosen), width * chosen[-1].image.height / chosen[-1].image.width + 0.45))
-    figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
-    for axes, frame in zip(figure.subplots(1, len(chosen), squeeze=False).flat, chosen):
-        axes.imshow(frame.image.resize(chosen[-1].image.size, Image.Resampling.BICUBIC))
+    chosen = frames[-1:]
+    if count > 1:
+        chosen = [frames[round(k * (len(frames) - 1) / (count - 1))] for k in range(count)]
+    last = chosen[-1].image
+    figure = _new_figure(width * count, width * last.height / last.width + 0.45, 0.02, 0.02)
+    for axes, frame in zip(figure.subplots(1, count, squeeze=False).flat, chosen):
+        axes.imshow(frame.image.resize(last.size, Image.Resampling.BICUBIC))
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
         loss = f"{frame.total:.3g}" if frame.total < 999.5 else f"{frame.total:,.0f}"
@@ -179,12 +211,12 @@ def filmstrip(recorder: Recorder, count: int = 6, width: float = 1.7) -> Figure:
 def plot_losses(
     curves: Mapping[str, list], ylabel: str = "loss", size: tuple = (7.5, 3.2), seconds: Mapping | None = None
 ) -> Figure:
-    """Draw {label: the loss after each evaluation} in a log scale; return the Figure, of `size` in inches.
+    """Draw curves, {label: loss after each evaluation}, in a log scale; `size` is (width, height) in inches.
 
-    seconds: {label: the time of each evaluation}, for loss against time. Where a run goes on to a finer scale the loss
-    jumps, since there is new detail to match.
+    seconds: {label: time of each evaluation}, to draw the losses against time. Where a run goes on at a finer scale
+    its loss jumps, since there is new detail to match.
     """
-    figure = Figure(figsize=size, layout="constrained")  # not pyplot's: the panel draws on a thread of its own
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     for (label, losses), line in zip(curves.items(), itertools.cycle(("-", "--", "-."))):
         x = seconds[label] if seconds else range(1, len(losses) + 1)
@@ -196,39 +228,48 @@ def plot_losses(
     return figure
 
 
+# --- Files and outputs ---------------------------------------------------------------------------
+
+
 def show(figure: Figure | Path | Iterable, *arguments, alt: str, form: str = "jpeg", **options) -> None:
     """Show a figure in a notebook, with the alternative text `alt`.
 
-    figure: a Figure; images, which `image_grid` draws with the other arguments; or the path of an SVG file. form:
-    "jpeg", which is light, or "png", where each pixel counts. The stored text is `alt` alone, so that a regression run
-    compares nothing that a new machine would change.
+    figure: a Figure, the path of an SVG file, or images, which `image_grid` draws with the other arguments. form:
+    "jpeg", which is small, or "png", which keeps every pixel. The plain text of the output is `alt` alone, so that
+    a regression run does not compare what differs from machine to machine.
     """
     if isinstance(figure, Path):
-        data = {"image/svg+xml": figure.read_text(encoding="utf-8")}
+        kind = "image/svg+xml"
+        content = figure.read_text(encoding="utf-8")
     else:
-        figure, buffer = (
-            figure if isinstance(figure, Figure) else image_grid(figure, *arguments, **options),
-            io.BytesIO(),
-        )
-        quality = {"pil_kwargs": {"quality": 85}} if form == "jpeg" else {}
-        figure.savefig(buffer, format=form, dpi=120, bbox_inches="tight", pad_inches=0.06, **quality)
-        data = {f"image/{form}": base64.b64encode(buffer.getvalue()).decode()}
-    publish_display_data(data | {"text/plain": alt}, metadata={kind: {"alt": alt} for kind in data})
+        if not isinstance(figure, Figure):
+            figure = image_grid(figure, *arguments, **options)
+        file = _render(figure, form, dpi=120, bbox_inches="tight", pad_inches=0.06, pil_kwargs={"quality": 85})
+        kind = f"image/{form}"
+        content = base64.b64encode(file).decode()
+    publish_display_data({kind: content, "text/plain": alt}, metadata={kind: {"alt": alt}})
 
 
-def jpeg(image: Tensor) -> bytes:
-    """An image (1, 3, H, W) as the bytes of a JPEG file: drawn in a tenth of the time of a PNG."""
+def jpeg(image: Tensor, quality: int = 88, subsampling: str = "4:2:0") -> bytes:
+    """Encode an image (1, 3, H, W) as a JPEG file, ten times as fast as PNG.
+
+    quality: 1 to 95. subsampling: of the chroma, "4:4:4", "4:2:2" or "4:2:0".
+    """
     buffer = io.BytesIO()
-    to_pil(image).save(buffer, "jpeg", quality=88)
+    to_pil(image).save(buffer, "jpeg", quality=quality, subsampling=subsampling)
     return buffer.getvalue()
 
 
 def draw_losses(curves: list[tuple]) -> bytes:
-    """Loss curves as the bytes of a PNG file; curves: [(total, weighted content loss, weighted style loss), ...]."""
+    """Draw loss curves as a PNG file; curves: [(total, weighted content loss, weighted style loss), ...]."""
     totals, contents, styles = zip(*curves)
-    both = any(contents) and any(styles)  # or else the other curve would lie on the total
-    named = {"total": totals} | ({"content × its weight": contents, "style × its weight": styles} if both else {})
-    figure = plot_losses(named, size=(5.6, 2.3))
+    named = {"total": totals}
+    if any(contents) and any(styles):  # with one loss alone, its curve would hide the total's
+        named |= {"content × its weight": contents, "style × its weight": styles}
+    return _render(plot_losses(named, size=(5.6, 2.3)), "png", dpi=110)
+
+
+def _render(figure: Figure, form: str, **options) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110)
+    figure.savefig(buffer, format=form, **options)
     return buffer.getvalue()
