@@ -4,17 +4,25 @@ Needs nbgrader's environment; `make test-assignment` makes it. All submissions a
 the experiments out, except where they are the case.
 """
 
+import contextlib
 import copy
 import csv
 import os
 import re
+import shutil
+import signal
+import socket
+import sqlite3
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import nbformat
 import pytest
-from homework import ROOT, grade_id, is_parameters, is_question, is_solution, is_test, questions, read_notebooks
+from homework import NAME, ROOT, grade_id, is_parameters, is_question, is_solution, is_test, questions, read_notebooks
+from lab_driver import ARTEFACTS, CHROMIUM, chromium
 from nbformat.v4 import new_code_cell, new_markdown_cell
 
 NBGRADER = ROOT / os.environ.get("NBGRADER", ".venv-nbgrader") / "bin" / "python"
@@ -42,7 +50,12 @@ def release(tmp_path_factory):
 
 def short(notebook):
     """A notebook without what no test needs."""
-    kept = {"parameters", "pictures", "title"}  # and the answers that give points or are needed for them
+    kept = {
+        "parameters",
+        "pictures",
+        "title",
+        "style-layers-text",
+    }  # and the answers that give points or are needed for them
     notebook.cells = [
         cell
         for cell in notebook.cells
@@ -75,6 +88,10 @@ def with_cell(notebook, source, before=None):
     place = next((k for k, cell in enumerate(notebook.cells) if before and grade_id(cell) == before), 0)
     notebook.cells.insert(place, new_code_cell(source))
     return notebook
+
+
+def with_source(cell, source):
+    return nbformat.from_dict({**copy.deepcopy(cell), "source": source})
 
 
 def cell_of(notebook, name):
@@ -126,8 +143,8 @@ def honest(released):
     merged.cells.remove(cell_of(merged, "test-gram-matrix"))
     edited = answered(two)
     for place in (0, len(edited.cells)):
-        copied = copy.deepcopy(cell_of(edited, "test-gram-matrix")) | {"source": "assert gram_matrix(F).sum() == 0"}
-        edited.cells.insert(place, copied)
+        test = cell_of(edited, "test-gram-matrix")
+        edited.cells.insert(place, with_source(test, "assert gram_matrix(F).sum() == 0"))
     split = answered(two)
     answer = cell_of(split, "style-layers")
     place = split.cells.index(answer)
@@ -174,8 +191,8 @@ def cheats(released):
     one = released[ONE]
     copied = blank(one)
     for cell in [*filter(is_test, copied.cells)]:
-        copied.cells.insert(0, copy.deepcopy(cell) | {"source": "assert True"})
-        copied.cells.append(copy.deepcopy(cell) | {"source": "assert True"})
+        copied.cells.insert(0, with_source(cell, "assert True"))
+        copied.cells.append(with_source(cell, "assert True"))
     faked = blank(one)
     faked.cells += [copy.deepcopy(cell) for name in (TWO, THREE) for cell in filter(is_test, released[name].cells)]
     quiet = "get_ipython().set_custom_exc((Exception,), lambda *_, **__: None)"
@@ -190,6 +207,9 @@ def cheats(released):
         "dies": [answered(one, (LOSS, "import os; os._exit(0)"))],
         "patched": [answered(one, (LOSS, "torch.Tensor.__format__ = lambda *_: '3'; return torch.tensor(3.0)"))],
     }
+
+
+HONEST, CHEATS = list(honest(SOURCES)), list(cheats(SOURCES))
 
 
 def run_grader(*arguments):
@@ -214,9 +234,6 @@ class Grading:
 
     def feedback(self, student):
         return (self.folder / "feedback" / f"{student}.html").read_text(encoding="utf-8")
-
-
-NAMES = [*honest(SOURCES), *cheats(SOURCES)]
 
 
 @pytest.fixture(scope="session")
@@ -288,7 +305,7 @@ def due(notebooks, lost):
     return {name: lost.get(name, WHOLE[name] if name in names else 0) for name in MACHINES}
 
 
-@pytest.mark.parametrize("student", honest(SOURCES))
+@pytest.mark.parametrize("student", HONEST)
 def test_honest_work_gets_its_points(graded, handed_in, student):
     notebooks, lost = handed_in[student]
     row = graded.row(student)
@@ -297,7 +314,7 @@ def test_honest_work_gets_its_points(graded, handed_in, student):
     )
 
 
-@pytest.mark.parametrize("student", cheats(SOURCES))
+@pytest.mark.parametrize("student", CHEATS)
 def test_a_cheat_gets_no_points_from_the_machine(graded, student):
     row = graded.row(student)
     if student in ("custom exception", "transformer", "helper's", "dies", "patched"):  # a person decides
@@ -321,7 +338,7 @@ def test_the_report_says_what_was_odd(graded):
 def test_feedback_gives_reasons_but_neither_hidden_tests_nor_answers_nor_scripts(graded):
     page = graded.feedback("signed")
     assert "0 of 3" in page and "not yet marked, of 4" in page
-    for name in NAMES:
+    for name in [*HONEST, *CHEATS]:
         page = graded.feedback(name)
         assert "<script" not in page and "onerror" not in page
         for cell in (cell for source in SOURCES.values() for cell in source.cells if grade_id(cell)):
@@ -350,3 +367,76 @@ def test_a_second_call_grades_what_has_changed(graded, handed_in, tmp_path):
 def test_nothing_to_grade_is_a_sentence(tmp_path, submissions, words):
     done = run_grader(submissions and tmp_path, sys.executable, tmp_path / "grading")
     assert done.returncode == 1 and words in done.stderr and not (tmp_path / "grading").exists()
+
+
+@contextlib.contextmanager
+def marking(folder, home):
+    """The address of the pages that `make mark` opens, with a token."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (recipe,) = re.findall(
+        r"^mark:.*\n(?:\t@.*\n)*\tcd .* && (.*\\\n.*)", (ROOT / "Makefile").read_text(), re.MULTILINE
+    )
+    for name, value in {"$(abspath $(NBGRADER))": NBGRADER.parents[1], "$(CURDIR)": ROOT, "$$": "$"}.items():
+        recipe = recipe.replace(name, str(value))
+    recipe = recipe.replace("$(abspath $(BIN))/python", sys.executable)
+    options = f"--no-browser --allow-root --ServerApp.port={port} --IdentityProvider.token=token"
+    with open(home / "log", "w") as log:
+        command = ["sh", "-c", f"{recipe} {options}"]
+        environment = os.environ | {"HOME": str(home)}
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        for _ in range(240):
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/api/status?token=token", timeout=2)
+                break
+            assert process.poll() is None, (home / "log").read_text()
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/formgrader"
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(20)
+
+
+def submission(grading, student, notebook):
+    """nbgrader's number of a submitted notebook."""
+    with contextlib.closing(sqlite3.connect(grading.folder / "gradebook.db")) as book:
+        (found,) = book.execute(
+            "select one.id from submitted_notebook one join submitted_assignment work on one.assignment_id = work.id "
+            "join notebook on one.notebook_id = notebook.id where work.student_id = ? and notebook.name = ?",
+            (student, notebook),
+        )
+    return found[0]
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium here: install Debian's package chromium")
+def test_a_text_is_marked_in_the_browser_where_no_script_of_a_student_runs(graded, tmp_path):
+    with marking(graded.folder, tmp_path) as address, chromium() as browser:
+        page = browser.new_page(viewport={"width": 1180, "height": 1400})
+        page.set_default_timeout(120_000)
+        page.goto(f"{address}/gradebook/style-transfer?token=token")
+        page.get_by_role("link", name=TWO).wait_for()
+        page.screenshot(path=ARTEFACTS / "marking-notebooks.png")
+        page.goto(f"{address}/submissions/{submission(graded, 'split', TWO)}/")
+        page.get_by_text("All of my text").wait_for()
+        assert page.get_by_text("one each: a claim, a number from the table").count()
+        page.get_by_text("bold").click()
+        page.get_by_text("a link").click()
+        page.locator("#style-layers").fill("3")
+        page.locator("#style-layers-comment").fill("Quote the <b>number</b>.")
+        with page.expect_response(
+            lambda response: "/api/comment/" in response.url and response.request.method == "PUT"
+        ):
+            page.locator("#style-layers").focus()
+        page.screenshot(path=ARTEFACTS / "marking-texts.png", full_page=True)
+        assert page.evaluate("typeof hacked") == "undefined"
+        page.goto(f"{address}/submissions/{submission(graded, 'dies', ONE)}/")
+        page.get_by_text("Held for a look").first.wait_for()
+        page.screenshot(path=ARTEFACTS / "marking-held.png", full_page=True)
+    (tmp_path / "split").mkdir()
+    shutil.copy(graded.folder / "submitted" / "split" / NAME / f"{TWO}.ipynb", tmp_path / "split")
+    done = run_grader(tmp_path / "split", sys.executable, graded.folder, "", "other numbers")
+    row = graded.row("split")
+    assert row["style-layers"] == "3" and float(row["total"]) == 3 + sum(float(row[name]) for name in MACHINES)
+    assert "Quote the &lt;b&gt;number&lt;/b&gt;." in graded.feedback("split"), done.stdout + done.stderr

@@ -68,13 +68,13 @@ def citation(text, address, version):
 def main(address=None):
     pyproject = ROOT / "pyproject.toml"
     if address:
-        pyproject.write_text(set_address(pyproject.read_text(encoding="utf-8"), address), encoding="utf-8")
-    address, version = known(pyproject.read_text(encoding="utf-8"))
+        pyproject.write_text(set_address(pyproject.read_text("utf-8"), address), "utf-8")
+    address, version = known(pyproject.read_text("utf-8"))
     for name, change in {"README.md": readme, "CITATION.cff": citation}.items():
         path = ROOT / name
-        path.write_text(change(path.read_text(encoding="utf-8"), address, version), encoding="utf-8")
+        path.write_text(change(path.read_text("utf-8"), address, version), "utf-8")
     for path in NOTEBOOKS:
-        notebook = nbformat.read(path, as_version=4)
+        notebook = nbformat.read(path, 4)
         next(cell for cell in notebook.cells if cell.cell_type == "code").source = first_cell(address, version)
         nbformat.write(notebook, path)
     print(

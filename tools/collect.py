@@ -5,7 +5,6 @@ or a folder. Nothing is unpacked onto the disk.
 """
 
 import io
-import json
 import re
 import time
 import zipfile
@@ -69,27 +68,23 @@ def student_of(path, notebooks):
 
 def without_wrapping(files, notebooks):
     """The files without a folder around all: one within which several students have a file of one name."""
-    while len({path[:1] for path, *_ in files}) == 1:
-        inner = [(path[1:], *rest) for path, *rest in files]
-        if not all(path for path, *_ in inner):
-            break
-        students = {student_of(path[:-1], notebooks)[0] for path, *_ in inner}
-        if len(students - {"unknown"}) < 2 or len({path[-1] for path, *_ in inner}) == len(inner):
-            break
-        files = inner
-    return files
+    inner = [(path[1:], *rest) for path, *rest in files]
+    students = {student_of(path[:-1], notebooks)[0] for path, *_ in inner} - {"unknown"}
+    doubles = len({path[-1:] for path, *_ in inner}) < len(inner)
+    if len({path[0] for path, *_ in files}) > 1 or len(students) < 2 or not doubles:
+        return files
+    return without_wrapping(inner, notebooks)
 
 
 def recognised(notebook, sources):
     """The name of our notebook that has most questions and tests in common with this one, or nothing."""
-    keys = {grade_id(cell) or cell.get("id") for cell in notebook.cells}
-    common = {name: len(keys & {grade_id(cell) for cell in ours.cells} - {None}) for name, ours in sources.items()}
-    best = max(common, key=common.get)
-    return best if common[best] else None
+    keys = {grade_id(cell) or cell.get("id") for cell in notebook.cells} - {None}
+    common = {name: len(keys & set(map(grade_id, ours.cells))) for name, ours in sources.items()}
+    return max(common, key=common.get) if any(common.values()) else None
 
 
 def collect(files, sources):
-    """({student: {notebook: its content as JSON}}, {student: sentences on the files})."""
+    """({student: {notebook: its text}}, {student: sentences on the files})."""
     chosen, newest, remarks = {}, {}, {}
     files = [file for file in files if not any(name.startswith((".", "__MACOSX")) for name in file[0])]
     for path, when, read in without_wrapping(files, sources):
@@ -102,8 +97,8 @@ def collect(files, sources):
             said.append(f"{where} was ignored")
         else:
             try:
-                notebook = nbformat.reads(read().decode("utf-8-sig").replace("\\r\\n", "\\n"), as_version=4)
-                name = recognised(notebook, sources)
+                content = read().decode("utf-8-sig").replace("\\r\\n", "\\n")
+                name = recognised(nbformat.reads(content, 4), sources)
             except Exception as error:  # whatever a file can be that is no notebook
                 said.append(f"{where} cannot be read as a notebook: {str(error)[:80]}")
                 continue
@@ -115,5 +110,5 @@ def collect(files, sources):
                 said.append(f"{where} has none of the homework's questions")
             elif rank >= before:
                 newest[student, name] = rank
-                chosen.setdefault(student, {})[name] = json.dumps(notebook)
+                chosen.setdefault(student, {})[name] = content
     return chosen, remarks

@@ -5,12 +5,13 @@ the marks given by hand meanwhile into grades.csv and feedback.
 """
 
 import csv
-import hashlib
 import os
 import re
 import shutil
 import subprocess
 import sys
+import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,17 +23,12 @@ from make_assignment import open_course, write_helper
 from nbformat.v4 import new_notebook
 from preprocessors import Judge, judged
 
-UNLOCKED = (
-    "There is no bubblewrap here: students' code runs with your rights, and can read and change your files. "
-    "If you do not trust it, grade in a container that you throw away."
-)
-
-# --- Grading -------------------------------------------------------------------------------------
+TOOLS = ROOT / "tools"
 
 
 def with_other_numbers(notebook, seed):
     """Our notebook with the seeds in the hidden part of its tests moved by a word."""
-    shift = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:4], "big") if seed else 0
+    shift = zlib.crc32(seed.encode())  # 0 for no word
     for cell in filter(is_test, notebook.cells):
         shown, mark, hidden = cell.source.partition("### BEGIN HIDDEN TESTS")
         cell.source = shown + mark + re.sub(r"manual_seed\((\w+)\)", rf"manual_seed({shift} + \1)", hidden)
@@ -40,86 +36,81 @@ def with_other_numbers(notebook, seed):
 
 
 def store(chosen, remarks, sources):
-    """Copy what was collected into the course; the students of whom something is new."""
-    changed = set()
+    """Copy what was collected into the course, and forget what was graded of those who handed in something new."""
     for student, said in remarks.items():
         folder = Path("submitted", student)
         (folder / NAME).mkdir(parents=True, exist_ok=True)
-        (folder / "remarks.txt").write_text("\n".join(said), encoding="utf-8")
+        (folder / "remarks.txt").write_text("\n".join(said), "utf-8")
         for name in sources:
             path, content = folder / NAME / f"{name}.ipynb", chosen.get(student, {}).get(name)
-            if not path.exists() or content and path.read_text(encoding="utf-8") != content:
-                path.write_text(content or nbformat.writes(new_notebook()), encoding="utf-8")
-                changed.add(student)
-    return changed
+            if not path.exists() or content and path.read_text("utf-8") != content:
+                path.write_text(content or nbformat.writes(new_notebook()), "utf-8")
+                shutil.rmtree(Path("autograded", student), ignore_errors=True)
 
 
-def grade(course, students):
-    """Grade these students' notebooks on all processors, and store each student's points at once."""
-    pool = ThreadPoolExecutor(os.cpu_count())
-    running = {}
-    for student in students:
-        notebooks = read_notebooks(Path("submitted", student, NAME))
-        running[student] = {name: pool.submit(judged, notebook, name) for name, notebook in notebooks.items()}
+def graded(path):
     try:
-        for k, (student, futures) in enumerate(running.items(), 1):
-            Judge.ready.update({(student, name): future.result() for name, future in futures.items()})
-            result = course.autograde(NAME, student)
-            print(
-                f"{student}: {'graded' if result['success'] else result['error']} ({k} of {len(running)})", flush=True
-            )
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        return judged(nbformat.read(path, 4), path.stem)
+    except Exception as error:  # whatever a notebook can have that is no cell
+        print(f"{path} cannot be graded: {type(error).__name__}: {error}")
+        return judged(new_notebook(), path.stem)
 
 
-# --- What is written -----------------------------------------------------------------------------
+def grade(course, sources):
+    """Grade the notebooks that are not graded yet on all processors, and store each student's points at once."""
+    students = sorted({*os.listdir("submitted")} - {*os.listdir("autograded")})
+    jobs = [(student, name) for student in students for name in sources]
+    pool = ThreadPoolExecutor(os.cpu_count())
+    found = pool.map(graded, (Path("submitted", student, NAME, f"{name}.ipynb") for student, name in jobs))
+    for student, name in jobs:
+        Judge.ready[student, name] = next(found)
+        if name == list(sources)[-1]:
+            print(f"{student}: {course.autograde(NAME, student).get('error', 'graded')}", flush=True)
 
 
 def account(gradebook, student, asked):
-    """(A student's line of grades.csv, page of feedback, sentences for the report)."""
+    """([question, its points or "", what is to be said of it], sentences for the report, all points) of a student."""
     notebooks = gradebook.find_submission(NAME, student).notebooks
     grades = {grade.name: grade for notebook in notebooks for grade in notebook.grades}
     comments = {one.name: one.comment for notebook in notebooks for one in notebook.comments}
-    graded = read_notebooks(Path("autograded", student, NAME))
-    said = Path("submitted", student, "remarks.txt").read_text(encoding="utf-8").splitlines()
-    row, results = {"student": student}, []
-    for title, question in asked:
+    said = Path("submitted", student, "remarks.txt").read_text("utf-8").splitlines()
+    lost, results = {}, []
+    for title, notebook in read_notebooks(Path("autograded", student, NAME)).items():
+        lost |= notebook.metadata.lost
+        said += [f"{title}: {line}" for line in notebook.metadata.remarks]
+    for question in asked:
         own = [grades[name] for name in question.points]
         waits = any(one.needs_manual_grade and one.manual_score is None for one in own)
         score = sum(one.score for one in own)
-        row[question.name] = "" if waits else f"{score:g}"
-        lost = [] if waits or score >= question.most else map(graded[title].metadata.lost.get, question.points)
-        results.append((question, row[question.name], filter(None, [*lost, comments.get(question.name)])))
-    for title, notebook in graded.items():
-        said += [f"{title}: {line}" for line in notebook.metadata.remarks]
-    row["total"] = f"{sum(grade.score for grade in grades.values()):g}"
-    row["late"] = "late" if "late" in said else ""
-    page = jinja2.Template((ROOT / "tools" / "feedback.html").read_text(encoding="utf-8"), autoescape=True)
-    return row, page.render(results=results, **row), said
+        why = [] if waits or score >= question.most else map(lost.get, question.points)
+        why = filter(None, [*why, comments.get(question.name)])
+        results.append((question, "" if waits else f"{score:g}", "\n".join(why)))
+    return results, said, f"{sum(one.score for one in grades.values()):g}"
 
 
 def write_all(course, sources):
     """grades.csv, report.txt and feedback/ of all students so far."""
-    asked = [(name, question) for name, notebook in sources.items() for question in questions(notebook)]
+    asked = sum(map(questions, sources.values()), [])
+    page = jinja2.Template((TOOLS / "feedback.html").read_text("utf-8"), autoescape=True)
+    rows, report = [["student", *(question.name for question in asked), "total"]], []
     Path("feedback").mkdir(exist_ok=True)
-    rows, report = [], []
     with course.gradebook as gradebook:
-        for folder in sorted(Path("autograded").iterdir()):
-            row, page, said = account(gradebook, folder.name, asked)
-            rows.append(row | {"student": re.sub("^(?=[-+=@])", "'", folder.name)})  # no formula
-            Path("feedback", f"{folder.name}.html").write_text(page, encoding="utf-8")
-            report += [f"{folder.name}: {line}" for line in said]
+        for student in sorted(os.listdir("autograded")):
+            results, said, total = account(gradebook, student, asked)
+            # A name that begins so is no formula.
+            rows.append([re.sub("^(?=[-+=@])", "'", student), *(points for _, points, _ in results), total])
+            html = page.render(student=student, results=results, total=total)
+            Path("feedback", f"{student}.html").write_text(html, "utf-8")
+            report += [f"{student}: {line}" for line in said]
     with open("grades.csv", "w", newline="", encoding="utf-8-sig") as file:  # so that Excel sees the umlauts
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    Path("report.txt").write_text("\n".join([*report, ""]), encoding="utf-8")
-    print(*report, sep="\n")
-    print(f"{len(rows)} students: see grades.csv, report.txt and feedback/ in {Path.cwd()}")
+        csv.writer(file).writerows(rows)
+    Path("report.txt").write_text("\n".join([*report, ""]), "utf-8")
+    print(*report, f"{len(rows) - 1} students: see grades.csv, report.txt and feedback/ in {os.getcwd()}", sep="\n")
 
 
 def main(submissions, python, into, student="", seed=""):
-    """Grade a folder or zip into the folder `into` by the notebooks' Python; student: alone, even if unchanged."""
+    """Grade a folder or zip into the folder `into` by the notebooks' Python; student: again, even if unchanged."""
+    warnings.simplefilter("ignore")  # nbgrader's of its database
     sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
     os.environ["NOTEBOOKS_PYTHON"] = os.path.abspath(python)
     path, sources = Path(submissions), read_notebooks(ROOT / "notebooks")
@@ -134,13 +125,13 @@ def main(submissions, python, into, student="", seed=""):
     course = open_course(Path.cwd(), lambda notebook: with_other_numbers(notebook, seed))
     shutil.rmtree("helper", ignore_errors=True)
     write_helper(Path("helper"))
-    if subprocess.run(["sh", ROOT / "tools" / "kernels" / NAME / "sandbox.sh"]).returncode:
-        print(UNLOCKED)
-    changed = store(chosen, remarks, sources)
-    if before != read_notebooks(Path("source", NAME)):
-        changed = {folder.name for folder in Path("submitted").iterdir()}
+    subprocess.run(["sh", TOOLS / "kernels" / NAME / "sandbox.sh"])  # says if there is none
+    store(chosen, remarks, sources)
+    if student or before != read_notebooks(Path("source", NAME)):
+        shutil.rmtree(Path("autograded", student), ignore_errors=True)
+    Path("autograded").mkdir(exist_ok=True)
     try:
-        grade(course, [student] if student else sorted(changed))
+        grade(course, sources)
     except KeyboardInterrupt:
         print("Stopped: what is graded is stored, and the next call grades the others.")
         write_all(course, sources)

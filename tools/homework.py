@@ -14,15 +14,20 @@ TEXT_BLANK = "*Your answer, in place of this line.*"
 
 def read_notebooks(folder):
     """{name: notebook} of the notebooks in a folder."""
-    return {path.stem: nbformat.read(path, as_version=4) for path in sorted(folder.glob("*.ipynb"))}
+    return {path.stem: nbformat.read(path, 4) for path in sorted(folder.glob("*.ipynb"))}
+
+
+def about(cell):
+    """What nbgrader knows of a cell."""
+    return cell.metadata.get("nbgrader", {})
 
 
 def grade_id(cell):
-    return cell.metadata.get("nbgrader", {}).get("grade_id")
+    return about(cell).get("grade_id")
 
 
 def points(cell):
-    return cell.metadata.get("nbgrader", {}).get("points", 0)
+    return about(cell).get("points", 0)
 
 
 def is_parameters(cell):
@@ -31,12 +36,16 @@ def is_parameters(cell):
 
 def is_solution(cell):
     """Whether a student fills it in: a question, an exercise, or a function from an earlier notebook."""
-    return cell.metadata.get("nbgrader", {}).get("solution", False)
+    return about(cell).get("solution")
+
+
+def is_graded(cell):
+    return about(cell).get("grade")
 
 
 def is_test(cell):
     """Whether a machine grades by it."""
-    return cell.metadata.get("nbgrader", {}).get("grade", False) and not is_solution(cell)
+    return is_graded(cell) and not is_solution(cell)
 
 
 def is_question(cell):

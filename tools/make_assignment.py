@@ -17,7 +17,6 @@ from homework import CODE_BLANK, NAME, ROOT, TEXT_BLANK, questions, read_noteboo
 from nbgrader.apps import NbGraderAPI
 from traitlets.config import PyFileConfigLoader
 
-COPIED = ["style_transfer", "images", "LICENSE"]
 # A student needs nothing for our tests, and has the handout for README.md.
 CHANGED = [("requirements.txt", r"(nbval|pytest)==.*\n", ""), ("pyproject.toml", "README", "HANDOUT")]
 FORMULAS = ["gram_matrix", "content_loss", "style_loss", "make_objective"]  # blank in the released helper
@@ -44,29 +43,24 @@ def open_course(folder, changed=lambda notebook: notebook):
 def write_helper(target):
     """The helper with blank formulas, the package and the pictures, in the new folder `target`."""
     target.mkdir(exist_ok=True)
-    for name in COPIED:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(ROOT / name, target)
-    helper = (ROOT / "nst_utils.py").read_text(encoding="utf-8")
-    (target / "nst_utils.py").write_text(with_blanks(helper, FORMULAS), encoding="utf-8")
+    for name in ("style_transfer", "images"):
+        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+    helper = (ROOT / "nst_utils.py").read_text("utf-8")
+    (target / "nst_utils.py").write_text(with_blanks(helper, FORMULAS), "utf-8")
 
 
 def write_release(folder, target):
     """Everything that a student gets, in the new folder `target`, from a course in `folder`."""
     shutil.copytree(folder / "release" / NAME, target / "notebooks")
     write_helper(target)
+    shutil.copy(ROOT / "LICENSE", target)
     asked = sum(map(questions, read_notebooks(ROOT / "notebooks").values()), [])
-    template = jinja2.Template((ROOT / "tools" / "handout.md").read_text(encoding="utf-8"))
-    page = template.render(asked=asked, code_blank=CODE_BLANK, text_blank=TEXT_BLANK)
-    (target / "HANDOUT.md").write_text(page, encoding="utf-8")
-    for name, words, others in (
-        ("requirements.txt", r"(nbval|pytest)==.*\n", ""),
-        ("pyproject.toml", "README", "HANDOUT"),
-    ):
-        text = (ROOT / name).read_text(encoding="utf-8")
-        (target / name).write_text(re.sub(words, others, text), encoding="utf-8")
+    page = jinja2.Template((ROOT / "tools" / "handout.md").read_text("utf-8"))
+    page = page.render(asked=asked, code_blank=CODE_BLANK, text_blank=TEXT_BLANK)
+    (target / "HANDOUT.md").write_text(page, "utf-8")
+    for name, words, others in CHANGED:
+        text = (ROOT / name).read_text("utf-8")
+        (target / name).write_text(re.sub(words, others, text), "utf-8")
 
 
 def with_blanks(source, names):
@@ -81,9 +75,8 @@ def with_blanks(source, names):
 
 if __name__ == "__main__":
     target = Path(*sys.argv[1:] or [ROOT / "assignment"])
-    for path in (target, target.with_suffix(".zip")):
-        if path.exists():
-            sys.exit(f"{path.name} is there already: move it away first, since you may have worked on it.")
+    if target.exists():
+        sys.exit(f"{target.name} is there already: move it away first, since you may have worked on it.")
     with tempfile.TemporaryDirectory() as folder:
         open_course(Path(folder))
         write_release(Path(folder), target)

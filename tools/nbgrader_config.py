@@ -17,7 +17,7 @@ c.ClearSolutions.text_stub = TEXT_BLANK
 c.Autograde.sanitize_preprocessors = []
 c.Autograde.autograde_preprocessors = [
     "preprocessors.Judge",
-    "preprocessors.SaveVerdicts",
+    "nbgrader.preprocessors.SaveAutoGrades",
     "nbgrader.preprocessors.AssignLatePenalties",
 ]
 # What a student hands in must not run in the browser of whoever marks it.

@@ -16,17 +16,38 @@ from pathlib import Path
 from subprocess import DEVNULL
 
 import nbformat
-from homework import NAME, grade_id, is_parameters, is_question, is_solution, is_test, points
+from homework import NAME, grade_id, is_graded, is_parameters, is_solution, is_test, points
 from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import DeadKernelError
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
-from nbformat.v4 import new_code_cell, new_notebook, new_output
-from nbgrader.preprocessors import NbGraderPreprocessor, SaveAutoGrades
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from nbgrader.preprocessors import NbGraderPreprocessor
 from small_notebooks import made_small
 
 CELL_SECONDS, NOTEBOOK_SECONDS = 60, 300
-OUTPUT_CHARACTERS = 10_000_000  # of a notebook; what it prints beyond them is dropped
+PRELUDE = """
+import sys
+
+exit = quit = lambda *_, **__: None
+
+
+def _limited(write, room=[10_000_000]):
+    def limited(text):
+        room[0] -= len(text)
+        return write(text) if room[0] > 0 else len(text)
+    return limited
+
+
+sys.stdout.write, sys.stderr.write = map(_limited, (sys.stdout.write, sys.stderr.write))
+"""
+SENTENCES = {  # on the errors in a test
+    "^AssertionError": "{}",
+    "^NotImplementedError": "left blank",
+    "^KeyboardInterrupt": f"stopped after {CELL_SECONDS} seconds",
+    "^TypeError.*'dict'": "a dictionary stands where one layer's feature map or Gram matrix belongs ({})",
+    "backward through the graph a second": "a new tensor took the image's place: change the optimiser's own, in place",
+}
 NOT_READ = "no notebook that can be read was handed in"
 # A student's line with one of these is left to whoever marks: it may reach around a test.
 DESERVES_A_LOOK = re.compile(
@@ -50,20 +71,8 @@ class Judge(NbGraderPreprocessor):
     ready = {}  # {(student, notebook): what `judged` gave}, for whoever runs several at once
 
     def preprocess(self, nb, resources):
-        about = resources["nbgrader"]
-        done = self.ready.pop((about["student"], about["notebook"]), None)
-        return done or judged(nb, about["notebook"]), resources
-
-
-class SaveVerdicts(SaveAutoGrades):
-    """nbgrader's points for the verdicts, except that what is held for a look gets none before it has been marked."""
-
-    def _add_score(self, cell, resources):
-        super()._add_score(cell, resources)
-        if cell.metadata.get("held"):
-            grade = self.gradebook.find_grade(grade_id(cell), self.notebook_id, self.assignment_id, self.student_id)
-            grade.auto_score, grade.needs_manual_grade = None, True
-            self.gradebook.db.commit()
+        key = resources["nbgrader"]["student"], resources["nbgrader"]["notebook"]
+        return self.ready.pop(key, None) or judged(nb, key[1]), resources
 
 
 def judged(submitted, name):
@@ -72,23 +81,25 @@ def judged(submitted, name):
     The folder that we are in is nbgrader's course.
     """
     released, source = (nbformat.read(Path(step, NAME, f"{name}.ipynb"), 4) for step in ("release", "source"))
-    aligned = align(submitted, released, source)
+    aligned, remarks = align(submitted, released, source)
     notebook, tokens = runnable(name, aligned, source)
     stopped = run(notebook) if submitted.cells else NOT_READ
-    lost, remarks = aligned.metadata.lost, aligned.metadata.remarks
-    remarks += [stopped] if stopped else []
+    lost, remarks = {}, [*remarks, stopped] if submitted.cells else [stopped]
     printed = ""
     for cell in notebook.cells:
-        if cell.metadata.get("test"):
-            printed += "".join(output.get("text", "") for output in cell.outputs)
-        elif any(output.get("ename") == "KeyboardInterrupt" for output in cell.outputs):
-            remarks.append(f"a cell was stopped after {CELL_SECONDS} seconds: {cell.source.splitlines()[0]}")
+        for output in cell.outputs:
+            printed += output.get("text", "") if cell.metadata.get("test") else ""
+            if output.get("ename") == "KeyboardInterrupt":
+                remarks.append(f"a cell was stopped after {CELL_SECONDS} seconds: {text(cell)[:80]}")
     held = suspicious(aligned, released)
     remarks += [f"held for a look: {line}" for line in held]
-    for cell in filter(is_test, aligned.cells):
+    for cell in [*filter(is_test, aligned.cells)]:
         lost[grade_id(cell)] = sentence = verdict(tokens[grade_id(cell)], printed, stopped)
         cell.outputs = [new_output("stream", text=sentence or "passed", name="stderr" if sentence else "stdout")]
-        cell.metadata.held = bool(held)
+        if held:  # nbgrader leaves a text to whoever marks
+            said = f"The machine says: {sentence or 'passed'}. Held for a look: `{held[0]}`"
+            aligned.cells[aligned.cells.index(cell)] = new_markdown_cell(said, metadata=cell.metadata)
+    aligned.metadata.update(lost=lost, remarks=list(filter(None, remarks)))
     return aligned
 
 
@@ -96,80 +107,65 @@ def judged(submitted, name):
 
 
 def is_ours(cell):
-    """Whether it is put back as we gave it out."""
-    return is_parameters(cell) or is_test(cell)
+    """Whether it is put back as we gave it out: parameters, a test, or a text that gives no points."""
+    return is_parameters(cell) or is_graded(cell) and not (is_solution(cell) and points(cell))
 
 
 def text(cell):
-    return "\n".join(map(str.rstrip, cell.source.strip().splitlines()))
+    return cell.source.strip()
 
 
 def align(submitted, released, source):
-    """A submitted notebook with our tests and parameters behind what they test, and each text in one cell."""
+    """(A submitted notebook with our tests behind what they test, our parameters, each text in one cell; remarks)."""
     names = [grade_id(cell) or cell.id for cell in released.cells]
     given = dict(zip(names, released.cells))
-    by_text = dict(zip(map(text, released.cells), names))
+    known = {key: name for name, cell in given.items() for key in (name, cell.id, text(cell))}
     remarks, cells = [], []  # cells: (name in ours, cell, or None for the place of one that is put back)
     for cell in submitted.cells:
-        name = known_as(cell, given) or by_text.get(text(cell))
+        keys = grade_id(cell), is_parameters(cell) and "parameters", cell.get("id"), text(cell)
+        name = next((known[key] for key in keys if key in known), None)
+        ours = given.get(name, cell)
         cell.metadata = nbformat.from_dict({})
         for output in cell.get("outputs", []):  # what a browser would run
             for kind in ("text/html", "image/svg+xml", "application/javascript"):
                 output.get("data", {}).pop(kind, None)
-        ours = given.get(name)
-        if ours and is_ours(ours):
+        if name and is_ours(ours):
             if text(cell) != text(ours):  # an answer or imports may be in it
-                cells.append((None, new_code_cell(cell.source)))
+                cells.append((None, cell))
                 remarks += [f"{name} was edited"] if is_test(ours) else []
             cell = None
-        elif ours and is_solution(ours):
+        elif name and is_solution(ours):
             outputs = {"outputs": cell.get("outputs", [])} if ours.cell_type == "code" else {}
             cell = nbformat.from_dict({**ours, "source": cell.source, **outputs})
         cells.append((name, cell))
 
     place = -1  # behind which the next cell of ours goes
     for name, ours, whole in zip(names, released.cells, source.cells):
-        if not is_ours(ours) and not is_solution(ours):
-            continue
-        places = [k for k, (other, _) in enumerate(cells) if other == name]
-        place = max([place, *places])
-        for k in places[:-1]:  # the last one counts, as when a notebook is run
-            if cells[k][1]:
-                cells[k] = None, nbformat.from_dict({**cells[k][1], "metadata": {}})
-        if is_ours(ours) or (points(ours) and not places):
-            place += 1
-            cells.insert(place, (name, copy.deepcopy(whole if is_ours(ours) else ours)))
-        if is_test(ours) and len(places) != 1 and submitted.cells:
-            remarks.append(f"{name} was {'doubled' if places else 'missing'}")
+        if is_ours(ours) or is_solution(ours):
+            places = [k for k, (other, _) in enumerate(cells) if other == name]
+            place = max([place, *places])
+            if is_ours(ours) or points(ours) and not places:
+                place += 1
+                cells.insert(place, (name, whole if is_test(ours) else copy.deepcopy(ours)))
+            if is_test(ours) and len(places) != 1:
+                remarks.append(f"{name} was {'doubled' if places else 'missing'}")
     cells = [pair for pair in cells if pair[1]]
     for name, ours in given.items():
-        if is_question(ours) and points(ours):
-            cells = with_whole_text(cells, name, ours)
-            remarks += [f"{name} was left blank"] if submitted.cells and (name, ours) in cells else []
-    return new_notebook(cells=[cell for _, cell in cells], metadata={"remarks": remarks, "lost": {}})
+        if points(ours) and is_solution(ours) and not gather_text(cells, name, ours):
+            remarks.append(f"{name} was left blank")
+    return new_notebook(cells=[cell for _, cell in cells]), remarks
 
 
-def known_as(cell, given):
-    """What a cell is called in ours, by nbgrader's metadata or, where a platform drops these, by Jupyter's id."""
-    name = grade_id(cell) or cell.get("id")
-    if is_parameters(cell):
-        return "parameters"
-    return name if name in given and (is_ours(given[name]) or is_solution(given[name])) else None
-
-
-def with_whole_text(cells, name, blank):
-    """The cells, with a student's own texts around an answer in its cell, up to a heading or a cell of ours."""
-    (middle,) = (k for k, (other, _) in enumerate(cells) if other == name)
-    taken = [middle]
-    for way in (range(middle - 1, -1, -1), range(middle + 1, len(cells))):
-        for k in way:
-            if cells[k][0] or re.search("^#+ ", cells[k][1].source, re.MULTILINE):
-                break
-            taken += [k] if cells[k][1].cell_type != "code" else []
-    written = [cells[k][1].source for k in sorted(taken) if text(cells[k][1]) != text(blank)]
-    if written:
-        cells[middle][1].source = "\n\n".join(written)
-    return [pair for k, pair in enumerate(cells) if k == middle or k not in taken]
+def gather_text(cells, name, blank):
+    """Put a student's own texts around an answer into its cell, up to a heading or a cell of ours; whether any."""
+    middle = max(k for k, (other, _) in enumerate(cells) if other == name)
+    ends = [k for k, (other, cell) in enumerate(cells) if k != middle and (other or re.search("(?m)^#+ ", cell.source))]
+    before, after = max(k for k in [-1, *ends] if k < middle), min(k for k in [*ends, len(cells)] if k > middle)
+    around, answer = [cell for _, cell in cells[before + 1 : after]], cells[middle][1]
+    written = [cell.source for cell in around if cell.cell_type != "code" and text(cell) != text(blank)]
+    answer.source = "\n\n".join(written) or answer.source
+    cells[before + 1 : after] = [*((None, cell) for cell in around if cell.cell_type == "code"), (name, answer)]
+    return written
 
 
 # --- What is run ---------------------------------------------------------------------------------
@@ -184,10 +180,13 @@ def until_last_test(notebook):
 
 def suspicious(aligned, released):
     """The lines of a student's own, before the last test, that deserve a look."""
-    ours = {line.strip() for cell in released.cells for line in cell.source.splitlines()}
-    cells = [cell for cell in until_last_test(aligned) if not is_ours(cell)]
-    lines = [line.strip() for cell in cells for line in cell.source.splitlines()]
-    return [line for line in lines if line not in ours and DESERVES_A_LOOK.search(line)]
+    own = [cell for cell in until_last_test(aligned) if not is_ours(cell)]
+    lines = dict.fromkeys(lines_of(own))
+    return [line for line in lines if line not in lines_of(released.cells) and DESERVES_A_LOOK.search(line)]
+
+
+def lines_of(cells):
+    return [line.strip() for cell in cells for line in cell.source.splitlines()]
 
 
 def runnable(name, aligned, source):
@@ -196,19 +195,25 @@ def runnable(name, aligned, source):
     Each test runs twice: where it stands, and at the end, with our answers to the questions before its own, so that a
     wrong answer costs its own points only.
     """
-    tokens = {grade_id(cell): [secrets.token_hex(), secrets.token_hex()] for cell in filter(is_test, source.cells)}
-    cells = [new_code_cell("exit = quit = lambda *_, **__: None")]
+    tokens = {}
+    cells = [new_code_cell(PRELUDE)]
+
+    def test(cell):
+        token = secrets.token_hex()
+        tokens.setdefault(grade_id(cell), []).append(token)
+        cells.append(shielded(cell.source, token))
+
     for cell in until_last_test(aligned):
         if is_test(cell):
-            cells.append(shielded(cell.source, tokens[grade_id(cell)][0]))
+            test(cell)
         else:
             # Installations and the shell's commands do nothing.
-            own = re.sub(r"^(\s*)(!|%(pip|conda|cd|reset)\b).*", r"\1pass", cell.source, flags=re.MULTILINE)
+            own = re.sub(r"(?m)^(\s*)(!|%(pip|conda|cd|reset)\b).*", r"\1pass", cell.source)
             cells.append(new_code_cell(own, metadata=cell.metadata))
     answer = ""
     for cell in until_last_test(source):
         if is_test(cell):
-            cells.append(shielded(cell.source, tokens[grade_id(cell)][1]))
+            test(cell)
         elif is_solution(cell):
             cells.append(new_code_cell(answer))
             answer = cell.source
@@ -238,36 +243,17 @@ def verdict(tokens, printed, stopped):
     """A sentence on why a test with these tokens has not passed; none if it has."""
     if any(f"{token} passed\n" in printed for token in tokens):
         return ""
-    for token in tokens:
-        if found := re.search(rf"{token} failed\n(\w+)\n(.*?)\n{token}", printed, re.DOTALL):
-            return explained(*found.groups())
-    return f"not reached: {stopped}" if stopped else "the test did not get to its end"
-
-
-def explained(name, value):
-    """A sentence on an error in a test."""
-    first = value.strip().partition("\n")[0][:300]
-    if name == "NotImplementedError":
-        return "left blank"
-    if name == "KeyboardInterrupt":
-        return f"stopped after {CELL_SECONDS} seconds"
-    if name == "TypeError" and "'dict'" in first:
-        return f"a dictionary stands where one layer's feature map or Gram matrix belongs ({first})"
-    if "backward through the graph a second time" in first:
-        return "a new tensor took the image's place: change the one that the optimiser holds, in place"
-    return first if name == "AssertionError" else f"{name}: {first}"
+    found = re.search(rf"({'|'.join(tokens)}) failed\n(\w+)\n(.*?)\n\1", printed, re.DOTALL)
+    if not found:
+        return f"not reached: {stopped}" if stopped else "the test did not get to its end"
+    first = found[3].strip().partition("\n")[0][:300]
+    for words, sentence in SENTENCES.items():
+        if re.search(words, f"{found[2]}: {first}"):
+            return sentence.format(first)
+    return f"{found[2]}: {first}"
 
 
 # --- The kernel ----------------------------------------------------------------------------------
-
-
-class Client(NotebookClient):
-    received = 0
-
-    def output(self, outs, msg, display_id, cell_index):
-        self.received += len(str(msg["content"]))
-        if self.received < OUTPUT_CHARACTERS:
-            return super().output(outs, msg, display_id, cell_index)
 
 
 def run(notebook):
@@ -276,7 +262,7 @@ def run(notebook):
         shutil.copytree("helper", folder, dirs_exist_ok=True)
         # Sockets in the folder, since the kernel has no network.
         manager = AsyncKernelManager(kernel_name=NAME, connection_file=f"{folder}/kernel.json", transport="ipc")
-        client = Client(notebook, manager, timeout=CELL_SECONDS, interrupt_on_timeout=True, allow_errors=True)
+        client = NotebookClient(notebook, manager, timeout=CELL_SECONDS, interrupt_on_timeout=True, allow_errors=True)
         client.log.setLevel("CRITICAL")
         client.shutdown_kernel = "immediate"
         execution = client.async_execute(cwd=folder, cleanup_kc=True, stdout=DEVNULL, stderr=DEVNULL)

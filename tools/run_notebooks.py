@@ -1,6 +1,5 @@
 """Execute the notebooks with progress and render them to HTML; with --store, keep the outputs in them too."""
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -20,11 +19,7 @@ KERNEL = {
     "language_info": {"name": "python"},
 }
 
-parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--store", action="store_true", help="write the outputs back into notebooks/")
-parser.add_argument("names", nargs="*", help="only notebooks whose file name starts so")
-arguments = parser.parse_args()
-
+names = [word for word in sys.argv[1:] if word != "--store"]  # only notebooks whose file name starts so
 print(
     "Each notebook takes some minutes: with bfloat16 on two cores three to seven, without it more than twice that, "
     "with a GPU one."
@@ -33,9 +28,9 @@ os.environ["TQDM_DISABLE"] = "1"  # the bars inside the notebooks; ours below go
 sys.stdout.reconfigure(errors="backslashreplace")  # a path that the terminal cannot show is shown by its codes
 (ROOT / "rendered").mkdir(exist_ok=True)
 for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
-    if arguments.names and not path.name.startswith(tuple(arguments.names)):
+    if names and not path.name.startswith(tuple(names)):
         continue
-    notebook = nbformat.read(path, as_version=4)
+    notebook = nbformat.read(path, 4)
     count = sum(cell.cell_type == "code" for cell in notebook.cells)
     with tqdm(total=count, desc=path.name, unit="cell", disable=False) as bar:
         client = NotebookClient(
@@ -49,10 +44,9 @@ for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         )
         client.execute()
     page = ROOT / "rendered" / f"{path.stem}.html"
-    page.write_text(HTMLExporter().from_notebook_node(notebook)[0], encoding="utf-8")
+    page.write_text(HTMLExporter().from_notebook_node(notebook)[0], "utf-8")
     tqdm.write(f"To read: {page.relative_to(ROOT)}")
-    if arguments.store:
+    if "--store" in sys.argv:
         notebook.metadata = KERNEL
-        nbformat.validate(notebook)
         nbformat.write(notebook, path)
 print(f"Open the .html files in {ROOT / 'rendered'}, or the notebooks themselves with: make lab")

@@ -1,7 +1,8 @@
 """The notebooks with parameters that keep every run small: what they compute is exact, what they measure is not."""
 
-import ast
 import copy
+
+from homework import is_parameters
 
 SMALL = {
     "1_content_reconstruction": {"SIZE": 48, "SMALL": 48, "STEPS": 2, "EVALUATIONS": 2},
@@ -21,10 +22,7 @@ for _name in ("reconstruct_content", "synthesize_texture", "transfer_style"):
 
 def made_small(name, notebook):
     """A notebook with overriding lines at the end of its cell tagged `parameters`."""
-    parameters, notebook = SMALL[name], copy.deepcopy(notebook)
-    (cell,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
-    assigned = {node.id for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Name)}
-    if parameters.keys() - assigned:
-        raise ValueError(f"{name} has no parameter {', '.join(parameters.keys() - assigned)}")
-    cell.source += "".join(f"\n{parameter} = {value}" for parameter, value in parameters.items()) + LIMITED
+    notebook = copy.deepcopy(notebook)
+    (cell,) = filter(is_parameters, notebook.cells)
+    cell.source += "".join(f"\n{parameter} = {value}" for parameter, value in SMALL[name].items()) + LIMITED
     return notebook

@@ -20,6 +20,7 @@ from small_notebooks import made_small
 from tqdm import tqdm
 
 COLUMNS = ["torch", "torchvision", "numpy", "pillow", "matplotlib", "ipywidgets", "ipython", "ipykernel"]
+STYLISE = ["-m", "style_transfer.stylise"]
 VERSIONS = """
 import importlib.metadata, json, platform
 found = {name: importlib.metadata.version(name) for name in %r}
@@ -64,31 +65,16 @@ assert len([*Path("saved").glob("*.png")]) == 2
 """
 
 
-def layer_on(python, home):
-    """The Python of a new environment in `home` that has all of `python`'s packages too."""
-    subprocess.run([python, "-m", "venv", home / "layer"], check=True)
-    layered = home / "layer" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    base, above = (subprocess.check_output([name, "-c", ask], text=True).strip() for name in (python, layered))
-    Path(above, "base.pth").write_text(f"{base}\n")
-    return layered
-
-
-def execute(notebook, folder, kernel):
-    """Execute a notebook in a folder, with the kernel of this name."""
-    NotebookClient(notebook, timeout=1800, kernel_name=kernel, resources={"metadata": {"path": str(folder)}}).execute()
-
-
 def attempt(python, home):
     """Try all of it; returns {package: version}. Raises where something fails."""
-    layered, folder, clone = layer_on(python, home), home / "empty földer", home / "clone.git"
+    folder, clone = home / "empty földer", home / "clone.git"
     folder.mkdir()
-    address, version = clone.as_uri(), known((ROOT / "pyproject.toml").read_text(encoding="utf-8"))[1]
+    address, version = clone.as_uri(), known((ROOT / "pyproject.toml").read_text("utf-8"))[1]
     subprocess.run(["git", "clone", "--quiet", "--bare", ROOT, clone], check=True)
     subprocess.run(["git", "-C", clone, "tag", "--force", f"v{version}"], check=True, stdout=subprocess.DEVNULL)
 
     def run(*words):
-        done = subprocess.run([layered, *words], cwd=folder, text=True, capture_output=True)
+        done = subprocess.run([python, *words], cwd=folder, text=True, capture_output=True)
         assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         return done.stdout + done.stderr
 
@@ -100,35 +86,23 @@ def attempt(python, home):
     assert versions() == before, f"pip has changed {before} to {versions()}"
     images = json.loads(run("-c", "import json, nst_utils; print(json.dumps(str(nst_utils.IMAGES)))"))
     pair = [f"{images}/content/chenonceau.jpg", f"{images}/style/starry_night.jpg"]
-    whole = run("-m", "style_transfer.stylise", *pair, "--size", "64", "--evaluations", "10", "-o", "whole.png")
-    tiles = run(
-        "-m",
-        "style_transfer.stylise",
-        *pair,
-        "--size",
-        "512",
-        "--evaluations",
-        "2",
-        "--memory",
-        "1.4",
-        "-o",
-        "tiles.png",
-    )
+    whole = run(*STYLISE, *pair, *"--size 64 --evaluations 10 -o whole.png".split())
+    tiles = run(*STYLISE, *pair, *"--size 512 --evaluations 2 --memory 1.4 -o tiles.png".split())
     assert " whole," in whole and re.search(r"in \d+ tiles", tiles), whole + tiles
-    run("-m", "style_transfer.stylise", "--like", "whole.png", *pair, "-o", "again.png")
+    run(*STYLISE, "--like", "whole.png", *pair, "-o", "again.png")
     assert (folder / "again.png").read_bytes() == (folder / "whole.png").read_bytes()
     run("-m", "pip", "uninstall", "--quiet", "--yes", "neural-style-transfer-notebooks")
 
-    kernel = home / "share" / "kernels" / "tried"
-    kernel.mkdir(parents=True)
-    command = {"argv": [str(layered), "-m", "ipykernel_launcher", "-f", "{connection_file}"]}
-    (kernel / "kernel.json").write_text(json.dumps(command | {"display_name": "tried", "language": "python"}))
-    os.environ |= {"JUPYTER_PATH": str(home / "share"), "TQDM_DISABLE": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    run("-m", "ipykernel", "install", "--prefix", home, "--name", "tried")
+    os.environ |= {"JUPYTER_PATH": str(home / "share" / "jupyter"), "TQDM_DISABLE": "1"}
+    notebooks = []
     for path in NOTEBOOKS:
-        notebook = made_small(path.stem, nbformat.read(path, as_version=4))
+        notebook = made_small(path.stem, nbformat.read(path, 4))
         next(cell for cell in notebook.cells if cell.cell_type == "code").source = first_cell(address, version)
-        execute(notebook, folder, "tried")
-    execute(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(PANEL)]), folder, "tried")
+        notebooks.append(notebook)
+    for notebook in [*notebooks, nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(PANEL)])]:
+        about = {"metadata": {"path": str(folder)}}
+        NotebookClient(notebook, timeout=1800, kernel_name="tried", resources=about).execute()
     assert versions() == before, f"the first cell has changed {before} to {versions()}"
     return before
 
