@@ -189,25 +189,29 @@ class Job:
             if not options.state.exists():
                 write_state(options.state, {}, self.settings)  # fails now rather than after half a minute
             with Image.open(options.content) as file:
-                side = min(file.size)
+                side, transparent = min(file.size), file.has_transparency_data
             if side < options.size:
                 tqdm.write(f"{options.content} is {side} pixels wide or high: enlarged, it gains no detail")
+            if transparent:
+                tqdm.write(f"{options.content} has transparency, which is laid on white")
             self.compute()
             self.write_image(resize(run.image, run.shape))
             if self.film:
                 self.write_film()
             options.state.unlink(missing_ok=True)
             tqdm.write(f"{options.output}: {run.shape[1]} x {run.shape[0]} pixels, finished because {run.ended}")
-        except BaseException:  # an interrupt, or another process that has died
-            if run.state_dict()["left"] < options.evaluations:
+        except UserError:  # it counts, and not that the run cannot be saved either
+            with contextlib.suppress(UserError):
                 self.save()
-            else:
-                options.state.unlink(missing_ok=True)
+            raise
+        except BaseException:  # an interrupt, or another process that has died
+            self.save()
             raise
 
     def compute(self) -> None:
-        """Step after step, with a progress bar and a save every half minute."""
-        run, saved, shape = self.run, time.monotonic(), None
+        """Step after step, with a progress bar and a save every half minute, or less often if that takes long."""
+        run, shape = self.run, None
+        saved, pause = time.monotonic(), SECONDS_BETWEEN_SAVES
         with tqdm(total=run.pixels_left / 1e6, unit="Mpx", bar_format=BAR, dynamic_ncols=True) as bar:
             while step := run.step():
                 if self.film:
@@ -217,13 +221,21 @@ class Job:
                 shape = height, width = step.shape
                 bar.update(min(height * width / 1e6, bar.total - bar.n))  # the last scale uses what others leave
                 bar.set_postfix_str(f"{width} x {height}, loss {step.total:.4g}")
-                if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
-                    self.save()
+                before = time.monotonic()
+                if before - saved > pause:
+                    try:
+                        self.save()
+                    except UserError as error:
+                        tqdm.write(f"warning: {error}; the run goes on")
                     saved = time.monotonic()
+                    pause = max(SECONDS_BETWEEN_SAVES, 100 * (saved - before))  # saves take a hundredth of the time
 
     def save(self) -> None:
-        """Save the run, its film, and its present image."""
+        """Save the run, its film, and its present image; before the first evaluation, remove the run's file."""
         state = self.run.state_dict()
+        if state["left"] == self.options.evaluations:
+            self.options.state.unlink(missing_ok=True)
+            return
         if self.film:
             self.keep_frame()
             state |= self.film.state_dict()

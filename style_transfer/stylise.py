@@ -11,6 +11,7 @@ Several styles are blended, or each fills the white part of its mask:
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -96,6 +97,8 @@ def check(options, error):
         if len(values) != count:
             error(f"--{name} has {len(values)} and there are {count} styles: give one for each style")
         setattr(options, name, values)
+    if not any(options.blend) or not all(0 <= weight <= 1e12 for weight in options.blend):
+        error(f"--blend is {' '.join(map(str, options.blend))}: give numbers from 0 to 1e12, not all of them 0")
     if {*options.masks} == {"rest"}:
         error("--masks has only 'rest', which is where the other masks are not: give another one")
     for name, suffixes in (("output", ".png"), ("film", ".gif or .webp")):
@@ -106,23 +109,38 @@ def check(options, error):
             error(f"--{name} is {str(path)!r}: there is no folder {str(path.parent)!r} that can be written")
 
 
+@contextlib.contextmanager
+def interruptible():
+    """Have SIGTERM and SIGHUP raise KeyboardInterrupt as Ctrl-C does. Afterwards all three end the process at once."""
+    replace_handlers(signal.SIG_DFL, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        replace_handlers(signal.default_int_handler, signal.SIG_DFL)
+
+
+def replace_handlers(old, new):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) == old:
+            signal.signal(number, new)
+
+
 def main() -> None:
-    """Run the program. SIGTERM and SIGHUP end it as Ctrl-C does."""
-    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # Windows has no SIGHUP
-        if signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, signal.default_int_handler)
+    """Run the program."""
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     arguments, options = sys.argv[1:], argparse.Namespace(state=None)
     try:
-        options = parse(arguments)
-        from . import job  # takes seconds, to import torch
-        from .engine.checks import UserError
+        with interruptible():
+            options = parse(arguments)
+            from . import job  # takes seconds, to import torch
+            from .engine.checks import UserError
 
-        try:
-            options = parse(arguments, job.defaults_for(options))
-            job.run_alone_or_shared(options)
-        except UserError as error:
-            sys.exit(f"error: {error}")
+            try:
+                options = parse(arguments, job.defaults_for(options))
+                job.run_alone_or_shared(options)
+            except UserError as error:
+                sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         resumes = options.state and options.state.exists()
         sys.exit(f"interrupted: the same command {'resumes' if resumes else 'starts again, nothing is saved'}")

@@ -1,7 +1,7 @@
 """The program `stylise`: one image, and nothing is lost when it is interrupted."""
 
 import contextlib
-import itertools
+import functools
 import os
 import re
 import shlex
@@ -110,13 +110,15 @@ def test_an_image_is_made_and_never_overwritten(run, capsys):
     assert run() == [16] * 2 + [32] * 4
     assert new_files() == [MADE[0]] and Image.open(MADE[0]).size == (48, 32)
     printed, made = capsys.readouterr().out, content_of(MADE[0])
-    assert "48 x 32 pixels whole, history size 20" in printed and "enlarged" not in printed
+    assert "48 x 32 pixels whole, history size 20" in printed and "photo.jpg" not in printed
     assert f"{MADE[0]}: 48 x 32 pixels, finished because the limit of 6 evaluations" in printed
     with ends(f"^error: '{MADE[0]}' is there already: give another name with --output"):
         run()
     assert content_of(MADE[0]) == made
-    run("--size=33", "-o", "larger.png")
-    assert "photo.jpg is 32 pixels wide or high: enlarged, it gains no detail" in capsys.readouterr().out
+    Image.open("photo.jpg").convert("RGBA").save("photo.png")
+    run("photo.png", "painting.jpg", "--size=33", "-o", "larger.png")
+    said = "photo.png is 32 pixels wide or high: enlarged, it gains no detail", "photo.png has transparency, which is"
+    assert all(map(capsys.readouterr().out.__contains__, said))
 
 
 @pytest.mark.parametrize("start, stops", [("noise", (1, 1, 2)), ("content", (3, 3))])
@@ -171,13 +173,49 @@ def test_a_run_that_was_killed_before_its_first_save_is_resumed(run):
     assert content_of("parts.png") == content_of("whole.png") and new_files() == ["parts.png", "whole.png"]
 
 
-def test_a_run_is_saved_every_half_minute(run, monkeypatch):
-    """By a clock that advances twelve seconds whenever it is read."""
-    monkeypatch.setattr(job, "time", types.SimpleNamespace(monotonic=itertools.count(0, 12).__next__))
+@pytest.fixture
+def clock(monkeypatch):
+    """The program's clock, which stands still."""
+    clock = types.SimpleNamespace(now=0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(job, "time", clock)
+    return clock
+
+
+@pytest.mark.parametrize("seconds, expected", [(0, [17, 14, 11, 8, 5, 2]), (1, [17, 8])])
+def test_a_run_is_saved_every_half_minute_or_for_a_hundredth_of_the_time(seconds, expected, run, clock, monkeypatch):
+    """An evaluation takes twelve seconds, and a save so many."""
     save, saved = job.Job.save, []
-    monkeypatch.setattr(job.Job, "save", lambda self: saved.append(self.run.state_dict()["left"]) or save(self))
-    run("--evaluations=10")
-    assert saved == [7, 4, 1]
+
+    def timed(self):
+        saved.append(self.run.state_dict()["left"])
+        save(self)
+        clock.now += seconds
+
+    monkeypatch.setattr(job.Job, "save", timed)
+    run("--evaluations=20", at=dict.fromkeys(range(21), lambda: setattr(clock, "now", clock.now + 12)))
+    assert saved == expected
+
+
+def test_a_run_goes_on_when_a_save_fails(run, clock, capsys):
+    """It warns and tries again; only the last save is an error, which names the file that failed first."""
+    with contextlib.ExitStack() as disk:
+
+        def tick(evaluation):
+            clock.now += 12
+            if evaluation == 2:
+                disk.enter_context(full_disk())
+            if evaluation == 8:
+                disk.close()
+
+        at = {number: functools.partial(tick, number) for number in range(1, 11)}
+        run("--evaluations=10", at=at)
+    printed = capsys.readouterr().out
+    assert printed.count(f"warning: '{MADE[1]}' cannot be written, and is as it was: ") == 2
+    assert "10 evaluations is reached" in printed and new_files() == [MADE[0]]
+    with contextlib.ExitStack() as disk, ends("^error: 'a.png' cannot be written, and is as it was: "):
+        run("-o", "a.png", at={6: lambda: disk.enter_context(full_disk())})
+    assert new_files() == ["a.safetensors", MADE[0]]
+    assert run("-o", "a.png")
 
 
 def test_a_second_run_of_the_same_image_is_refused_while_the_first_goes_on(run):
@@ -295,7 +333,8 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_work(run, as_nobody
         ([*THREE, "--masks", "left.png", "rest", "rest"], "--masks has 3 and there are 2 styles: give one for each"),
         ([*THREE, "--masks", "rest", "rest"], "--masks has only 'rest', which is where the other masks are not: give"),
         ([*THREE, "--masks", "left.png", "absent.png"], "no picture at 'absent.png'"),
-        ([*THREE, "--blend", "0", "0"], "have weight 0, and no other style shares their mask: give one"),
+        ([*THREE, "--blend", "2", "-1"], "--blend is 2.0 -1.0: give numbers from 0 to 1e12, not all of them 0"),
+        *(([*THREE, "--blend", "0", weight], f"--blend is 0.0 {weight}: give num") for weight in ("0.0", "nan", "inf")),
         (["--output=absent/a.png"], "--output is 'absent/a.png': there is no folder 'absent' that can be written"),
         *((["-o", name], f"--output is {str(Path(name))!r}: give a name that ends in .png") for name in ("a.jpg", ".")),
         (["--film=film.mp4"], "--film is 'film.mp4': give a name that ends in .gif or .webp"),
@@ -365,20 +404,21 @@ def test_a_process_whose_terminal_has_gone_succeeds(shell):
 
 @posix
 def test_an_interrupt_while_torch_is_imported_is_answered_in_a_sentence():
-    """By a stand-in for torch that interrupts the process."""
-    Path("torch.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\nprint('it goes on')")
+    """By a stand-in for torch."""
+    Path("torch.py").write_text("raise KeyboardInterrupt")
     done = command(*PAIR)
     assert (done.stdout, done.stderr) == ("", "interrupted: the same command starts again, nothing is saved\n")
 
 
 @posix
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_the_signals_that_end_a_process_interrupt_the_program(name, run):
-    """Unless they are ignored, as by nohup."""
+    """Unless they are ignored, as by nohup. When the work is done they end it silently."""
     number = getattr(signal, name)
     signal.signal(number, signal.SIG_DFL)
     with ends("the same command resumes"):
         run(at={2: lambda: signal.raise_signal(number)})
+    assert signal.getsignal(number) == signal.SIG_DFL
     signal.signal(number, signal.SIG_IGN)
     assert len(run(at={1: lambda: signal.raise_signal(number)})) == 4
 

@@ -66,7 +66,8 @@ def write_over(path: Path, write: Callable[[Path], object]) -> None:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{str(path)!r} cannot be written, and is as it was: {reason(error)}") from error
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink()
 
 
 # --- A run ---------------------------------------------------------------------------------------
