@@ -57,10 +57,12 @@ assignment: $(NBGRADER)/installed  ## the notebooks as homework, without solutio
 grade: $(VENV)/installed $(NBGRADER)/installed  ## SUBMISSIONS=folder or zip, into grading/; STUDENT=name, SEED=word: see INSTRUCTORS.md
 	$(NBGRADER)/bin/python tools/grade_submissions.py "$(SUBMISSIONS)" $(BIN)/python grading "$(STUDENT)" "$(SEED)"
 
+# nbgrader's pages alone would set a cookie that holds for one of their folders only.
 mark: $(NBGRADER)/installed  ## the texts to be marked by hand, in the browser
 	@test -d grading || { echo "There is nothing to mark: say make grade SUBMISSIONS=folder-or-zip first."; exit 1; }
 	cd grading && PATH="$(abspath $(NBGRADER))/bin:$$PATH" NOTEBOOKS_PYTHON="$(abspath $(BIN))/python" \
-		JUPYTER_CONFIG_PATH="$(CURDIR)/tools" jupyter lab --LabApp.default_url=/formgrader/gradebook/style-transfer
+		JUPYTER_CONFIG_PATH="$(CURDIR)/tools" jupyter lab --LabApp.default_url=/formgrader/gradebook/style-transfer \
+		--IdentityProvider.cookie_options='{"path": "/"}'
 
 test-assignment: $(VENV)/for-developers $(NBGRADER)/installed  ## make the release, and grade honest and other submissions
 	$(BIN)/pytest -m assignment tests/test_assignment.py

@@ -375,9 +375,8 @@ def marking(folder, home):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    (recipe,) = re.findall(
-        r"^mark:.*\n(?:\t@.*\n)*\tcd .* && (.*\\\n.*)", (ROOT / "Makefile").read_text(), re.MULTILINE
-    )
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (recipe,) = re.findall(r"^mark:.*\n(?:\t@.*\n)*\tcd .* && ((?:.*\\\n)+.*)", makefile, re.MULTILINE)
     for name, value in {"$(abspath $(NBGRADER))": NBGRADER.parents[1], "$(CURDIR)": ROOT, "$$": "$"}.items():
         recipe = recipe.replace(name, str(value))
     recipe = recipe.replace("$(abspath $(BIN))/python", sys.executable)
@@ -421,8 +420,8 @@ def test_a_text_is_marked_in_the_browser_where_no_script_of_a_student_runs(grade
         page.goto(f"{address}/submissions/{submission(graded, 'split', TWO)}/")
         page.get_by_text("All of my text").wait_for()
         assert page.get_by_text("one each: a claim, a number from the table").count()
-        page.get_by_text("bold").click()
-        page.get_by_text("a link").click()
+        page.get_by_text("bold").first.click()
+        page.get_by_role("link", name="a link").click()
         page.locator("#style-layers").fill("3")
         page.locator("#style-layers-comment").fill("Quote the <b>number</b>.")
         with page.expect_response(

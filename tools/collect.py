@@ -71,7 +71,7 @@ def without_wrapping(files, notebooks):
     inner = [(path[1:], *rest) for path, *rest in files]
     students = {student_of(path[:-1], notebooks)[0] for path, *_ in inner} - {"unknown"}
     doubles = len({path[-1:] for path, *_ in inner}) < len(inner)
-    if len({path[0] for path, *_ in files}) > 1 or len(students) < 2 or not doubles:
+    if len({path[:1] for path, *_ in files}) != 1 or len(students) < 2 or not doubles:
         return files
     return without_wrapping(inner, notebooks)
 
