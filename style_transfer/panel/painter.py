@@ -1,50 +1,79 @@
-"""A run whose settings may change between one evaluation and the next: what the panel drives, without widgets."""
+"""What runs on the panel's worker thread, without widgets: a run whose settings may change, and frames of it."""
 
 import functools
+import math
+import time
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
-from style_transfer.engine.checks import UserError, file_version
-from style_transfer.engine.images import load_image
-from style_transfer.engine.objective import Style, Task
-from style_transfer.engine.run import Run, Step
+from ..engine.checks import UserError, file_version
+from ..engine.figures import draw_losses, jpeg
+from ..engine.images import difference_map, load_image, resize
+from ..engine.objective import Style, Task
+from ..engine.run import Run, Step
+from ..engine.schedule import EVALUATIONS
+
+FRAME_SECONDS = 1 / 30  # the evaluations of one frame take about this long, or one evaluation if that takes longer
+CHART_SECONDS = 2.0  # time between two drawings of the loss curves, each of which takes a tenth of a second
+RATE_EVALUATIONS = 20  # the rate on display is measured over this many
 
 
 class Settings(NamedTuple):
-    """What the panel's controls say. Hashable, so that a change is a difference."""
+    """What a run is made with, as the controls say it and under the names that a saved image uses."""
 
     content: Path | None  # None: a texture
-    style: Path | None  # None: a reconstruction
+    styles: dict  # {path: weight}, to be blended by weight; empty: a reconstruction
     size: int  # shorter side in pixels
     content_layer: str
     content_weight: float
     style_weight: float
-    layer_weights: tuple  # ((style layer, weight above 0), ...)
-    second: Path | None = None  # a second style, blended with the first
-    blend: float = 0.0  # its share, 0 to 1
+    layer_weights: dict  # {style layer: weight above 0}
+
+
+class PanelFrame(NamedTuple):
+    """What the panel shows after one or more evaluations."""
+
+    image: Tensor
+    step: Step
+    settings: Settings
+    start: tuple  # (kind, seed) that the run began with
+    evaluations: int  # since that start
+    moments: tuple  # seconds on the painter's clock, after each of the latest evaluations
+    difference: bytes | None  # a JPEG file
+    mean: float  # of the difference map, over pixels and channels; nan without a map
+    chart: bytes | None  # a PNG file
+    content: Tensor | None  # the colours that may be kept
+    ended: str | None  # why the run is over, as the end of a sentence; None while it goes on
 
 
 class Painter:
-    """A run on images by path, whose settings may change between one evaluation and the next, and its loss curves."""
+    """A run on image files whose settings may change between two evaluations, and its loss curves.
 
-    def __init__(self, vgg: nn.Sequential):
+    vgg: from `load_vgg19`. evaluations: the most that a run may have. clock: a function that returns seconds.
+    """
+
+    def __init__(self, vgg: nn.Sequential | None, evaluations: int = EVALUATIONS, clock=time.perf_counter):
         self.vgg = vgg
+        self.evaluations = evaluations
+        self.clock = clock
         self.read = functools.lru_cache(maxsize=3)(lambda path, version, *options: load_image(path, *options))
-        self.run = self.asked = None  # asked: the settings that the run has, and the versions of their files
-        self.first = self.start = None  # the image that the run began with, and (kind, seed) of that beginning
-        self.layers = ()  # of the style, since the start
+        self.run = self.asked = None  # asked: the settings of the run and the versions of their files
+        self.start = None  # (kind, seed) that the run began with
+        self.first = None  # the image that it began with
+        self.layers = ()  # all style layers since that start
         self.last = None  # the latest `Step`
-        self.curves = []  # after each evaluation since the start: (total, weighted content, weighted style loss)
+        self.curves = []  # for each evaluation since the start (total, weighted content loss, weighted style loss)
+        self.chart_moment = 0.0  # when the curves were last drawn
 
     def step(self, settings: Settings, start: tuple | None = None) -> Step | None:
-        """Evaluate the network once; return the `Step`, or None when the run is done. The next step then goes on.
+        """Evaluate the network once and return the `Step`, or None when the run is over; the next step then goes on.
 
-        start: None to go on from the present image, or where to begin again: ("noise", seed), ("content", 0) or
-        ("present", 0). Raises what `nst_utils` raises for bad input.
+        start: None to go on from the present image, or ("noise", seed), ("content", 0) or ("present", 0) to begin
+        again. Raises UserError for bad input.
         """
-        asked = settings, *map(file_version, filter(None, (settings.content, settings.style, settings.second)))
+        asked = settings, [file_version(path) for path in (settings.content, *settings.styles) if path]
         if start or asked != self.asked:
             self.change(settings, start)
             self.asked = asked
@@ -57,30 +86,67 @@ class Painter:
         return step
 
     def change(self, settings: Settings, start: tuple | None) -> None:
-        """Have the run that these settings ask for: another one from `start`, or the present one with another task."""
+        """Give the present run another task, or begin another run: from `start`, or at another size."""
         task = self.task(settings, () if start else self.layers)
+        begin = functools.partial(Run, task, vgg=self.vgg, evaluations=self.evaluations)
         if start or not self.run:
             kind, seed = start or ("noise", 0)
             if kind == "present" and not self.run:
                 raise UserError("there is no present image to start from yet: choose noise or content")
             init = self.run.image if kind == "present" else kind
-            self.run = Run(task, init=init, seed=seed, coarse_to_fine=kind == "noise", vgg=self.vgg)
-            self.first, self.start, self.curves = self.run.image, (kind, seed), []
+            self.run = begin(init=init, seed=seed, coarse_to_fine=kind == "noise")
+            self.first = self.run.image
+            self.start = kind, seed
+            self.curves = []
         elif task.reference.shape[-2:] != self.run.shape:
-            self.run = Run(task, init=self.run.image, coarse_to_fine=False, vgg=self.vgg)
+            self.run = begin(init=self.run.image, coarse_to_fine=False)
         else:
             self.run.retarget(task)
         self.layers = tuple(task.style_layers)
 
     def task(self, settings: Settings, layers: tuple) -> Task:
-        """layers: of the style, which stay though their weight has become 0: another set would be prepared anew."""
-        content, style, second = (
-            path and self.read(path, file_version(path), settings.size, self.vgg.mean.device)
-            for path in (settings.content, settings.style, settings.second)
-        )
-        if second is not None:
-            style = Style(style, 1 - settings.blend), Style(second, settings.blend)
-        weights = dict(settings.layer_weights) if settings.style else {}
-        style_layers = {name: weights.get(name, 0.0) for name in (*layers, *weights) if weights}
-        content_layers = (settings.content_layer,) if settings.content else ()
-        return Task(content, style, content_layers, style_layers, settings.content_weight, settings.style_weight)
+        """The `Task` of these settings. layers: style layers to keep at weight 0, so that nothing is prepared anew."""
+
+        def read(path):
+            return self.read(path, file_version(path), settings.size, self.vgg.mean.device)
+
+        content, content_layers = None, ()
+        if settings.content:
+            content, content_layers = read(settings.content), (settings.content_layer,)
+        styles, style_layers = None, {}
+        if settings.styles:
+            styles = [Style(read(path), weight) for path, weight in settings.styles.items()]
+            style_layers = dict.fromkeys(layers, 0.0) | settings.layer_weights
+        return Task(content, styles, content_layers, style_layers, settings.content_weight, settings.style_weight)
+
+    def make_frame(
+        self, settings: Settings, start: tuple | None, compare: str, snapshot: Tensor | None, single: bool,
+        moments: tuple,
+    ) -> PanelFrame:  # fmt: skip
+        """Evaluate for as long as a frame lasts, at least once, and return what the panel shows then.
+
+        settings, start: as in `step`. compare: "the start" or "the snapshot", to which a difference map is drawn, or
+        something else. single: evaluate only once. moments: those of the frame before.
+        """
+        begun = self.clock()
+        moments = moments or (begun,)
+        while step := self.step(settings, start):
+            start = None
+            moments = (*moments, self.clock())[-RATE_EVALUATIONS:]
+            if single or moments[-1] - begun > FRAME_SECONDS:
+                break
+        image = self.run.image
+        difference = chart = None
+        mean = math.nan
+        reference = {"the start": self.first, "the snapshot": snapshot}.get(compare)
+        if reference is not None:
+            error = difference_map(image, resize(reference, image.shape[-2:]))
+            difference = jpeg(error)
+            mean = error.mean().item()
+        now = self.clock()
+        if len(self.curves) > 1 and (single or not step or now > self.chart_moment + CHART_SECONDS):
+            chart = draw_losses(self.curves)
+            self.chart_moment = now
+        ended = None if step else self.run.ended
+        about = image, self.last, settings, self.start, len(self.curves), moments
+        return PanelFrame(*about, difference, mean, chart, self.run.task.content, ended)
