@@ -57,7 +57,7 @@ for pull in (False, True):
     assert panel.controls.choices["style"].value.name == "wave.jpg", panel.display.status.value
     panel.buttons["Step"].click()
     await until(lambda: panel.state == "paused")
-    assert panel.shown.settings.style.name == "wave.jpg"
+    assert [path.name for path in panel.shown.settings.styles] == ["wave.jpg"]
     panel.close()
     await asyncio.sleep(0.2)
     assert panel.state == "closed"
