@@ -1,4 +1,4 @@
-"""What holds for every image, shape, layer and weight, on examples that hypothesis looks for."""
+"""What holds for every image, shape and layer, on examples that hypothesis looks for."""
 
 import math
 
@@ -12,6 +12,7 @@ from PIL import Image
 
 import nst_utils as nst
 from style_transfer.engine.checks import as_whole
+from style_transfer.engine.prior import SpectralPreconditioner
 from style_transfer.engine.schedule import plan_scales
 from style_transfer.engine.vgg import LAYERS, deepest, layer_name, stride
 
@@ -91,3 +92,17 @@ def test_a_whole_number_is_taken_as_it_is_or_refused_in_one_sentence(value):
     except ValueError as error:
         assert str(error) == f"size is {value!r}: it must be a whole number, 1 or more"
         assert type(value) is not int or value < 1
+
+
+def test_a_preconditioner_is_scaled_by_the_peak_of_the_curvature_wherever_it_is():
+    """These kernels respond most to alternating rows; of a transposed image, to columns. Bands of rows are computed one
+    after another, and the peak is not in the first.
+    """
+    generator = torch.Generator().manual_seed(0)
+    kernels = (0.5 + torch.rand(3, 2, 5, 5, generator=generator)) * (-1.0) ** torch.arange(5)[:, None]
+    image = torch.randn(3, 400, 500, generator=generator)
+    found = [
+        SpectralPreconditioner(turned, x.shape[1:], 0.1, torch.device("cpu"))(x.flatten()).view_as(x)
+        for turned, x in ((kernels, image), (kernels.mT, image.mT))
+    ]
+    torch.testing.assert_close(found[0], found[1].mT, rtol=1e-3, atol=1e-4 * found[0].abs().max().item())

@@ -81,39 +81,32 @@ def test_masks_take_their_memory_from_that_for_tiles(vgg, picture):
     assert least[1] - least[0] == 2 * 16 * pixels
 
 
+TENSORS = ("content", "image", "mask", "image_mask")
+
+
 @pytest.mark.parametrize(
-    "changes, alone",
+    "name, change, by_weights_alone",
     [
-        ({"content_weight": 2.0, "style_weight": 3.0, "style_layers": {"conv1_1": 1.0, "conv2_1": 4.0}}, True),
-        ({"style_layers": {"conv2_1": 2.0, "conv1_1": 0.5}}, False),
-        ({"content_layers": ("conv2_1",)}, False),
-        ({"content": 0}, False),
-        ({"content": None}, False),
-        ({"weight": 3.0}, True),
-        ({"image": 0}, False),
-        ({"mask": 0}, False),
-        ({"mask": None}, False),
-        ({"image_mask": 0}, False),
-        ({"image_mask": None}, False),
+        ("content_weight", lambda weight: 3.0, True),
+        ("style_weight", lambda weight: 3.0, True),
+        ("weight", lambda weight: 3.0, True),
+        ("style_layers", lambda layers: dict.fromkeys(layers, 3.0), True),
+        ("style_layers", lambda layers: dict(reversed(layers.items())), False),
+        ("content_layers", lambda layers: ("conv2_1",), False),
+        ("style", lambda styles: styles[:1], False),
+        *[(name, torch.clone, True) for name in TENSORS],
+        *[(name, lambda tensor: tensor.flip(-1), False) for name in TENSORS],
+        *[(name, lambda tensor: None, False) for name in ("content", "mask", "image_mask")],
     ],
 )
-def test_a_task_that_differs_by_weights_alone_is_recognised_by_values(changes, alone, picture):
-    """Copies are equal, and a mask of bools is equal to one of floats."""
-    style = Style(picture(20, 24, 1), 2.0, ramp(9, 8), ramp(5, 6) > 0.5)
-    task = as_task(Task(picture(30, 34), [style, Style(picture(18, 16, 2))], ("conv1_2",), LAYERS))
-    copied = {name: value.clone() if torch.is_tensor(value) else value for name, value in style._asdict().items()}
-    copied["image_mask"] = copied["image_mask"].float()
-    of_task = {"content": task.content.clone()}
-    for name, value in changes.items():
-        place = copied if name in copied else of_task
-        place[name] = place[name].flip(-1) if value == 0 else value
-    other = (
-        as_task(task._replace(style=[Style(**copied), task.styles[1]], **of_task))
-        if of_task["content"] is not None
-        else task._replace(content=None)
-    )
-    assert task.differs_by_weights_alone(other) == other.differs_by_weights_alone(task) == alone
-    assert not task.differs_by_weights_alone(task._replace(style=task.style[:1]))
+def test_tasks_are_compared_by_what_their_images_masks_and_layers_hold(name, change, by_weights_alone, picture):
+    styles = Style(picture(20, 24, 1), 2.0, ramp(9, 8), ramp(5, 6)), Style(picture(18, 16, 2))
+    task = as_task(Task(picture(30, 34), styles, ("conv1_2",), LAYERS))
+    place = task.styles[0] if name in Style._fields else task
+    other = place._replace(**{name: change(getattr(place, name))})
+    if place is not task:
+        other = task._replace(style=(other, task.styles[1]))
+    assert task.differs_by_weights_alone(other) == other.differs_by_weights_alone(task) == by_weights_alone
 
 
 def test_each_region_takes_on_its_own_style(vgg, content, style, settings):
