@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nst_utils import image_grid, image_table, plot_losses, show, to_pil
+from nst_utils import IMAGES, image_grid, image_table, plot_losses, show, to_pil
 from style_transfer.engine import figures
 
 
@@ -30,8 +30,8 @@ def titles(figure):
 
 def test_images_and_maps_are_drawn_row_by_row_under_their_titles(picture):
     images = [picture(8, 12, 0), None, picture(8, 12, 1), torch.arange(12.0).view(3, 4)]
-    figure = image_grid(images, ["a", "b", "c", "d"], columns=3)
-    assert titles(figure) == ["a", "b", "c", "d", "", ""]
+    figure = image_grid(images, ["a", "b", "c", 4], columns=3)
+    assert titles(figure) == ["a", "b", "c", "4", "", ""]
     first, empty, third, false_colour, *rest = drawn(figure)
     assert np.array_equal(first, to_pil(images[0])) and np.array_equal(third, to_pil(images[2]))
     assert np.array_equal(false_colour, images[3]) and figure.axes[3].images[0].get_cmap().name == "magma"
@@ -82,6 +82,12 @@ def test_a_table_has_smaller_images_along_its_edges():
     assert [round(place[0, 0, 0] / 25.5) for place in places] == [2, 3, 4, 0, 4, 5, 6, 1, 7, 8, 9]
     assert titles(figure) == ["", *"xyz", *[""] * 8]
     assert figure.get_size_inches() == pytest.approx((6.8, 5.2))
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_table_needs_an_image_for_each_place(count, refuses):
+    with refuses(f"there are {count} images: a table of 3 x 1 needs 3"):
+        image_table([RED] * 3, {"red": RED}, [RED] * count)
 
 
 LOSSES = {"fast": [8.0, 4.0, 6.0], "slow": [3.0]}
@@ -135,6 +141,29 @@ def test_a_drawing_is_published_as_it_is(published, tmp_path):
     show(tmp_path / "drawing.svg", alt="a drawing")
     data = {"image/svg+xml": "<svg>ä</svg>", "text/plain": "a drawing"}
     assert published == [(data, {"image/svg+xml": {"alt": "a drawing"}})]
+
+
+@pytest.mark.parametrize(
+    "arguments, options, why",
+    [
+        ([[RED]], {"form": "gif"}, "form is 'gif': use 'jpeg' or 'png'"),
+        ([image_grid([RED]), ["red"]], {}, "titles, columns, width and rows need images"),
+        ([IMAGES / "schematic.svg"], {"width": 3}, "titles, columns, width and rows need images"),
+        ([IMAGES / "poster.jpg"], {}, f"figure is {str(IMAGES / 'poster.jpg')!r}: give an SVG file"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(arguments, options, why, published, refuses):
+    with refuses(why):
+        show(*arguments, alt="red", **options)
+    assert not published
+
+
+def test_what_is_too_long_for_a_file_is_scaled_down(published):
+    column = torch.zeros(1, 3, 70000, 1)
+    show([column] * 5, alt="columns", columns=1, width=1.5)
+    for content in (figures.jpeg(column), base64.b64decode(published[0][0]["image/jpeg"])):
+        with Image.open(io.BytesIO(content)) as file:
+            assert 60_000 < file.height <= 65_500
 
 
 def test_a_preview_is_a_jpeg_of_the_image():

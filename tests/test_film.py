@@ -36,6 +36,13 @@ def test_a_recorder_keeps_evenly_spaced_images_and_the_last(count, kept):
     assert greys(frame.image for frame in recorder.frames) == pytest.approx(kept, abs=0.5)
 
 
+def test_an_evaluation_is_recorded_once():
+    recorder = record(nst.Recorder(), 1, 2)
+    for evaluation in (1, 2, 4, 4):
+        recorder(torch.zeros(1, 3, 8, 12), torch.tensor(7.0), evaluation)
+    assert [(frame.evaluation, frame.total) for frame in recorder.frames] == [(1, 100), (2, 50), (4, 7)]
+
+
 @pytest.mark.parametrize("shape, side, size", [((8, 12), 6, (6, 4)), ((12, 8), 6, (4, 6)), ((1, 40), 6, (6, 1))])
 def test_large_images_are_scaled_along_their_longer_side(shape, side, size):
     assert record(nst.Recorder(side=side), 1, shape=shape).frames[0].image.size == size

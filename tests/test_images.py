@@ -6,6 +6,7 @@ import math
 import struct
 import warnings
 import zlib
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -17,6 +18,7 @@ from PIL.PngImagePlugin import PngImageFile, putchunk
 
 from nst_utils import (
     IMAGES,
+    Recorder,
     difference_map,
     difference_numbers,
     features,
@@ -73,14 +75,15 @@ def deep(*values):
     return Image.fromarray(np.array([values], np.uint16))
 
 
-def png(row, transparent):
-    """A row of 16-bit grey values or colours, one of them transparent: files that Pillow does not write."""
-    row = np.asarray(row, ">u2")
+def png(bits, row, transparent):
+    """A row of grey values or colours, one of them transparent: files that Pillow does not write."""
+    row = np.array(row)
+    digits = "".join(f"{value:0{bits}b}" for value in row.flat)
     file = io.BytesIO()
     file.write(b"\x89PNG\r\n\x1a\n")
-    putchunk(file, b"IHDR", struct.pack(">2I5B", len(row), 1, 16, 2 * (row.ndim - 1), 0, 0, 0))
+    putchunk(file, b"IHDR", struct.pack(">2I5B", len(row), 1, bits, 2 * (row.ndim - 1), 0, 0, 0))
     putchunk(file, b"tRNS", np.asarray(transparent, ">u2").tobytes())
-    putchunk(file, b"IDAT", zlib.compress(b"\0" + row.tobytes()))
+    putchunk(file, b"IDAT", zlib.compress(int(digits, 2).to_bytes(1 + len(digits) // 8, "big")))
     putchunk(file, b"IEND")
     return file.getvalue()
 
@@ -98,12 +101,15 @@ FILES = {  # {file: (image, the colours or greys that are read)}
     "inks.tif": (pair("CMYK", (0, 255, 255, 0), (255, 0, 0, 0)), ((255, 0, 0), (0, 255, 255))),
     "16_bits.png": (deep(255, 65278), (1, 254)),
     "16_bits_of_a_scanner.tif": (deep(25700, 65535), (100, 255)),
-    "transparent_16_bits.png": (png([20560, 20561, 0], 20560), (255, 80, 0)),
+    "transparent_bit.png": (png(1, [0, 1] * 4, 1), (0, 255) * 4),
+    "transparent_2_bits.png": (png(2, [0, 1, 2, 3], 1), (0, 255, 170, 255)),
+    "transparent_4_bits.png": (png(4, [0, 5, 10, 14], 10), (0, 85, 255, 238)),
+    "transparent_16_bits.png": (png(16, [20560, 20561, 0], 20560), (255, 80, 0)),
     "transparent_16_bit_colour.png": (
-        png([(1000, 20000, 300), (60000, 0, 100)], (1000, 20000, 300)),
+        png(16, [(1000, 20000, 300), (60000, 0, 100)], (1000, 20000, 300)),
         (WHITE, (234, 0, 0)),
     ),
-    "dark.png": (png([(100, 50, 20), (25700, 12850, 5140)], (100, 50, 20)), (WHITE, (100, 50, 20))),
+    "dark.png": (png(16, [(100, 50, 20), (25700, 12850, 5140)], (100, 50, 20)), (WHITE, (100, 50, 20))),
 }
 
 
@@ -113,6 +119,14 @@ def test_every_colour_mode_becomes_rgb_on_white(name, saved):
     read = load_image(saved(image, name), 1, "cpu")
     assert read.dtype == torch.float32 and read.shape == (1, 3, 1, len(expected))
     assert np.abs(pixels(read)[0] - np.reshape(expected, (len(expected), -1))).max() < 0.6
+
+
+def test_a_background_is_a_colour(saved, refuses):
+    path = saved(pair("LA", (77, 255), (77, 0)))
+    assert pixels(load_image(path, 1, "cpu", "#336699"))[0, 1] == pytest.approx((51, 102, 153))
+    for background in ("whit", "", None, (1, 2, 3)):
+        with refuses(f"background is {background!r}: give a colour, such as 'white'"):
+            load_image(path, 1, "cpu", background)
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
@@ -284,6 +298,13 @@ def test_a_missing_image_is_named(tmp_path, refuses):
     for load in (load_image, load_mask):
         with refuses("no picture at 'absent.jpg'", MissingFileError):
             load("absent.jpg")
+
+
+@pytest.mark.parametrize("address", ["https://example.org/a.jpg", "s3://b/a.jpg", "file:/a.jpg"])
+def test_an_address_is_named_as_it_was_given(address, refuses):
+    for path in (address, Path(address)):  # which has lost one slash
+        with refuses(f"no picture at {address!r}, which is an address"):
+            load_image(path)
 
 
 def head(*brands):
@@ -491,8 +512,9 @@ def test_what_is_no_image_is_refused_at_every_door(case, vgg, picture, refuses):
         "the first image": [lambda x: difference_map(x, good), lambda x: difference_numbers(x, good)],
         "the second image": [lambda x: difference_map(good, x), lambda x: difference_numbers(good, x)],
         "images[1]": [lambda x: image_grid([good, x, None])],
+        "content": [lambda x: keep_colours(good, x)],
     }
-    doors["image"] += [lambda x: keep_colours(x, good), lambda x: keep_colours(good, x)]
+    doors["image"] += [lambda x: keep_colours(x, good), lambda x: Recorder()(x, 1.0)]
     for name, uses in doors.items():
         for use in uses:
             with refuses(f"{name} {why}"):

@@ -51,7 +51,8 @@ def as_file(path, what: str, advice: str = "give the path of a file") -> Path:
     if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
         raise UserError(f"no {what} at {shown(path)}: {advice}, as a str or a Path")
     if re.match(r"\w{2,}:/", os.fspath(path)):
-        raise UserError(f"no {what} at {os.fspath(path)!r}, which is an address: download the file and give its path")
+        address = re.sub(r"^(?!file|data)(\w+):/(?!/)", r"\1://", os.fspath(path))  # a Path has lost one slash
+        raise UserError(f"no {what} at {address!r}, which is an address: download the file and give its path")
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError) as error:

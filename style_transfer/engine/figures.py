@@ -14,12 +14,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from .checks import UserError, as_number, as_whole, check_shown
+from .checks import UserError, as_file, as_number, as_whole, check_shown, shown
 from .images import resize, to_pil
 
 RECORDED_JPEG_QUALITY = 95  # 100 frames of 512 pixels take about 10 MB
 FRAME_MS = 80  # how long a film shows a frame
 LAST_FRAME_MS = 2500
+MAX_FILE_SIDE = 65_000  # pixels; JPEG allows 65,500
+MAX_ASPECT = 100  # height / width of a place in a figure; taller images are drawn narrower
 
 # --- Films ---------------------------------------------------------------------------------------
 
@@ -50,8 +52,15 @@ class Recorder:
         self.interval = 1  # evaluations
         self.frames = []  # `FilmFrame`s in order
 
-    def __call__(self, image: Tensor, step) -> None:
-        """Record the next image (1, 3, H, W) of a run; step: its `Step`, or its total loss as a number."""
+    def __call__(self, image: Tensor, step, evaluation: int | None = None) -> None:
+        """Record an image (1, 3, H, W) of a run, unless its evaluation is recorded already.
+
+        step: its `Step`, or its total loss as a number. evaluation: its number, from 1; by default the next.
+        """
+        check_shown(image, "image")
+        evaluation = evaluation or self.evaluations + 1
+        if evaluation <= self.evaluations:
+            return
         kept = self._evenly_spaced()
         if len(kept) >= self.most:
             self.interval *= 2
@@ -60,7 +69,7 @@ class Recorder:
         scale = min(1.0, self.side / max(height, width))
         smaller = resize(image, (max(1, round(height * scale)), max(1, round(width * scale))))
         file = jpeg(smaller, RECORDED_JPEG_QUALITY, subsampling="4:4:4")
-        self.frames = [*kept, FilmFrame(self.evaluations + 1, getattr(step, "total", step), file)]
+        self.frames = [*kept, FilmFrame(evaluation, float(getattr(step, "total", step)), file)]
 
     def _evenly_spaced(self) -> list[FilmFrame]:
         """The frames without the last one if it is off the interval."""
@@ -68,7 +77,7 @@ class Recorder:
 
     @property
     def evaluations(self) -> int:
-        """The number of images seen."""
+        """The number of the last evaluation recorded; 0 before the first."""
         return self.frames[-1].evaluation if self.frames else 0
 
     def state_dict(self) -> dict:
@@ -88,7 +97,7 @@ class Recorder:
 
 
 def film_of(frames: list[FilmFrame], form: str) -> bytes:
-    """Encode frames as a GIF or WebP file, all enlarged to the size of the last. form: "gif" or "webp"."""
+    """Encode frames, one or more, as a film, all enlarged to the size of the last. form: "gif" or "webp"."""
     size = frames[-1].image.size
     images = [frame.image.resize(size, Image.Resampling.BICUBIC) for frame in frames]
     durations = [FRAME_MS] * (len(images) - 1) + [LAST_FRAME_MS]
@@ -150,8 +159,8 @@ def image_grid(
     for k in range(0, len(images), columns):
         row = slice(k, k + columns)
         aspects = [image.shape[-2] / image.shape[-1] for image in images[row] if image is not None]
-        lines = [title.count("\n") + 1 for title in titles[row] if title]
-        heights.append(width * max(aspects, default=0.1))
+        lines = [str(title).count("\n") + 1 for title in titles[row] if title]
+        heights.append(width * min(MAX_ASPECT, max(aspects, default=0.1)))
         title_heights.append(0.09 + 0.2 * max(lines, default=0))
     if rows and len(rows) != len(heights):
         raise UserError(f"there are {len(heights)} rows and {len(rows)} labels: give each row a label")
@@ -170,9 +179,11 @@ def image_table(rows: list, columns: Mapping[str, Tensor], images: list, width: 
     """Draw a table of square images, with smaller ones as the heads of its rows and columns.
 
     rows: the images (1, 3, H, W) at the left; columns: {title: image at the top}; images: row by row, one for each of
-    `columns`. width: of one of `images`, in inches.
+    `columns`. width: of one of `images`, in inches. Raises UserError for another number of images.
     """
     count = len(columns)
+    if len(images) != len(rows) * count:
+        raise UserError(f"there are {len(images)} images: a table of {len(rows)} x {count} needs {len(rows) * count}")
     widths = [0.4 * width] + [width] * count
     heights = [0.4 * width] + [width] * len(rows)
     figure = _new_figure(sum(widths), sum(heights) + 0.4, 0.03, 0.03)
@@ -198,7 +209,8 @@ def filmstrip(recorder: Recorder, count: int = 6, width: float = 1.7) -> Figure:
     if count > 1:
         chosen = [frames[round(k * (len(frames) - 1) / (count - 1))] for k in range(count)]
     last = chosen[-1].image
-    figure = _new_figure(width * count, width * last.height / last.width + 0.45, 0.02, 0.02)
+    height = width * min(MAX_ASPECT, last.height / last.width)
+    figure = _new_figure(width * count, height + 0.45, 0.02, 0.02)
     for axes, frame in zip(figure.subplots(1, count, squeeze=False).flat, chosen):
         axes.imshow(frame.image.resize(last.size, Image.Resampling.BICUBIC))
         axes.set(xticks=[], yticks=[])
@@ -213,8 +225,8 @@ def plot_losses(
 ) -> Figure:
     """Draw curves, {label: loss after each evaluation}, in a log scale; `size` is (width, height) in inches.
 
-    seconds: {label: time of each evaluation}, to draw the losses against time. Where a run goes on at a finer scale
-    its loss jumps, since there is new detail to match.
+    seconds: {label: time of each evaluation}, to draw the losses against time. Losses that are not positive are not
+    drawn. Where a run goes on at a finer scale its loss jumps, since there is new detail to match.
     """
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
@@ -235,16 +247,24 @@ def show(figure: Figure | Path | Iterable, *arguments, alt: str, form: str = "jp
     """Show a figure in a notebook, with the alternative text `alt`.
 
     figure: a Figure, the path of an SVG file, or images, which `image_grid` draws with the other arguments. form:
-    "jpeg", which is small, or "png", which keeps every pixel. The plain text of the output is `alt` alone, so that
-    a regression run does not compare what differs from machine to machine.
+    "jpeg", which is small, or "png", which keeps every pixel; ignored for an SVG file. The plain text of the output is
+    `alt` alone, so that a regression run does not compare what differs from machine to machine. Raises UserError for
+    another form, for arguments that a finished figure does not take, and as `image_grid` does.
     """
+    if form not in ("jpeg", "png"):
+        raise UserError(f"form is {shown(form)}: use 'jpeg' or 'png'")
+    if isinstance(figure, Figure | Path) and (arguments or options):
+        raise UserError("titles, columns, width and rows need images, and a finished figure was given")
     if isinstance(figure, Path):
+        if as_file(figure, "drawing").suffix.lower() != ".svg":
+            raise UserError(f"figure is {str(figure)!r}: give an SVG file, or an image that load_image has read")
         kind = "image/svg+xml"
         content = figure.read_text(encoding="utf-8")
     else:
         if not isinstance(figure, Figure):
             figure = image_grid(figure, *arguments, **options)
-        file = _render(figure, form, dpi=120, bbox_inches="tight", pad_inches=0.06, pil_kwargs={"quality": 85})
+        dpi = min(120, MAX_FILE_SIDE / max(figure.get_size_inches()))
+        file = _render(figure, form, dpi=dpi, bbox_inches="tight", pad_inches=0.06, pil_kwargs={"quality": 85})
         kind = f"image/{form}"
         content = base64.b64encode(file).decode()
     publish_display_data({kind: content, "text/plain": alt}, metadata={kind: {"alt": alt}})
@@ -253,10 +273,13 @@ def show(figure: Figure | Path | Iterable, *arguments, alt: str, form: str = "jp
 def jpeg(image: Tensor, quality: int = 88, subsampling: str = "4:2:0") -> bytes:
     """Encode an image (1, 3, H, W) as a JPEG file, ten times as fast as PNG.
 
-    quality: 1 to 95. subsampling: of the chroma, "4:4:4", "4:2:2" or "4:2:0".
+    An image too long for the format is scaled down. quality: 1 to 95. subsampling: of the chroma, "4:4:4", "4:2:2" or
+    "4:2:0".
     """
     buffer = io.BytesIO()
-    to_pil(image).save(buffer, "jpeg", quality=quality, subsampling=subsampling)
+    picture = to_pil(image)
+    picture.thumbnail((MAX_FILE_SIDE, MAX_FILE_SIDE))
+    picture.save(buffer, "jpeg", quality=quality, subsampling=subsampling)
     return buffer.getvalue()
 
 

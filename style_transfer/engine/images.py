@@ -11,10 +11,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageColor, UnidentifiedImageError
+from PIL.Image import Transpose
 from torch import Tensor
 
-from .checks import Shape, UserError, as_file, as_shape, as_whole, check_shown, reason
+from .checks import Shape, UserError, as_file, as_shape, as_whole, check_shown, reason, shown
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 IMAGES = _PACKAGE / "pictures"  # in an installed package
@@ -63,13 +64,13 @@ MAX_PIXELS = 180_000_000  # of an image after scaling
 HEIC_HEAD = re.compile(rb"....ftyp(hei[cfmsx]|hev[cmx]|mif1|msf1)", re.DOTALL)
 # How to turn an image upright, by EXIF's orientation.
 EXIF_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
 }
 PROFILE_MODES = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}  # {colour space of a profile: Pillow's mode}
 
@@ -80,12 +81,17 @@ def load_image(
     """Read an image file as float32 (1, 3, H, W), RGB in [0, 1], scaled to `size` pixels along the shorter side.
 
     Applies EXIF's rotation, converts every colour mode to RGB and colour profiles to sRGB, and lays transparent images
-    over the colour `background`. Raises MissingFileError if there is no such file, UserError if it cannot be read as an
-    image or if the result would have more than 180 million pixels.
+    over the colour `background`: an HTML name, or "#rrggbb" and the like, whose own alpha is ignored. Raises
+    MissingFileError if there is no such file, UserError if it cannot be read as an image, if the result would have more
+    than 180 million pixels, and for other arguments.
     """
     path = as_file(path, "picture")
     device = pick_device(device)
     size = as_whole(size, "size", " of pixels")
+    try:
+        background = ImageColor.getcolor(background, "RGB")
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"background is {shown(background)}: give a colour, such as 'white' or '#336699'") from error
     try:
         picture = to_srgb(decode(path))
         scale = size / min(picture.size)
@@ -123,12 +129,12 @@ def decode(path: Path) -> Image.Image:
     """The image in a file, in 8 bits and upright, in the file's own colours."""
     # Given a path, Pillow maps some files into memory and turns them wrongly, so it gets a stream.
     with open(path, "rb") as stream, Image.open(stream, formats=readable_formats()) as file:
-        deep = ";16" in str(file.tile)
+        bits = re.search(r";(\d+)", str(file.tile))  # per channel, unless there are 8
         file.load()
         orientation = 1
         with contextlib.suppress(Exception):  # EXIF may be damaged, and nothing else in it is used
             orientation = file.getexif().get(0x0112)
-        picture = to_8_bits(file, deep)
+        picture = to_8_bits(file, int(bits[1]) if bits else 8)
         if orientation in EXIF_TURNS:
             return picture.transpose(EXIF_TURNS[orientation])
         return picture.copy()
@@ -168,17 +174,19 @@ def is_picture(path: Path) -> bool:
         return isinstance(error, Image.DecompressionBombError)  # an image, but too large
 
 
-def to_8_bits(picture: Image.Image, deep: bool) -> Image.Image:
-    """Convert 16 bits to 8; Pillow would clip grey values. Colour profile and transparency are kept.
+def to_8_bits(picture: Image.Image, bits: int) -> Image.Image:
+    """Convert 16-bit grey values to 8 bits, since Pillow would clip them, and a transparent colour of `bits` bits.
 
-    deep: whether the file has 16 bits; Pillow itself reduces colours to 8. Raises UserError for 32 bits.
+    Pillow has already converted all other pixels. The colour profile is kept. Raises UserError for 32 bits.
     """
     transparent = picture.info.get("transparency")
     if picture.mode in ("I", "F"):
         raise UserError("has 32 bits per pixel: save it with 8 or 16")
     if not picture.mode.startswith("I;16"):
-        if deep and isinstance(transparent, tuple):
+        if bits == 16 and isinstance(transparent, tuple):
             picture.info["transparency"] = tuple(value // 256 for value in transparent)
+        if picture.mode == "L" and transparent is not None:
+            picture.info["transparency"] = transparent * 255 // (2**bits - 1)
         return picture
     values = np.asarray(picture)
     grey = Image.fromarray(np.round(values * (255 / 65535)).astype(np.uint8))
@@ -254,6 +262,7 @@ def keep_colours(image: Tensor, content: Tensor) -> Tensor:
     one of them is no image.
     """
     check_shown(image, "image")
+    check_shown(content, "content")
     content = resize(content, image.shape[-2:]).clamp(0, 1).to(image.device)
     grey = luma(image.clamp(0, 1))
     chroma = content - luma(content)
