@@ -4,6 +4,9 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.14 pyth
 VENV ?= .venv
 BIN = $(VENV)/bin
 NBGRADER ?= .venv-nbgrader
+# Its configuration and its kernel, which is the notebooks' Python, are in tools/; it warns of its database's library.
+FOR_NBGRADER = PATH="$(abspath $(NBGRADER))/bin:$$PATH" NOTEBOOKS_PYTHON="$(abspath $(BIN))/python" \
+	JUPYTER_PATH="$(CURDIR)/tools" JUPYTER_CONFIG_PATH="$(CURDIR)/tools" PYTHONWARNINGS=ignore
 PIP_OPTIONS ?=
 ENVIRONMENTS ?= .venv-environments
 OLDEST_PYTHON ?= python3.11
@@ -52,16 +55,15 @@ notebooks: $(VENV)/installed  ## execute the notebooks and store their outputs, 
 	$(BIN)/python tools/run_notebooks.py --store
 
 assignment: $(NBGRADER)/installed  ## the notebooks as homework, without solutions, in assignment/ and assignment.zip
-	$(NBGRADER)/bin/python tools/make_assignment.py
+	$(FOR_NBGRADER) python tools/make_assignment.py
 
 grade: $(VENV)/installed $(NBGRADER)/installed  ## SUBMISSIONS=folder or zip, into grading/; STUDENT=name, SEED=word: see INSTRUCTORS.md
-	$(NBGRADER)/bin/python tools/grade_submissions.py "$(SUBMISSIONS)" $(BIN)/python grading "$(STUDENT)" "$(SEED)"
+	$(FOR_NBGRADER) python tools/grade_submissions.py "$(SUBMISSIONS)" grading "$(STUDENT)" "$(SEED)"
 
 # nbgrader's pages alone would set a cookie that holds for one of their folders only.
 mark: $(NBGRADER)/installed  ## the texts to be marked by hand, in the browser
 	@test -d grading || { echo "There is nothing to mark: say make grade SUBMISSIONS=folder-or-zip first."; exit 1; }
-	cd grading && PATH="$(abspath $(NBGRADER))/bin:$$PATH" NOTEBOOKS_PYTHON="$(abspath $(BIN))/python" \
-		JUPYTER_CONFIG_PATH="$(CURDIR)/tools" jupyter lab --LabApp.default_url=/formgrader/gradebook/style-transfer \
+	cd grading && $(FOR_NBGRADER) jupyter lab --LabApp.default_url=/formgrader/gradebook/style-transfer \
 		--IdentityProvider.cookie_options='{"path": "/"}'
 
 test-assignment: $(VENV)/for-developers $(NBGRADER)/installed  ## make the release, and grade honest and other submissions

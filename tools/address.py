@@ -77,9 +77,7 @@ def main(address=None):
         notebook = nbformat.read(path, 4)
         next(cell for cell in notebook.cells if cell.cell_type == "code").source = first_cell(address, version)
         nbformat.write(notebook, path)
-    print(
-        f"version {version}, {f'at {address}' if address else 'without an address: make address ADDRESS=https://...'}"
-    )
+    print(f"version {version}, at {address or 'no address: say make address ADDRESS=https://...'}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import nbformat
 from homework import NAME, grade_id
 
 MOST_BYTES = 1_000_000_000  # of a zip when unpacked
-MOST_NAMES = 30  # of folders and zips within each other
 LONGEST_NAME = 80
 OTHERS = {NAME, "assignment", "notebooks", "submitted", "submissions", "release"}  # folders that are no student's
 CANVAS = re.compile(r"(?P<name>[^_]+)_(?P<late>LATE_)?(?P<id>\d+)_\d+_.*?(-(?P<number>\d+))?")
@@ -40,7 +39,7 @@ def opened(path, when, read):
     try:
         archive = zipfile.ZipFile(io.BytesIO(read()))
         entries = archive.infolist()
-        if sum(entry.file_size for entry in entries) > MOST_BYTES or len(path) > MOST_NAMES:
+        if sum(entry.file_size for entry in entries) > MOST_BYTES:
             raise ValueError("it unpacks to more than a gigabyte")
         for entry in entries:
             inner = PurePosixPath(entry.filename.replace("\\", "/")).parts
@@ -56,13 +55,13 @@ def student_of(path, notebooks):
         is_file = k == len(path) - 1 or part.lower().endswith(".zip")
         stem = re.sub(r"(\.\w{1,5})+$", "", part) if is_file else part
         stem = re.sub(rf"({'|'.join(notebooks)})( \(\d+\))?", "", stem)
-        if found := is_file and CANVAS.fullmatch(stem):
-            return f"{found['name']}_{found['id']}", bool(found["late"]), int(found["number"] or 0)
-        if found := MOODLE.fullmatch(stem):
-            stem = f"{found['name']}_{found['id']}"
-        name = re.sub(r"[^\w .,()@-]", "_", stem[:LONGEST_NAME]).strip(" _-().")
-        if name and name.lower() not in OTHERS and (k < len(path) - 1 or re.search(r"[^\W\d_]", name)):
-            return name, False, 0
+        stem = re.sub(r"[^\w .,()@-]", lambda found: f"_{ord(found[0]):x}", stem)
+        if found := is_file and CANVAS.fullmatch(stem) or MOODLE.fullmatch(stem):
+            found = found.groupdict()
+            return f"{found['name']}_{found['id']}", bool(found.get("late")), int(found.get("number") or 0)
+        stem = stem[:LONGEST_NAME].strip(" _-().")
+        if stem and stem.lower() not in OTHERS and (k < len(path) - 1 or re.search(r"[^\W\d_]", stem)):
+            return stem, False, 0
     return "unknown", False, 0
 
 

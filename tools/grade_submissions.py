@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -80,7 +79,7 @@ def account(gradebook, student, asked):
         said += [f"{title}: {line}" for line in notebook.metadata.remarks]
     for question in asked:
         own = [grades[name] for name in question.points]
-        waits = any(one.needs_manual_grade and one.manual_score is None for one in own)
+        waits = any(one.needs_manual_grade for one in own)
         score = sum(one.score for one in own)
         why = [] if waits or score >= question.most else map(lost.get, question.points)
         why = filter(None, [*why, comments.get(question.name)])
@@ -108,17 +107,15 @@ def write_all(course, sources):
     print(*report, f"{len(rows) - 1} students: see grades.csv, report.txt and feedback/ in {os.getcwd()}", sep="\n")
 
 
-def main(submissions, python, into, student="", seed=""):
-    """Grade a folder or zip into the folder `into` by the notebooks' Python; student: again, even if unchanged."""
-    warnings.simplefilter("ignore")  # nbgrader's of its database
+def main(submissions, into, student="", seed=""):
+    """Grade a folder or zip into the folder `into`; student: again, even if nothing has changed."""
     sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
-    os.environ["NOTEBOOKS_PYTHON"] = os.path.abspath(python)
     path, sources = Path(submissions), read_notebooks(ROOT / "notebooks")
-    if not submissions or not path.exists():
-        sys.exit(f"There is no folder or zip {submissions!r}: say make grade SUBMISSIONS=folder-or-zip.")
-    chosen, remarks = collect(files_in(path) if path.is_dir() else opened((), (), path.read_bytes), sources)
+    files = files_in(path) if path.is_dir() else opened((), (), path.read_bytes)
+    chosen, remarks = collect(files if submissions else [], sources)
     if not chosen:
-        sys.exit("\n".join([f"There is no notebook of the homework in {submissions}.", *sum(remarks.values(), [])]))
+        print(f"There is no notebook of the homework in {submissions!r}: say make grade SUBMISSIONS=folder-or-zip.")
+        sys.exit("\n".join(sum(remarks.values(), [])) or 1)
     Path(into).mkdir(exist_ok=True)
     os.chdir(into)
     before = read_notebooks(Path("source", NAME))

