@@ -120,12 +120,14 @@ def style_loss(
 
 def make_objective(
     vgg: nn.Sequential, content: Tensor | None, style: Tensor | None, content_layers: Iterable[str],
-    style_layers: Iterable[str], content_weight: float, style_weight: float,
+    style_layers: Iterable[str] | Mapping[str, float], content_weight: float, style_weight: float,
 ) -> Callable[[Tensor], Tensor]:  # fmt: skip
     """What a style transfer minimises ([style], equation 7): the function image -> tensor (total, content, style).
 
-    content and style: (1, 3, H, W), or None without layers. The targets are computed here, once.
+    content and style: (1, 3, H, W), or None without layers. style_layers: names, or {name: w_l}. The targets are
+    computed here, once.
     """
+    layer_weights = style_layers if isinstance(style_layers, Mapping) else None
     with torch.no_grad():
         content_targets = features(vgg, content, content_layers) if content_layers else {}
         style_targets = gram_matrices(features(vgg, style, style_layers)) if style_layers else {}
@@ -134,7 +136,7 @@ def make_objective(
         maps = features(vgg, image, {**content_targets, **style_targets})
         zero = image.new_zeros(())  # for a loss without layers
         content_part = zero + content_loss(maps, content_targets)
-        style_part = zero + style_loss(maps, style_targets)
+        style_part = zero + style_loss(maps, style_targets, layer_weights)
         return torch.stack([content_weight * content_part + style_weight * style_part, content_part, style_part])
 
     return objective
@@ -192,6 +194,7 @@ def optimise(
     input, and for a size that the device has no memory for.
     """
     global last_result
+    last_result = None
     if not (callback is None or callable(callback)):
         raise UserError(f"callback is {callback!r}: give a function of an image and a Step")
     run = Run(task, shape, **options)

@@ -347,7 +347,8 @@ def convolutions_of(state: dict) -> tuple[dict, Tensor]:
     """A state dict in either format -> ({conv: (weight (O, I, 3, 3), bias (O,))}, mean (3,)) for RGB in [0, 1]."""
     constants = PRETRAINED.transforms()
     if "block1_conv1_b" not in state:  # torchvision's, for (RGB - mean) / std
-        modules = make_layers(ARCHITECTURE, batch_norm=False)
+        with torch.device("meta"):
+            modules = make_layers(ARCHITECTURE, batch_norm=False)
         positions = [k for k, module in enumerate(modules) if isinstance(module, nn.Conv2d)]
         found = [(state[f"features.{k}.weight"], state[f"features.{k}.bias"]) for k in positions]
         convolutions = dict(zip(CONVOLUTIONS, found))
