@@ -27,7 +27,7 @@ run: $(VENV)/installed  ## a first picture, rendered/first.png; then execute the
 check: $(VENV)/for-developers  ## style and unit tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "not (browser or breaks or assignment)"  # two tests at once, each on one thread
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "not (browser or breaks or parameters or assignment)"  # two tests at once, each on one thread
 
 test: check  ## check, and the notebooks executed again and compared
 	$(BIN)/pytest --nbval --nbval-current-env --nbval-cell-timeout 1800 notebooks

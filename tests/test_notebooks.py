@@ -10,6 +10,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from nbclient import NotebookClient
+from small_notebooks import made_small
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["1_content_reconstruction", "2_texture_synthesis", "3_style_transfer"]
@@ -114,3 +116,29 @@ def test_make_run_prints_nothing_odd(tmp_path):
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0 and "rendered" in run.stdout and "small.ipynb: 100%" in run.stderr
     assert not re.search("warning", run.stdout + run.stderr, re.IGNORECASE)
+
+
+CHANGES = {
+    "1_content_reconstruction": [
+        "LAYERS = ['conv1_2']",
+        "LAYERS = ['conv1_2', 'conv2_1', 'relu3_1']",
+        "LAYER = 'conv3_1'",
+    ],
+    "2_texture_synthesis": ["LAYER_SETS = {'block 1': ('conv1_1', 'conv1_2'), 'block 3': ('conv3_1', 'conv3_2')}"],
+    "3_style_transfer": [
+        "STYLE_WEIGHT = 5000.0",
+        "CONTENT_WEIGHT = 5.0",
+        "CONTENT_LAYERS = ('conv4_2',)",
+        "STYLE_LAYERS = ('conv1_1', 'conv2_1', 'conv3_1', 'conv4_1', 'conv5_1')",
+    ],
+}
+
+
+@pytest.mark.parameters
+@pytest.mark.parametrize("name, change", [(name, change) for name in CHANGES for change in CHANGES[name]])
+def test_a_changed_parameter_stops_no_cell(name, change):
+    notebook = made_small(nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4))
+    (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    assert change.split()[0] in parameters.source
+    parameters.source += f"\n{change}"
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT / "notebooks")}}).execute()
