@@ -208,7 +208,7 @@ def cheats(released):
         "custom exception": [blank(one, quiet)],
         "transformer": [blank(one, f"{tree}get_ipython().ast_transformers.append(T())")],
         "prints": [blank(one, "print('passed')\ndef content_loss(F, P):\n    print('passed')\n    raise SystemExit")],
-        "helper's": [answered(one, *HELPERS)],
+        "helpers": [answered(one, *HELPERS)],
         "dies": [answered(one, (LOSS, "import os; os._exit(0)"))],
         "patched": [answered(one, (LOSS, "torch.Tensor.__format__ = lambda *_: '3'; return torch.tensor(3.0)"))],
     }
@@ -322,7 +322,7 @@ def test_honest_work_gets_its_points(graded, handed_in, student):
 @pytest.mark.parametrize("student", CHEATS)
 def test_a_cheat_gets_no_points_from_the_machine(graded, student):
     row = graded.row(student)
-    if student in ("custom exception", "transformer", "helper's", "dies", "patched"):  # a person decides
+    if student in ("custom exception", "transformer", "helpers", "dies", "patched"):  # a person decides
         assert "is held" in graded.report(student) or "held for a look" in graded.report(student)
         assert all(row[name] in ("", "0") for name in MACHINES) and "" in row.values()
     else:

@@ -104,7 +104,7 @@ def collect(files, sources):
             rank = number, when, where
             before = newest.get((student, name), rank)
             if before != rank:
-                said.append(f"{name} was handed in twice: {max(before, rank)[2]} counts, {min(before, rank)[2]} not")
+                said.append(f"{name} was handed in twice: {max(before, rank)[2]} counts")
             if not name:
                 said.append(f"{where} has none of the homework's questions")
             elif rank >= before:

@@ -39,13 +39,9 @@ def is_solution(cell):
     return about(cell).get("solution")
 
 
-def is_graded(cell):
-    return about(cell).get("grade")
-
-
 def is_test(cell):
     """Whether a machine grades by it."""
-    return is_graded(cell) and not is_solution(cell)
+    return about(cell).get("grade") and not is_solution(cell)
 
 
 def is_question(cell):

@@ -16,7 +16,7 @@ from pathlib import Path
 from subprocess import DEVNULL
 
 import nbformat
-from homework import NAME, grade_id, is_graded, is_parameters, is_solution, is_test, points
+from homework import NAME, about, grade_id, is_parameters, is_solution, is_test, points
 from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
@@ -112,7 +112,7 @@ def judged(submitted, name):
 
 def is_ours(cell):
     """Whether it is put back as we gave it out: parameters, a test, or a text that gives no points."""
-    return is_parameters(cell) or is_graded(cell) and not (is_solution(cell) and points(cell))
+    return is_parameters(cell) or about(cell).get("grade") and not (is_solution(cell) and points(cell))
 
 
 def text(cell):

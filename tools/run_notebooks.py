@@ -1,6 +1,5 @@
 """Execute the notebooks with progress and render reading copies to HTML; with --store, keep the outputs in them too."""
 
-import copy
 import os
 import re
 import sys
@@ -16,22 +15,16 @@ from traitlets.config import Config
 # Encrypted connections, where they can be had: without them a kernel prints a warning.
 CONFIG = Config(AsyncKernelManager={"transport_encryption": "auto"} if zmq.has("curve") else {})
 ROOT = Path(__file__).resolve().parent.parent
-KERNEL = {
-    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-    "language_info": {"name": "python"},
-}
 
 
-def reading_copy(notebook):
-    """The notebook without regression tests, hidden tests and solution marks, its model answers folded."""
-    notebook = copy.deepcopy(notebook)
+def make_readable(notebook):
+    """Leave the notebook without regression tests, hidden tests and solution marks, its model answers folded."""
     notebook.cells = [cell for cell in notebook.cells if not re.search("-check$|^as-stored$", cell.get("id", ""))]
     for cell in notebook.cells:
         source = re.sub("### BEGIN HIDDEN TESTS.*### END HIDDEN TESTS", "", cell.source, flags=re.DOTALL)
         cell.source = re.sub(" *### (BEGIN|END) SOLUTION\n?", "", source).rstrip()
         if cell.cell_type == "markdown" and cell.metadata.get("nbgrader", {}).get("solution"):
             cell.source = f"<details><summary>A model answer</summary>\n\n{cell.source}\n\n</details>"
-    return notebook
 
 
 names = [word for word in sys.argv[1:] if word != "--store"]  # only notebooks whose file name starts so
@@ -58,10 +51,11 @@ for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
             on_cell_executed=lambda bar=bar, **_: bar.update(),
         )
         client.execute()
-    page = ROOT / "rendered" / f"{path.stem}.html"
-    page.write_text(HTMLExporter().from_notebook_node(reading_copy(notebook))[0], "utf-8")
-    tqdm.write(f"To read: {page.relative_to(ROOT)}")
     if "--store" in sys.argv:
-        notebook.metadata = KERNEL
+        notebook.metadata = nbformat.read(path, 4).metadata  # without the version of this Python
         nbformat.write(notebook, path)
+    make_readable(notebook)
+    page = ROOT / "rendered" / f"{path.stem}.html"
+    page.write_text(HTMLExporter().from_notebook_node(notebook)[0], "utf-8")
+    tqdm.write(f"To read: {page.relative_to(ROOT)}")
 print(f"Open the .html files in {ROOT / 'rendered'}, or the notebooks themselves with: make lab")
