@@ -2,7 +2,10 @@
 
 import contextlib
 import hashlib
+import itertools
+import json
 import os
+import statistics
 import sys
 import time
 from argparse import Namespace
@@ -14,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from .engine.checks import UserError, reason
+from .engine.checks import UserError, as_file, reason
 from .engine.figures import Recorder, film_of
 from .engine.images import keep_colours, load_image, load_mask, resize
 from .engine.losses import resize_mask
@@ -28,6 +31,7 @@ from .engine.saving import (
     locked,
     read_settings,
     read_state,
+    read_state_settings,
     write_new,
     write_over,
     write_state,
@@ -42,7 +46,7 @@ FIXED = {
 }
 SETTINGS = ("size", "style_size", "style_weight", "start", "seed", "evaluations", "keep_colours", *FIXED)
 SECONDS_BETWEEN_SAVES = 30
-BAR = "{percentage:3.0f} % |{bar}| {elapsed}, {remaining} left{postfix}"
+BAR = "{percentage:3.0f} % |{bar}| {elapsed}{postfix}"
 
 
 def defaults_for(options: Namespace) -> dict:
@@ -76,11 +80,20 @@ def settings_of(options: Namespace, identify) -> dict:
     styles = []
     for style, weight, mask in zip(options.style, options.blend, options.masks):
         styles.append([identify(style), weight, mask if mask in (None, REST) else identify(mask)])
-    return settings | {"content": identify(options.content), "style": styles[0][0], "styles": styles}
+    return settings | {"content": identify(options.content), "styles": styles}
 
 
-def digest(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def content_digest(path: str) -> str:
+    return digest(as_file(path, "picture").read_bytes())
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def fingerprint(settings: dict) -> str:
+    """Equal for equal images, whatever their names."""
+    return digest(json.dumps(settings | {"output": None, "film": None}, sort_keys=True).encode())
 
 
 def task_of(options: Namespace) -> Task:
@@ -120,22 +133,28 @@ def run_alone_or_shared(options: Namespace) -> None:
 
 def make(options: Namespace, first: bool = True) -> None:
     """Make the image. first: this process prints and saves; the others only compute their part."""
-    if not options.output:
-        options.output = Path(f"{joint_stem(Path(options.content), *map(Path, options.style))}.png")
+    settings = settings_of(options, content_digest) | {"film": options.film and str(options.film)}
+    options.output = options.output or free_output(options, settings)
     options.state = options.output.with_suffix(".safetensors")
-    task = task_of(options)
-    settings = settings_of(options, digest) | {"output": options.output.name, "film": str(options.film)}
+    settings["output"] = options.output.name
     with locked(options.output, options.state) if first else contextlib.nullcontext():
-        state = resumable(options, settings)
+        if problem := conflict(options.output, settings):
+            raise UserError(problem)
+        if options.output.exists() and not options.state.exists():
+            if first:
+                tqdm.write(f"{options.output} is already made, with the same settings")
+            return
+        if options.film and options.film.exists():
+            raise UserError(f"{str(options.film)!r} is there already: give another name with --film")
         run = Run(
-            task,
+            task_of(options),
             init=options.start,
             seed=options.seed,
             evaluations=options.evaluations,
             coarse_to_fine=options.coarse_to_fine,
             memory=options.memory,
         )
-        job = Job(options, settings, run, state)
+        job = Job(options, settings, run, read_state(options.state))
         if dist.is_initialized():
             dist.barrier()  # every process has read the state before the first one writes it
         if first:
@@ -145,42 +164,53 @@ def make(options: Namespace, first: bool = True) -> None:
                 pass
 
 
-def resumable(options: Namespace, settings: dict) -> dict:
-    """The state to resume; empty without a file, and before the first evaluation.
+def free_output(options: Namespace, settings: dict) -> Path:
+    """CONTENT_STYLE.png, or with the first number that is not taken by an image of other settings."""
+    stem = joint_stem(Path(options.content), *map(Path, options.style))
+    for number in itertools.count(1):
+        output = Path(f"{stem}_{number:03}.png" if number > 1 else f"{stem}.png")
+        if not conflict(output, settings | {"output": output.name}):
+            return output
 
-    Raises UserError for a state of other settings, and if something would be overwritten.
-    """
-    film, output, found = options.film, options.output, read_state(options.state)
-    if not found and output.exists():
-        raise UserError(f"{str(output)!r} is there already: give another name with --output")
-    if film and film.exists():
-        raise UserError(f"{str(film)!r} is there already: give another name with --film")
-    if not found:
-        return {}
-    state, before = found
-    words = {"content": "another content image", "style": None, "styles": "other styles, blend or masks"}
-    others = [
-        words.get(name, f"{name.replace('_', ' ')} {before.get(name)}")
-        for name, value in settings.items()
-        if before.get(name) != value
-    ]
+
+def conflict(output: Path, settings: dict) -> str | None:
+    """Why an image with these settings cannot be made there, as a sentence; None if it can be, or already is."""
+    state = output.with_suffix(".safetensors")
+    before = read_state_settings(state)
+    if before is None:
+        if output.exists() and not is_made(output, settings):
+            return f"{str(output)!r} is there already: give another name with --output"
+        return None
+    words = {"content": "another content image", "styles": "other styles, blend or masks"}
+    others = []
+    for name, value in settings.items():
+        if before.get(name) != value:
+            others.append(words.get(name, f"{name.replace('_', ' ')} {before.get(name)}"))
     if others:
-        problem = f"is a run with {' and '.join(filter(None, others))}"
-        raise UserError(f"{str(options.state)!r} {problem}: give the same again, or move it away")
-    return state
+        return f"{str(state)!r} is a run with {' and '.join(others)}: give the same again, or move it away"
+
+
+def is_made(output: Path, settings: dict) -> bool:
+    """Whether the image was finished with these settings, and its film is there."""
+    film = settings["film"]
+    if film and not Path(film).exists():
+        return False
+    with contextlib.suppress(UserError):
+        return read_settings(output).get("fingerprint") == fingerprint(settings)
+    return False
 
 
 class Job:
     """A run with its film, and the files that they are saved to."""
 
-    def __init__(self, options: Namespace, settings: dict, run: Run, state: dict):
+    def __init__(self, options: Namespace, settings: dict, run: Run, state: dict | None):
         self.options, self.settings, self.run = options, settings, run
         self.film = Recorder() if options.film else None
         limit_cuda_memory(options.memory, run.device)
         if state:
             run.load_state_dict(state)
-        if state and self.film:
-            self.film.load_state_dict(state)
+            if self.film:
+                self.film.load_state_dict(state)
 
     def make(self) -> None:
         """Compute the image and save it; after an interruption or an error, save the run."""
@@ -195,7 +225,7 @@ class Job:
             if transparent:
                 tqdm.write(f"{options.content} has transparency, which is laid on white")
             self.compute()
-            self.write_image(resize(run.image, run.shape))
+            self.write_image(resize(run.image, run.shape), fingerprint=fingerprint(self.settings))
             if self.film:
                 self.write_film()
             options.state.unlink(missing_ok=True)
@@ -210,25 +240,36 @@ class Job:
 
     def compute(self) -> None:
         """Step after step, with a progress bar and a save every half minute, or less often if that takes long."""
-        run, shape = self.run, None
-        saved, pause = time.monotonic(), SECONDS_BETWEEN_SAVES
-        with tqdm(total=run.pixels_left / 1e6, unit="Mpx", bar_format=BAR, dynamic_ncols=True) as bar:
+        run, previous, rates, scales = self.run, None, [], len(self.run.scales)
+        now = saved = time.monotonic()
+        pause = SECONDS_BETWEEN_SAVES
+        with tqdm(total=run.pixels_left, bar_format=BAR, dynamic_ncols=True) as bar:
             while step := run.step():
                 if self.film:
                     self.keep_frame()
-                if step.shape == run.shape != shape:
-                    tqdm.write(run.describe())
-                shape = height, width = step.shape
-                bar.update(min(height * width / 1e6, bar.total - bar.n))  # the last scale uses what others leave
-                bar.set_postfix_str(f"{width} x {height}, loss {step.total:.4g}")
-                before = time.monotonic()
-                if before - saved > pause:
+                height, width = step.shape
+                before, now = now, time.monotonic()
+                if previous and step.shape == previous.shape:
+                    rates.append((now - before) / (height * width))
+                else:  # the first evaluation at a scale includes its preparation
+                    rates = rates[-1:]
+                    if step.shape == run.shape:
+                        tqdm.write(run.describe())
+                    if previous and step.total > previous.total:
+                        tqdm.write(f"{width} x {height} pixels have more detail to match: the loss starts higher")
+                previous, left = step, "?"
+                if rates and (step.shape == run.shape or len(run.scales) < scales):
+                    left = tqdm.format_interval(statistics.median(rates) * run.pixels_left)
+                bar.n += height * width
+                bar.total = bar.n + run.pixels_left
+                bar.set_postfix_str(f"{left} left, {width} x {height}, loss {step.total:.4g}")
+                if now - saved > pause:
                     try:
                         self.save()
                     except UserError as error:
                         tqdm.write(f"warning: {error}; the run goes on")
                     saved = time.monotonic()
-                    pause = max(SECONDS_BETWEEN_SAVES, 100 * (saved - before))  # saves take a hundredth of the time
+                    pause = max(SECONDS_BETWEEN_SAVES, 100 * (saved - now))  # saves take a hundredth of the time
 
     def save(self) -> None:
         """Save the run, its film, and its present image; before the first evaluation, remove the run's file."""
@@ -251,8 +292,9 @@ class Job:
     def coloured(self, image: Tensor) -> Tensor:
         return keep_colours(image, self.run.task.content) if self.options.keep_colours else image
 
-    def write_image(self, image: Tensor) -> None:
-        content = as_png(self.coloured(image), settings_of(self.options, os.path.basename))
+    def write_image(self, image: Tensor, **more: str) -> None:
+        settings = settings_of(self.options, os.path.basename) | more
+        content = as_png(self.coloured(image), settings | {"style": settings["styles"][0][0]})
         write_over(self.options.output, lambda path: path.write_bytes(content))
 
     def write_film(self) -> None:

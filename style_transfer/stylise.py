@@ -25,6 +25,16 @@ class Parser(argparse.ArgumentParser):
         sys.exit(f"error: {message}")
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Help that names an option's value once: -o, --output FILE."""
+
+    def _format_action_invocation(self, action):
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        several = " ..." if action.nargs == "+" else ""
+        return f"{', '.join(action.option_strings)} {action.dest.upper()}{several}"
+
+
 class Output:
     """A text stream that cannot fail: it escapes what it cannot encode, and after an error it discards everything."""
 
@@ -51,11 +61,12 @@ def parse(arguments: list[str], defaults: dict | None = None) -> argparse.Namesp
 
     defaults: those that `job.defaults_for` adds to this parser's own; only with them is --like complete, and checked.
     """
-    parser = Parser("stylise", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    usage = "%(prog)s content style [style ...] [options]"
+    parser = Parser("stylise", usage, __doc__, formatter_class=Help)
     add = parser.add_argument
-    add("content", nargs="?", help="a photograph")
+    add("content", nargs="?", help="a photograph; where it is transparent, it becomes white")
     add("style", nargs="*", help="a painting, or several")
-    add("--blend", type=float, nargs="+", help="the weight of each style, in their order (equal)")
+    add("--blend", type=float, nargs="+", help="the weight of each style, in their order (equal weights)")
     add(
         "--masks",
         nargs="+",
@@ -68,18 +79,30 @@ def parse(arguments: list[str], defaults: dict | None = None) -> argparse.Namesp
         help="keep the photograph's colours, and change only light and dark",
     )
     add("--like", type=Path, help="a saved PNG file, whose settings are used unless others are given")
-    add("-o", "--output", type=Path, help="a PNG file (CONTENT_STYLE.png in this folder)")
+    add("-o", "--output", type=Path, help="a PNG file (CONTENT_STYLE.png in this folder, or numbered)")
     add("--size", type=int, default=256, help="of the shorter side, in pixels (%(default)s)")
     add("--style-size", type=int, help="the same for the style image: a larger one has larger strokes (--size)")
     add("--style-weight", type=float, default=1e4, help="relative to the content's (%(default)g)")
-    add("--init", dest="start", choices=("noise", "content"), default="noise", help="(%(default)s)")
-    add("--seed", type=int, default=0, help="of the noise (%(default)s)")
+    add(
+        "--init",
+        dest="start",
+        choices=("noise", "content"),
+        default="noise",
+        help="where to start: 'noise', soft random clouds, or 'content', the photograph itself (%(default)s)",
+    )
+    add("--seed", type=int, default=0, help="a number; another one makes other noise (%(default)s)")
     add("--film", type=Path, help="a .gif or .webp file: the run in up to 100 images of at most 512 pixels")
     add("--evaluations", type=int, default=80, help="of the network, at most (%(default)s)")
     add("--memory", type=float, help="GiB that a process may use (what is free)")
-    add("--device", help="(the best available)")
+    add("--device", help="where to compute: cpu, cuda, cuda:1 or mps (the fastest that is available)")
+    add("--version", action="store_true", help="show the version")
     parser.set_defaults(state=None, **defaults or {})
     options = parser.parse_intermixed_args(arguments)
+    if options.version:
+        from importlib.metadata import version
+
+        print(version("neural-style-transfer-notebooks"))
+        sys.exit()
     if defaults or not options.like:
         check(options, parser.error)
         if options.style_size is None:
@@ -133,6 +156,8 @@ def main() -> None:
     try:
         with interruptible():
             options = parse(arguments)
+            if os.environ.get("RANK", "0") == "0":
+                print("loading ...", file=sys.stderr)
             from . import job  # takes seconds, to import torch
             from .engine.checks import UserError
 

@@ -65,8 +65,10 @@ def run(monkeypatch):
     stop: interrupt it after so many evaluations. at: {number of an evaluation: a function to call after it}.
     """
 
+    step = Run.step
+
     def running(*arguments, stop=None, at=None):
-        sides, step = [], Run.step
+        sides = []
 
         def counted(self):
             found = step(self)
@@ -109,16 +111,61 @@ def content_of(name):
 def test_an_image_is_made_and_never_overwritten(run, capsys):
     assert run() == [16] * 2 + [32] * 4
     assert new_files() == [MADE[0]] and Image.open(MADE[0]).size == (48, 32)
-    printed, made = capsys.readouterr().out, content_of(MADE[0])
-    assert "48 x 32 pixels whole, history size 20" in printed and "photo.jpg" not in printed
-    assert f"{MADE[0]}: 48 x 32 pixels, finished because the limit of 6 evaluations" in printed
+    printed, made = capsys.readouterr(), content_of(MADE[0])
+    assert printed.err == "loading ...\n" and not re.search("photo.jpg|starts higher", printed.out)
+    assert "48 x 32 pixels whole, history size 20" in printed.out
+    assert f"{MADE[0]}: 48 x 32 pixels, finished because the limit of 6 evaluations" in printed.out
     with ends(f"^error: '{MADE[0]}' is there already: give another name with --output"):
-        run()
+        run("--seed=1", "-o", MADE[0])
     assert content_of(MADE[0]) == made
     Image.open("photo.jpg").convert("RGBA").save("photo.png")
     run("photo.png", "painting.jpg", "--size=33", "-o", "larger.png")
     said = "photo.png is 32 pixels wide or high: enlarged, it gains no detail", "photo.png has transparency, which is"
     assert all(map(capsys.readouterr().out.__contains__, said))
+
+
+def test_each_setting_has_its_image_and_is_computed_once(run, capsys):
+    """By default under the next free number, where the same command finds its run or its image again."""
+    run("--film=film.gif")
+    with ends("resumes"):
+        run("--seed=1", stop=1)
+    with ends("resumes"):
+        run("--seed=2", stop=1)
+    numbered = [f"photo_painting{number}.png" for number in ("", "_002", "_003")]
+    assert [name for name in new_files() if name.endswith(".png")] == numbered
+    assert len(run("--seed=2")) == len(run("--seed=1")) == 5
+    capsys.readouterr()
+    for name, words in zip(numbered, (["--film=film.gif"], ["--seed=1"], ["--seed=2", "-o", numbered[2]])):
+        assert not run(*words)
+        assert capsys.readouterr().out == f"{name} is already made, with the same settings\n"
+    assert new_files() == ["film.gif", *numbered]
+    assert run("--seed=1", "--film=another.gif") and Path("photo_painting_004.png").exists()
+
+
+def test_an_unfinished_image_without_its_run_is_not_taken_for_a_finished_one(run):
+    with ends("resumes"):
+        run(stop=4)
+    Path(MADE[1]).unlink()
+    with ends("is there already"):
+        run("-o", MADE[0])
+    assert len(run()) == 6 and new_files() == [MADE[0], "photo_painting_002.png"]
+
+
+def test_the_time_that_is_left_is_known_from_the_second_scale_on(run, clock, monkeypatch, capsys):
+    """An evaluation takes 3 seconds at the first scale and 12 at the second; the first one of each takes longer."""
+    shown, seconds = [], [9, *[3] * 11, 30, *[12] * 23]
+
+    class Bar(job.tqdm):
+        def set_postfix_str(self, text):
+            shown.append(text.split(" left")[0])
+
+    def tick():
+        clock.now += seconds.pop(0)
+
+    monkeypatch.setattr(job, "tqdm", Bar)
+    run("--evaluations=36", at=dict.fromkeys(range(37), tick))
+    assert shown == ["?"] * 12 + [f"{12 * left // 60:02}:{12 * left % 60:02}" for left in range(23, -1, -1)]
+    assert "48 x 32 pixels have more detail to match: the loss starts higher" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("start, stops", [("noise", (1, 1, 2)), ("content", (3, 3))])
@@ -218,19 +265,19 @@ def test_a_run_goes_on_when_a_save_fails(run, clock, capsys):
     assert run("-o", "a.png")
 
 
-def test_a_second_run_of_the_same_image_is_refused_while_the_first_goes_on(run):
-    """With the same or other settings; nothing that belongs to the first is touched."""
+def test_an_image_that_another_run_is_making_is_left_alone(run):
+    """The same settings are refused, and by default others get another name."""
 
     def second():
         before = {name: content_of(name) for name in new_files()}
         assert f".{MADE[1]}.lock" in before
-        for settings in ((), ("--seed=7",)):
+        for words in ((), ("-o", MADE[0], "--seed=7")):
             with ends(f"^error: '{MADE[0]}': another run is making it: give another name with --output"):
-                run(*settings)
+                run(*words)
         assert {name: content_of(name) for name in new_files()} == before
 
-    assert len(run(at={1: second, 5: second})) == 6
-    assert new_files() == [MADE[0]]
+    assert len(run(at={1: second, 2: lambda: run("--seed=7"), 5: second})) == 6
+    assert new_files() == [MADE[0], "photo_painting_002.png"]
 
 
 def test_only_the_first_of_several_processes_prints_and_saves(capsys):
@@ -340,7 +387,6 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_work(run, as_nobody
         (["--film=film.mp4"], "--film is 'film.mp4': give a name that ends in .gif or .webp"),
         (["--film=absent/film.gif"], "--film is 'absent/film.gif': there is no folder 'absent' that can be written"),
         (["--like=absent.png"], "no picture at 'absent.png': give a PNG file that was saved by the panel or"),
-        (["--size=big"], "argument --size: invalid int value: 'big'"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_in_a_sentence_and_leaves_nothing_behind(arguments, message, run):
@@ -381,6 +427,7 @@ def test_a_terminal_ends_no_run(kind, stream, run, monkeypatch):
     if kind == "broken":
         os.close(reader)
     monkeypatch.setattr(sys, stream, None if kind == "none" else terminal)
+    monkeypatch.setattr(job.tqdm, "__init__", functools.partialmethod(job.tqdm.__init__, disable=False))
     assert len(run(*names, "--evaluations=1")) == 1
     (made,) = set(new_files()) - set(names)
     assert Image.open(made).size == (48, 32) and len(os.fsencode(made)) < 205
@@ -403,11 +450,18 @@ def test_a_process_whose_terminal_has_gone_succeeds(shell):
 
 
 @posix
-def test_an_interrupt_while_torch_is_imported_is_answered_in_a_sentence():
-    """By a stand-in for torch."""
+def test_options_are_read_before_torch_is_imported():
+    """Which takes seconds, and may be interrupted; by a stand-in for torch."""
     Path("torch.py").write_text("raise KeyboardInterrupt")
-    done = command(*PAIR)
-    assert (done.stdout, done.stderr) == ("", "interrupted: the same command starts again, nothing is saved\n")
+    for words, output, error in (
+        (["--help"], "-o, --output OUTPUT ", "^$"),
+        (["--version"], r"^\d+\.\d+\.\d+\n$", "^$"),
+        (["--sise=5"], "^$", "^error: unrecognized arguments: --sise=5\n$"),
+        ([*PAIR, "--size=big"], "^$", "^error: argument --size: invalid int value: 'big'\n$"),
+        (PAIR, "^$", "^loading ...\ninterrupted: the same command starts again, nothing is saved\n$"),
+    ):
+        done = command(*words)
+        assert re.search(output, done.stdout) and re.search(error, done.stderr), done
 
 
 @posix
@@ -442,7 +496,8 @@ def test_a_saved_image_is_made_again(run):
         again("one.png", "three.png")
     again("one.png", "three.png", "moved.jpg", "painting.jpg", "--no-keep-colours", "--seed=4", "--init=noise")
     changed = {"content": "moved.jpg", "keep_colours": False, "seed": 4, "start": "noise"}
-    assert read_settings("three.png") == saved | changed | {"styles": [["painting.jpg", 1.0, None]]}
+    changed |= {"styles": [["painting.jpg", 1.0, None]], "fingerprint": mock.ANY}
+    assert read_settings("three.png") == saved | changed
     again("one.png", "four.png", "moved.jpg", "wave.jpg", "--seed=4", "painting.jpg")
     assert [weight for _, weight, _ in read_settings("four.png")["styles"]] == [2.0, 0.5]
 
