@@ -25,8 +25,11 @@ from nbgrader.preprocessors import NbGraderPreprocessor
 from small_notebooks import made_small
 
 CELL_SECONDS, NOTEBOOK_SECONDS = 60, 300
+# Reading torch can take a minute where many do it at once, so this cell may take as long as the notebook.
 PRELUDE = """
 import sys
+
+import nst_utils
 
 exit = quit = lambda *_, **__: None
 
@@ -94,7 +97,7 @@ def judged(submitted, name):
         for output in cell.outputs:
             printed += output.get("text", "") if cell.metadata.get("test") else ""
             if output.get("ename") == "KeyboardInterrupt":
-                remarks.append(f"a cell was stopped after {CELL_SECONDS} seconds: {text(cell)[:80]}")
+                remarks.append(f"a cell was stopped after {CELL_SECONDS} seconds: {text(cell).splitlines()[0]}")
     held = suspicious(aligned, released)
     remarks += [f"held for a look: {line}" for line in held]
     for cell in [*filter(is_test, aligned.cells)]:
@@ -266,11 +269,15 @@ def verdict(tokens, printed, stopped):
 
 def run(notebook):
     """Execute a notebook as far as it goes, beside a copy of the course's helper; a sentence if it was stopped."""
+
+    def seconds(cell):
+        return NOTEBOOK_SECONDS if cell is notebook.cells[0] else CELL_SECONDS
+
     with tempfile.TemporaryDirectory(prefix="nst-", ignore_cleanup_errors=True) as folder:
         shutil.copytree("helper", folder, dirs_exist_ok=True)
         # Sockets in the folder, since the kernel has no network.
         manager = AsyncKernelManager(kernel_name=NAME, connection_file=f"{folder}/kernel.json", transport="ipc")
-        client = NotebookClient(notebook, manager, timeout=CELL_SECONDS, interrupt_on_timeout=True, allow_errors=True)
+        client = NotebookClient(notebook, manager, timeout_func=seconds, interrupt_on_timeout=True, allow_errors=True)
         client.log.setLevel("CRITICAL")
         client.shutdown_kernel = "immediate"
         execution = client.async_execute(cwd=folder, cleanup_kc=True, stdout=DEVNULL, stderr=DEVNULL)
