@@ -1,205 +1,169 @@
 """A run that is stopped, or interrupted anywhere, and goes on from its state is the run that was left alone."""
 
 import contextlib
-import itertools
+import functools
 import json
 import subprocess
 import sys
-import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from interruption import Interruption, middles
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from watching import Watch, flat, plateau
 
-import nst_utils as nst
-import style_transfer.engine.memory
+from style_transfer.engine.evaluation import threads
+from style_transfer.engine.memory import PAIR_BYTES, UPDATE_BYTES
+from style_transfer.engine.objective import Task
+from style_transfer.engine.run import Run
+from style_transfer.engine.vgg import load_vgg19
 
 ROOT = Path(__file__).resolve().parents[1]
-IMAGE = nst.IMAGES / "content" / "chenonceau.jpg"
-BEFORE = [("coarse", "bfloat16"), ("rough", "bfloat16"), ("fine", "bfloat16")]  # (stage, precision)
+ENGINE = ROOT / "style_transfer" / "engine"
+RUN = ENGINE / "run.py"
+CONTENT = torch.rand(1, 3, 48, 50, generator=torch.Generator().manual_seed(0))
+LITTLE_MEMORY = (UPDATE_BYTES + 3 * 5.5 * PAIR_BYTES) * 48 * 50  # at full size for tiles, and for five correction pairs
+ENOUGH_MEMORY = 10**8
 
 
-def reconstruction(vgg=None, size=52, evaluations=26):
-    """Two scales, 26 x 35 and 52 x 69 pixels."""
-    task = nst.Task(nst.load_image(IMAGE, size, "cpu"), None, ("conv1_2",))
-    return nst.Run(task, evaluations=evaluations, vgg=vgg, precision="float32")
+def begun(vgg, budget_bytes=LITTLE_MEMORY, precision="float32", content=CONTENT):
+    """A run of two scales, 24 x 25 and 48 x 50 pixels."""
+    run = Run(Task(content, None, "conv1_1"), evaluations=27, vgg=vgg, precision=precision)
+    run.load_state_dict(run.state_dict() | {"budget_bytes": budget_bytes})
+    return run
 
 
-def finish(run, state=None):
-    """(the steps to its end, the image)"""
-    if state:
-        run.load_state_dict(state)
-    return [*iter(run.step, None)], run.image
+def resumed(state, vgg):
+    run = begun(vgg)
+    run.load_state_dict(state)
+    return run
 
 
-def write(state, path):
-    """As the program does: tensors and plain values apart."""
-    tensors = {name: value.clone() for name, value in state.items() if torch.is_tensor(value)}
-    save_file(tensors, path, {"plain": json.dumps({k: v for k, v in state.items() if k not in tensors})})
-
-
-def resume_all(folder):
-    """In a process of its own: each stored state goes on to its end, and is stored with its history."""
-    style_transfer.engine.memory.MOST = 6
-    for path in sorted(Path(folder).glob("*.state")):
-        with safe_open(path, "pt") as file:
-            plain = json.loads(file.metadata()["plain"])
-        torch.save(finish(reconstruction(), load_file(path) | plain), path.with_suffix(".end"))
-
-
-def test_a_run_stopped_after_any_evaluation_ends_in_a_new_process_as_if_it_had_not_been(tmp_path, vgg, monkeypatch):
-    """At either scale, before the history of correction pairs is full and after, and where a step was refused."""
-    monkeypatch.setattr(style_transfer.engine.memory, "MOST", 6)
-    run, history, seen, step = reconstruction(vgg), [], [], True
-    while step:
-        state = run.state_dict()
-        seen.append((len(run.scales), state.get("optimiser.halvings", 0), len(state["optimiser.slots"])))
-        write(state, tmp_path / f"{len(history):03}.state")
-        if step := run.step():
-            history.append(step)
-    at_scales, halvings, pairs = zip(*seen)
-    assert len(history) == 26 and {1, 2} == set(at_scales) and any(halvings) and pairs.count(6) > 5
-    code = f"torch.set_num_threads({torch.get_num_threads()}); test_resume.resume_all({str(tmp_path)!r})"
-    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PATH": ""}
-    subprocess.run([sys.executable, "-c", f"import torch, test_resume; {code}"], check=True, env=environment)
-    for stop in range(len(history) + 1):
-        rest, image = torch.load(tmp_path / f"{stop:03}.end", weights_only=False)
-        assert history[:stop] + rest == history and torch.equal(image, run.image), stop
-
-
-@pytest.mark.parametrize("init, cosine, end", [("noise", 1, ("done", "bfloat16")), ("content", 0, ("fine", "float32"))])
-def test_the_precision_and_whether_rounding_was_asked_are_part_of_the_state(init, cosine, end, vgg, monkeypatch):
-    """When it is asked bfloat16 goes on, both times, or float32 takes over the second time.
-
-    Whatever the rounding here is: what the gradients' cosine is said to be depends on which of the two times it is.
-    """
-    monkeypatch.setattr("style_transfer.engine.run.pick_precisions", lambda *_: ("bfloat16", "float32"))
-    monkeypatch.setattr("style_transfer.engine.run.BROAD", 24)  # so that a run from an image has two scales, too
-    style = nst.load_image(nst.IMAGES / "style" / "great_wave.jpg", 64, "cpu")
-    content = nst.load_image(IMAGE, 128, "cpu")[..., :128].contiguous()
-    task = nst.Task(content, style, ("conv1_1",), {"conv1_1": 1.0}, 1.0, 1e4)
-    norms, name = [], "style_transfer.engine.run.gradient_cosine"
-    monkeypatch.setattr(name, lambda a, b, _: norms.append(b.norm().item()) or 1)
-    finish(nst.Run(task, init=init, vgg=vgg))
-    first, last = norms
-    monkeypatch.setattr(name, lambda a, b, _: 1 if abs(b.norm() - first) < abs(b.norm() - last) else cosine)
-    run, states, history = nst.Run(task, init=init, vgg=vgg), [], []
-    while step := run.step():
-        states.append(run.state_dict())
-        history.append(step)
-    stages = [(state["stage"], state["precision"]) for state in states]
-    stops = [1 + max(k for k in range(len(stages)) if stages[k] == stage) for stage in BEFORE]  # the last of each
-    stops.append(stops[-1] + 1)
-    assert [*dict.fromkeys(stages)] == [*BEFORE, end] == [stages[stop - 1] for stop in stops]
-    for stop in stops:
-        rest, image = finish(nst.Run(task, init=init, vgg=vgg), states[stop - 1])
-        assert history[:stop] + rest == history and torch.equal(image, run.image)
-
-
-def test_a_state_is_not_changed_by_the_steps_that_follow(vgg, monkeypatch):
-    monkeypatch.setattr(style_transfer.engine.memory, "MOST", 6)
-    run = reconstruction(vgg)
-    for _ in range(20):  # from here on each update takes the place of a correction pair
-        run.step()
-    state = run.state_dict()
-    copy = {name: value.clone() if torch.is_tensor(value) else value for name, value in state.items()}
-    assert len(copy["optimiser.slots"]) == 6
-    expected, (rest, image) = finish(run), finish(reconstruction(vgg), state)
-    assert all(torch.equal(state[k], v) if torch.is_tensor(v) else state[k] == v for k, v in copy.items())
-    assert rest == expected[0] and torch.equal(image, expected[1])
-
-
-def test_a_state_that_was_loaded_is_the_state_that_was_stored(vgg, monkeypatch):
-    """Every part of it, at each stop; also where the window and the history have lost what came first."""
-    monkeypatch.setattr(style_transfer.engine.memory, "MOST", 3)
-    run, lost = reconstruction(vgg, evaluations=60), 0
+def states_of(run):
+    """The states before each evaluation of a run, at its end and when it is over."""
+    states = [run.state_dict()]
     while run.step():
-        state, again = run.state_dict(), reconstruction(vgg, evaluations=60)
-        again.load_state_dict(state)
-        found = again.state_dict()
-        lost += state["totals"][0] != state["first_total"] and len(state["totals"]) == 11
-        assert state.keys() == found.keys()
-        for name, value in state.items():
-            assert torch.equal(found[name], value) if torch.is_tensor(value) else found[name] == value, name
-    assert lost > 5 and {len(run.scales), len(again.scales)} == {1}
+        states.append(run.state_dict())
+    return [*states, run.state_dict()]
 
 
-def test_what_another_scale_needed_is_gone_when_a_state_is_loaded(vgg):
-    alive = weakref.WeakSet()
-    hook = vgg.conv1_2.register_forward_hook(lambda module, inputs, output: alive.add(output.untyped_storage()))
-    try:
-        run, other = reconstruction(vgg), reconstruction(vgg)
-        while len(run.scales) > 1:
-            run.step()
-        other.step()
-        assert alive
-        state = run.state_dict()
-        del run
-        before = len(alive)
-        other.load_state_dict(state)
-        assert len(alive) < before
-    finally:
-        hook.remove()
+def frozen(state):
+    """A copy of a state, with bytes for tensors, that can be compared by `==`."""
+    return {name: value.numpy().tobytes() if torch.is_tensor(value) else value for name, value in state.items()}
 
 
-def test_a_state_of_another_shape_is_refused(vgg, refuses):
-    state = reconstruction(vgg).state_dict()
-    with refuses("the state is of an image of shape (52, 69): this run's is (40, 53)"):
-        reconstruction(vgg, size=40).load_state_dict(state)
+@pytest.fixture(scope="module")
+def states(vgg):
+    """Those of a run left alone, with little memory."""
+    return states_of(begun(vgg))
 
 
-def test_on_a_machine_with_less_memory_the_newest_pairs_go_on(vgg):
-    """The step that follows is that of an optimiser which never had more."""
-    run, again = reconstruction(vgg), reconstruction(vgg)
-    while len(run.state_dict()["optimiser.slots"]) < 12 or len(run.scales) > 1:
+def resume_all(path):
+    """In a process of its own: each state, as it was loaded and one step later."""
+    found, vgg = [], load_vgg19()
+    for state in torch.load(path, weights_only=False):
+        plain = {name: value for name, value in state.items() if not torch.is_tensor(value)}
+        run = resumed(state | json.loads(json.dumps(plain)), vgg)
+        found.append((frozen(run.state_dict()), run.step(), frozen(run.state_dict())))
+    torch.save(found, path)
+
+
+def test_from_each_of_its_states_a_run_goes_on_in_a_new_process_as_if_it_had_not_been_stopped(tmp_path, states):
+    """At either scale, before the history of correction pairs is full and after, and where a step was refused."""
+    path = tmp_path / "states.pt"
+    torch.save(states, path)
+    code = f"import test_resume; test_resume.resume_all({str(path)!r})"
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT / "tests", env=environment)
+    for k, (loaded, _, later) in enumerate(torch.load(path, weights_only=False)):
+        assert loaded == frozen(states[k]) and later == frozen(states[min(k + 1, 28)]), k
+    seen = [(len(state["scales"]), len(state["optimiser.slots"]), state.get("optimiser.halvings")) for state in states]
+    assert {(2, 0, None), (2, 8, 0), (1, 1, 0), (1, 5, 0), (1, 5, 1)} <= {*seen} and len(states) == 29
+    assert states[-1]["ended"] and states[-1]["totals"][0] != states[-1]["first_total"]
+
+
+def test_a_state_is_not_changed_by_the_steps_that_follow(states, vgg):
+    state = states[20]
+    before, run = frozen(state), resumed(state, vgg)
+    again = run.state_dict()
+    states_of(run)
+    assert frozen(state) == frozen(again) == before
+
+
+def test_a_resumed_run_takes_no_more_memory_than_before_nor_than_there_is_now(states, vgg):
+    run = begun(vgg, ENOUGH_MEMORY)
+    assert run.describe() == "25 x 24 pixels whole, history size 20"
+    run.load_state_dict(states[20])
+    little = run.describe()
+    assert little.startswith("50 x 48 pixels in ") and little.endswith("history size 5")
+    run.load_state_dict(states[20] | {"budget_bytes": ENOUGH_MEMORY})
+    assert run.describe() == little
+
+
+@pytest.mark.parametrize(
+    "before, now, shape, expected", [(2, 3, (100, 104), 2), (3, 2, (100, 104), 2), (2, 2, (96, 104), 1)]
+)
+def test_a_resumed_run_has_no_more_threads_than_before_nor_than_now_and_a_small_image_one(
+    before, now, shape, expected, vgg
+):
+    found = []
+    hook = vgg.conv1_1.register_forward_hook(lambda *_: found.append(torch.get_num_threads()))
+    with threads(now), hook:
+        run = Run(Task(torch.ones(1, 3, *shape), None, "conv1_1"), coarse_to_fine=False, vgg=vgg)
+        run.load_state_dict(run.state_dict() | {"threads": before})
         run.step()
-    again.budget_bytes = (190 + 3 * 5.5 * 24) * 52 * 69  # for five pairs
-    again.load_state_dict(run.state_dict())
-    found, before = again.state_dict(), run.state_dict()
-    assert len(found["optimiser.slots"]) == 5 and torch.equal(found["optimiser.s"], before["optimiser.s"][-5:])
-    assert torch.equal(found["optimiser.yy"], before["optimiser.yy"][-5:, -5:])
-    assert again.step().total <= run.state_dict()["step"].total
+        assert found[-1] == expected and torch.get_num_threads() == now
+
+
+@pytest.mark.parametrize(
+    "changes, problem",
+    [
+        ({"version": None}, "the state was saved by another version of this project: begin the run again"),
+        ({"scales": ((24, 25),)}, "the state is of an image of shape (24, 25): this run's is (48, 50)"),
+    ],
+)
+def test_a_state_of_another_version_or_shape_is_refused_and_changes_nothing(changes, problem, states, vgg, refuses):
+    run = resumed(states[4], vgg)
+    with refuses(problem):
+        run.load_state_dict(states[20] | changes)
+    run.step()
+    assert frozen(run.state_dict()) == frozen(states[5])
 
 
 # --- Interrupted ---------------------------------------------------------------------------------
 
 
-def test_a_run_interrupted_anywhere_has_the_state_of_before_or_after_an_evaluation(vgg, monkeypatch):
-    """In the evaluation, the update, the preconditioner, the preparation of a scale; also with a full history."""
-    monkeypatch.setattr(style_transfer.engine.memory, "MOST", 4)
-    runs = (reconstruction(vgg, size=48, evaluations=18) for _ in range(49))
-    run = next(runs)
-    with Interruption(None, ROOT / "style_transfer" / "engine") as undisturbed:
-        history, image = finish(run)
-    assert len(run.state_dict()["optimiser.slots"]) == 4 and len(history) == 18
-    for place in middles(undisturbed.count, 24):
-        run = next(runs)
-        with contextlib.suppress(KeyboardInterrupt), Interruption(place, ROOT / "style_transfer" / "engine"):
-            finish(run)
-        rest, found = finish(next(runs), run.state_dict())
-        assert rest == history[len(history) - len(rest) :] and torch.equal(found, image), place
+@pytest.mark.parametrize(
+    "case, place, count",
+    [("scale", RUN, None), ("end", RUN, None), ("rounding", RUN, None), ("scale", ENGINE, 20), ("pairs", ENGINE, 20)],
+)
+def test_a_step_interrupted_at_any_line_leaves_a_state_from_which_the_run_goes_on(
+    case, place, count, states, vgg, monkeypatch
+):
+    """To the next scale, to the end, to float32 since rounding is checked, or with a full history."""
+    evaluations, make = {"scale": 9, "end": 27, "rounding": 6, "pairs": 20}[case], functools.partial(begun, vgg)
+    with Watch(vgg) as watch:
+        if case == "rounding":
+            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+            watch.change = lambda output: plateau(flat(output) if output.dtype == torch.float32 else output)
+            make = functools.partial(begun, vgg, ENOUGH_MEMORY, None, CONTENT[..., :24, :])
+            states = states_of(make())
+        before, after = states[evaluations - 1], frozen(states[evaluations + 1])
+        run, again = make(), make()
 
+        def interrupt(number):
+            """Interrupt the step at the line with this number; how many lines it had so far."""
+            run.load_state_dict(before)
+            run.step()
+            with contextlib.suppress(KeyboardInterrupt), Interruption(number, place) as interruption:
+                run.step()
+            return interruption.count
 
-def test_a_step_to_the_next_scale_interrupted_at_any_line_is_done_again(vgg):
-    """Also where the state is of the new scale already and the optimiser still of the old one."""
-    run = reconstruction(vgg, 48, 4)
-    history, _ = finish(run)
-    coarse = [step.shape for step in history].count((24, 32))
-    for number in itertools.count(1):
-        run = reconstruction(vgg, 48, 4)
-        for _ in range(coarse):
-            run.step()
-        with (
-            contextlib.suppress(KeyboardInterrupt),
-            Interruption(number, ROOT / "style_transfer" / "engine" / "run.py") as place,
-        ):
-            run.step()
-        again, state = reconstruction(vgg, 48, 4), run.state_dict()
-        again.load_state_dict(state)
-        assert again.step() == history[4 - state["left"]], number
-        if place.count < number:
-            break
-    assert number > 30
+        lines = interrupt(None)
+        for number in middles(lines, count or lines):
+            interrupt(number)
+            again.load_state_dict(run.state_dict())
+            for each in (run, again):
+                if frozen(each.state_dict()) != after:
+                    each.step()
+                assert frozen(each.state_dict()) == after, number
