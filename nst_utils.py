@@ -194,7 +194,6 @@ def optimise(
     input, and for a size that the device has no memory for.
     """
     global last_result
-    last_result = None
     if not (callback is None or callable(callback)):
         raise UserError(f"callback is {callback!r}: give a function of an image and a Step")
     run = Run(task, shape, **options)
