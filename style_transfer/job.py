@@ -5,7 +5,6 @@ import hashlib
 import itertools
 import json
 import os
-import statistics
 import sys
 import time
 from argparse import Namespace
@@ -31,7 +30,6 @@ from .engine.saving import (
     locked,
     read_settings,
     read_state,
-    read_state_settings,
     write_new,
     write_over,
     write_state,
@@ -93,7 +91,7 @@ def digest(content: bytes) -> str:
 
 def fingerprint(settings: dict) -> str:
     """Equal for equal images, whatever their names."""
-    return digest(json.dumps(settings | {"output": None, "film": None}, sort_keys=True).encode())
+    return digest(json.dumps(settings | {"film": None}, sort_keys=True).encode())
 
 
 def task_of(options: Namespace) -> Task:
@@ -136,11 +134,11 @@ def make(options: Namespace, first: bool = True) -> None:
     settings = settings_of(options, content_digest) | {"film": options.film and str(options.film)}
     options.output = options.output or free_output(options, settings)
     options.state = options.output.with_suffix(".safetensors")
-    settings["output"] = options.output.name
     with locked(options.output, options.state) if first else contextlib.nullcontext():
-        if problem := conflict(options.output, settings):
+        state, problem = find_run(options.output, settings)
+        if problem:
             raise UserError(problem)
-        if options.output.exists() and not options.state.exists():
+        if state is None and options.output.exists():
             if first:
                 tqdm.write(f"{options.output} is already made, with the same settings")
             return
@@ -154,7 +152,7 @@ def make(options: Namespace, first: bool = True) -> None:
             coarse_to_fine=options.coarse_to_fine,
             memory=options.memory,
         )
-        job = Job(options, settings, run, read_state(options.state))
+        job = Job(options, settings, run, state)
         if dist.is_initialized():
             dist.barrier()  # every process has read the state before the first one writes it
         if first:
@@ -169,25 +167,30 @@ def free_output(options: Namespace, settings: dict) -> Path:
     stem = joint_stem(Path(options.content), *map(Path, options.style))
     for number in itertools.count(1):
         output = Path(f"{stem}_{number:03}.png" if number > 1 else f"{stem}.png")
-        if not conflict(output, settings | {"output": output.name}):
+        _, problem = find_run(output, settings)
+        if not problem:
             return output
 
 
-def conflict(output: Path, settings: dict) -> str | None:
-    """Why an image with these settings cannot be made there, as a sentence; None if it can be, or already is."""
-    state = output.with_suffix(".safetensors")
-    before = read_state_settings(state)
-    if before is None:
-        if output.exists() and not is_made(output, settings):
-            return f"{str(output)!r} is there already: give another name with --output"
-        return None
+def find_run(output: Path, settings: dict) -> tuple[dict | None, str | None]:
+    """The state of an unfinished run, and why an image with these settings cannot be made there, as a sentence.
+
+    The state is empty before the first evaluation. It is None without a run, and if the image is finished.
+    """
+    path = output.with_suffix(".safetensors")
+    found = read_state(path)
+    if not found:
+        taken = output.exists() and not is_made(output, settings)
+        return None, f"{str(output)!r} is there already: give another name with --output" if taken else None
+    state, before = found
     words = {"content": "another content image", "styles": "other styles, blend or masks"}
     others = []
     for name, value in settings.items():
         if before.get(name) != value:
             others.append(words.get(name, f"{name.replace('_', ' ')} {before.get(name)}"))
     if others:
-        return f"{str(state)!r} is a run with {' and '.join(others)}: give the same again, or move it away"
+        return None, f"{str(path)!r} is a run with {' and '.join(others)}: give the same again, or move it away"
+    return state, None
 
 
 def is_made(output: Path, settings: dict) -> bool:
@@ -240,27 +243,28 @@ class Job:
 
     def compute(self) -> None:
         """Step after step, with a progress bar and a save every half minute, or less often if that takes long."""
-        run, previous, rates, scales = self.run, None, [], len(self.run.scales)
-        now = saved = time.monotonic()
-        pause = SECONDS_BETWEEN_SAVES
+        run, previous, rate, scales = self.run, None, None, len(self.run.scales)
+        saved, pause = time.monotonic(), SECONDS_BETWEEN_SAVES
+        start = done = 0  # seconds, and pixels since then
         with tqdm(total=run.pixels_left, bar_format=BAR, dynamic_ncols=True) as bar:
             while step := run.step():
                 if self.film:
                     self.keep_frame()
                 height, width = step.shape
-                before, now = now, time.monotonic()
+                now, pixels = time.monotonic(), height * width
                 if previous and step.shape == previous.shape:
-                    rates.append((now - before) / (height * width))
+                    done += pixels
+                    rate = (now - start) / done
                 else:  # the first evaluation at a scale includes its preparation
-                    rates = rates[-1:]
-                    if step.shape == run.shape:
-                        tqdm.write(run.describe())
+                    start, done = now, 0
                     if previous and step.total > previous.total:
                         tqdm.write(f"{width} x {height} pixels have more detail to match: the loss starts higher")
+                    if step.shape == run.shape:
+                        tqdm.write(run.describe())
                 previous, left = step, "?"
-                if rates and (step.shape == run.shape or len(run.scales) < scales):
-                    left = tqdm.format_interval(statistics.median(rates) * run.pixels_left)
-                bar.n += height * width
+                if rate and (step.shape == run.shape or len(run.scales) < scales):
+                    left = tqdm.format_interval(rate * run.pixels_left)
+                bar.n += pixels
                 bar.total = bar.n + run.pixels_left
                 bar.set_postfix_str(f"{left} left, {width} x {height}, loss {step.total:.4g}")
                 if now - saved > pause:
@@ -301,7 +305,7 @@ class Job:
         """Write the film, unless another file has taken its name in the meantime."""
         path = self.options.film
         try:
-            write_new(path, film_of(self.film.frames, path.suffix[1:].lower()))
+            write_new(path, film_of(self.film.frames, path.suffix[1:]))
         except OSError as error:
             raise UserError(f"{str(path)!r} cannot be written, move it away: {reason(error)}") from error
 

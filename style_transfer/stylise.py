@@ -11,11 +11,12 @@ Several styles are blended, or each fills the white part of its mask:
 """
 
 import argparse
-import contextlib
 import os
 import signal
 import sys
 from pathlib import Path
+
+INTERRUPTED = "interrupted: the same command"
 
 
 class Parser(argparse.ArgumentParser):
@@ -126,49 +127,49 @@ def check(options, error):
         error("--masks has only 'rest', which is where the other masks are not: give another one")
     for name, suffixes in (("output", ".png"), ("film", ".gif or .webp")):
         path = getattr(options, name)
-        if path and path.suffix.lower() not in suffixes.split(" or "):
+        if path and path.suffix not in suffixes.split(" or "):
             error(f"--{name} is {str(path)!r}: give a name that ends in {suffixes}")
         if path and not os.access(path.parent, os.W_OK):
             error(f"--{name} is {str(path)!r}: there is no folder {str(path.parent)!r} that can be written")
 
 
-@contextlib.contextmanager
-def interruptible():
-    """Have SIGTERM and SIGHUP raise KeyboardInterrupt as Ctrl-C does. Afterwards all three end the process at once."""
-    replace_handlers(signal.SIG_DFL, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        replace_handlers(signal.default_int_handler, signal.SIG_DFL)
+def stop(*_):
+    """End the process at once. While torch is imported, libraries may swallow a KeyboardInterrupt."""
+    sys.stderr.write(f"{INTERRUPTED} starts again, nothing is saved\n")
+    os._exit(1)
 
 
-def replace_handlers(old, new):
+def handle_signals(handler):
+    """Have those signals that end a process call `handler`, unless they are ignored, as by nohup."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number and signal.getsignal(number) == old:
-            signal.signal(number, new)
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def main() -> None:
     """Run the program."""
+    handle_signals(stop)
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
-    arguments, options = sys.argv[1:], argparse.Namespace(state=None)
-    try:
-        with interruptible():
-            options = parse(arguments)
-            if os.environ.get("RANK", "0") == "0":
-                print("loading ...", file=sys.stderr)
-            from . import job  # takes seconds, to import torch
-            from .engine.checks import UserError
+    arguments = sys.argv[1:]
+    options = parse(arguments)
+    if os.environ.get("RANK", "0") == "0":
+        print("loading ...", file=sys.stderr)
+    from . import job  # takes seconds, to import torch
+    from .engine.checks import UserError
 
-            try:
-                options = parse(arguments, job.defaults_for(options))
-                job.run_alone_or_shared(options)
-            except UserError as error:
-                sys.exit(f"error: {error}")
+    try:
+        try:
+            handle_signals(signal.default_int_handler)  # raises KeyboardInterrupt
+            options = parse(arguments, job.defaults_for(options))
+            job.run_alone_or_shared(options)
+        finally:
+            handle_signals(signal.SIG_DFL)  # nothing is left to be saved
+    except UserError as error:
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        resumes = options.state and options.state.exists()
-        sys.exit(f"interrupted: the same command {'resumes' if resumes else 'starts again, nothing is saved'}")
+        saved = options.state and options.state.exists()
+        sys.exit(f"{INTERRUPTED} {'resumes' if saved else 'starts again, nothing is saved'}")
 
 
 if __name__ == "__main__":

@@ -101,31 +101,20 @@ def write_state(path: Path, state: Mapping, settings: Mapping) -> None:
     write_over(path, lambda aside: save_file(tensors, aside, about))
 
 
-@contextlib.contextmanager
-def _reading(path):
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{str(path)!r} is damaged, or not a run: move it away to begin anew") from error
-
-
-def read_state_settings(path: Path) -> dict | None:
-    """The settings from `write_state`; None if there is no file. Raises UserError if the file is not a run's."""
-    if path.exists():
-        with _reading(path) as file:
-            return json.loads(file.metadata()["settings"])
-
-
-def read_state(path: Path) -> dict | None:
-    """The state from `write_state`, with JSON's lists for tuples; None if there is no file.
+def read_state(path: Path) -> tuple[dict, dict] | None:
+    """(state, settings) from `write_state`, with JSON's lists for tuples; None if there is no file.
 
     Raises UserError if the file is not a run's.
     """
-    if path.exists():
-        with _reading(path) as file:
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-            return tensors | json.loads(file.metadata()["state"])
+        return tensors | json.loads(about["state"]), json.loads(about["settings"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{str(path)!r} is damaged, or not a run: move it away to begin anew") from error
 
 
 # --- A saved image -------------------------------------------------------------------------------
