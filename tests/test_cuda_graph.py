@@ -25,7 +25,7 @@ class StandIn:
 
     def __init__(self):
         self.events, self.streams, self.error, self.relative_errors = [], [], None, (0.0, 0.0)
-        self.captured = None
+        self.captured, self.given = None, []
         stand_in = self
 
         class Graph:
@@ -68,7 +68,7 @@ class StandIn:
         """Made-up losses (content, style, 0 whatever x, sum of x) and gradient."""
         if not replayed:
             self.events.append("run")
-        losses = torch.stack([weights.content * x.sum(), weights.style * x.sum(), x.new_zeros(())])
+        losses = torch.cat([weights.content * x.sum(), weights.style * x.sum(), x.new_zeros(1)])
         outputs = losses, weights.content * x
         if self.captured:
             self.captured.places = [weakref.ref(tensor) for tensor in (x, *weights)]
@@ -76,10 +76,11 @@ class StandIn:
         return outputs
 
     def call(self, graph, value):
-        """(losses, gradient) of a graph as lists; weights and image are gone afterwards."""
-        weights, x = Weights(*torch.full((4,), 10 * value)), torch.full((3,), value)
-        found = graph(weights, x)
-        assert x.tolist() == [value] * 3 and weights.content == 10 * value
+        """(losses, gradient) of a graph at an image and weights of this value, which no call may change."""
+        self.given.append((value, torch.full((3,), value), Weights(*torch.full((4, 1), 10 * value))))
+        found = graph(self.given[-1][2], self.given[-1][1])
+        for value, x, weights in self.given:
+            assert x.tolist() == [value] * 3 and all(weight == 10 * value for weight in weights)
         return found
 
 
@@ -132,7 +133,7 @@ def test_a_replay_is_trusted_only_if_it_agrees(relative_errors, trusted, cuda, r
 def test_what_is_not_finite_is_repeated_as_such(value, cuda, recwarn):
     graph = CudaGraph(cuda, GPU, 1e-3)
     for _ in range(2):
-        graph(Weights(*torch.ones(4)), torch.tensor([value, 5.0, -1.0]))
+        graph(Weights(*torch.ones(4, 1)), torch.tensor([value, 5.0, -1.0]))
     assert cuda.events == ["run", *CAPTURED, "replay"] and not recwarn.list
 
 

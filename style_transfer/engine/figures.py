@@ -19,7 +19,7 @@ from .images import resize, to_pil
 
 RECORDED_JPEG_QUALITY = 95  # 100 frames of 512 pixels take about 10 MB
 FRAME_MS = 80  # how long a film shows a frame
-LAST_FRAME_MS = 2500
+LAST_FRAME_MS = 2500  # and the last one
 MAX_FILE_SIDE = 65_000  # pixels; JPEG allows 65,500
 MAX_ASPECT = 100  # height / width of a place in a figure; taller images are drawn narrower
 
