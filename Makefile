@@ -13,7 +13,7 @@ OLDEST_PYTHON ?= python3.11
 NEWEST_PYTHON ?= $(shell for python in python3.14 python3.13 python3.12 python3.11; do \
 	$$python -c '' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: install run check test test-browser test-environments address lab panel notebooks assignment grade mark test-assignment clean
+.PHONY: install run check test test-browser test-environments address lab notebooks assignment grade mark test-assignment clean
 
 install: $(VENV)/installed  ## everything but the developers' tools, into .venv
 
