@@ -107,11 +107,6 @@ def test_curves_are_losses_against_evaluations_or_seconds(seconds, x, label):
     assert figure.get_size_inches() == pytest.approx((5, 2))
 
 
-def test_the_parts_of_a_loss_are_drawn_if_there_are_two():
-    content, style, both = (figures.draw_losses([(9.0, *parts), (5.0, *parts)]) for parts in ((9, 0), (0, 9), (4, 5)))
-    assert content == style != both and content.startswith(b"\x89PNG")
-
-
 @pytest.fixture
 def published(monkeypatch):
     """What a cell shows: [(data, metadata), ...]."""

@@ -264,9 +264,11 @@ def show(figure: Figure | Path | Iterable, *arguments, alt: str, form: str = "jp
         if not isinstance(figure, Figure):
             figure = image_grid(figure, *arguments, **options)
         dpi = min(120, MAX_FILE_SIDE / max(figure.get_size_inches()))
-        file = _render(figure, form, dpi=dpi, bbox_inches="tight", pad_inches=0.06, pil_kwargs={"quality": 85})
+        quality = {"quality": 85}
+        file = io.BytesIO()
+        figure.savefig(file, format=form, dpi=dpi, bbox_inches="tight", pad_inches=0.06, pil_kwargs=quality)
         kind = f"image/{form}"
-        content = base64.b64encode(file).decode()
+        content = base64.b64encode(file.getvalue()).decode()
     publish_display_data({kind: content, "text/plain": alt}, metadata={kind: {"alt": alt}})
 
 
@@ -280,19 +282,4 @@ def jpeg(image: Tensor, quality: int = 88, subsampling: str = "4:2:0") -> bytes:
     picture = to_pil(image)
     picture.thumbnail((MAX_FILE_SIDE, MAX_FILE_SIDE))
     picture.save(buffer, "jpeg", quality=quality, subsampling=subsampling)
-    return buffer.getvalue()
-
-
-def draw_losses(curves: list[tuple]) -> bytes:
-    """Draw loss curves as a PNG file; curves: [(total, weighted content loss, weighted style loss), ...]."""
-    totals, contents, styles = zip(*curves)
-    named = {"total": totals}
-    if any(contents) and any(styles):  # with one loss alone, its curve would hide the total's
-        named |= {"content × its weight": contents, "style × its weight": styles}
-    return _render(plot_losses(named, size=(5.6, 2.3)), "png", dpi=110)
-
-
-def _render(figure: Figure, form: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=form, **options)
     return buffer.getvalue()
