@@ -1,4 +1,4 @@
-"""Drives the panel in a real JupyterLab with a real Chromium, for the browser tests and the panel's benchmark."""
+"""Drives the panel in a real JupyterLab with a real Chromium."""
 
 import contextlib
 import io
@@ -14,7 +14,7 @@ import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,12 +22,13 @@ ARTEFACTS = ROOT / "test-artifacts"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 OPTIONS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 OPTIONS += " --disable-component-update --disable-sync"
+PICTURE = ".studio-picture img"
 
 
 class Server(NamedTuple):
     address: str
     token: str
-    folder: Path  # of the notebooks, a copy
+    folder: Path  # a copy of the notebooks
 
 
 @contextlib.contextmanager
@@ -35,19 +36,17 @@ def jupyterlab(home):
     """A JupyterLab on the loopback address with a token and directories of its own, under `home`."""
     folder = home / "notebooks"
     shutil.copytree(ROOT / "notebooks", folder, ignore=shutil.ignore_patterns(".*", "saved"))
-    own = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
     quiet = home / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
     quiet.parent.mkdir(parents=True)
     quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')
-    environment = (
-        os.environ
-        | {name: str(home / name.lower()) for name in own}
-        | {"HOME": str(home), "JUPYTERLAB_SETTINGS_DIR": str(home / "settings")}
-    )
+    environment = os.environ | {"HOME": str(home), "JUPYTERLAB_SETTINGS_DIR": str(home / "settings")}
+    for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
+        environment[name] = str(home / name.lower())
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    token, address = secrets.token_hex(16), f"http://127.0.0.1:{port}"
+    token = secrets.token_hex(16)
+    address = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser"]
     command += ["--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--ServerApp.port_retries=0"]
     command += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}"]
@@ -91,23 +90,31 @@ class Notebook:
         )
         self.page.evaluate("jupyterapp.commands.execute('application:set-mode', {mode: 'single-document'})")
         if self.page.locator(".jp-SideBar .lm-mod-current").count():
-            self.page.evaluate("jupyterapp.commands.execute('application:toggle-left-area')")
+            self.toggle_files()
+
+    def toggle_files(self):
+        """Open or close the file browser."""
+        self.page.evaluate("jupyterapp.commands.execute('application:toggle-left-area')")
 
     def sources(self):
         return self.page.evaluate(
             "jupyterapp.shell.currentWidget.content.widgets.map(c => [c.model.type, c.model.sharedModel.source])"
         )
 
-    def run_cell(self, index):
-        """Run one cell without waiting for it."""
+    def set_source(self, index, code):
+        self.page.evaluate(
+            "([i, code]) => { jupyterapp.shell.currentWidget.content.widgets[i].model.sharedModel.source = code; }",
+            [index, code],
+        )
+
+    def run(self, index, seconds=400):
+        """Run a cell and return its text outputs."""
         self.page.evaluate(
             """index => { const notebook = jupyterapp.shell.currentWidget.content; notebook.activeCellIndex = index;
+                notebook.widgets[index].model.clearExecution();
                 notebook.deselectAll(); void jupyterapp.commands.execute('notebook:run-cell'); }""",
             index,
         )
-
-    def wait_for_cell(self, index, seconds):
-        """Wait until a cell has run; return its text outputs."""
         self.page.wait_for_function(
             """index => { const { model } = jupyterapp.shell.currentWidget.content.widgets[index];
                 return model.executionState === 'idle' && model.executionCount !== null; }""",
@@ -120,15 +127,8 @@ class Notebook:
         assert not [output for output in outputs if output["output_type"] == "error"], outputs
         return "".join("".join(output.get("text", "")) for output in outputs)
 
-    def run(self, index, seconds=400):
-        self.page.evaluate(
-            "index => jupyterapp.shell.currentWidget.content.widgets[index].model.clearExecution()", index
-        )
-        self.run_cell(index)
-        return self.wait_for_cell(index, seconds)
-
     def ask(self, code):
-        """Run `code` in a last cell of its own; return what it prints."""
+        """Run `code` in a last cell of its own, where `panel` is the open panel; return what it prints."""
         if self.asking is None:
             self.asking = len(self.sources())
             self.page.evaluate(
@@ -136,32 +136,26 @@ class Notebook:
                     index, {cell_type: 'code', source: ''})""",
                 self.asking,
             )
-        self.page.evaluate(
-            """([index, code]) => {
-                const { model } = jupyterapp.shell.currentWidget.content.widgets[index];
-                model.sharedModel.source = code; }""",
-            [self.asking, code],
-        )
-        return self.run(self.asking, 120).strip()
+        self.set_source(self.asking, f"from style_transfer.panel.studio import Studio\npanel = Studio.current\n{code}")
+        answer = self.run(self.asking, 120).strip()
+        self.show_panel()
+        return answer
 
     def open_panel(self):
-        """Run the cells up to the network, and the panel's; return the panel's place."""
+        """Run the cells up to the network, and the panel's."""
         sources = self.sources()
-        panel = next(k for k, (kind, text) in enumerate(sources) if kind == "code" and "style_studio(" in text)
+        self.panel = next(k for k, (kind, text) in enumerate(sources) if kind == "code" and "style_studio(" in text)
         network = next(k for k, (_, text) in enumerate(sources) if "vgg = nst.load_vgg19" in text)
         for k, (kind, _) in enumerate(sources[: network + 1]):
             if kind == "code":
                 self.run(k)
-        self.run(panel)
-        self.panel = panel
+        self.run(self.panel)
         self.show_panel()
-        return panel
 
     def show_panel(self):
         """Scroll to the panel's cell, since JupyterLab draws only what is near the window."""
         self.page.evaluate("i => jupyterapp.shell.currentWidget.content.scrollToItem(i, 'start')", self.panel)
         self.page.wait_for_timeout(500)
-        self.button("Start").scroll_into_view_if_needed()
 
     def button(self, name):
         # Not by its role's name, in which Chromium counts the icon's glyph.
@@ -188,13 +182,8 @@ class Notebook:
         # One reading of the page, since between two the panel may go from paused to running.
         self.wait_for(lambda: (now := self.status).startswith("Paused.") and now != before)
 
-    @property
-    def source(self):
-        """The address of the image in the browser, another one for every frame."""
-        return self.page.locator("img.living-picture").get_attribute("src")
-
     def pixels(self):
-        return self.page.locator("img.living-picture").screenshot()
+        return self.page.locator(PICTURE).screenshot()
 
     def losses(self):
         text = self.status
@@ -207,7 +196,7 @@ class Notebook:
 
     def upload(self, kind, path):
         with self.page.expect_file_chooser() as chooser:
-            self.page.locator("button", has_text=f"Upload {kind}").click()
+            self.page.get_by_title(f"Upload an image as {kind}", exact=True).click()
         chooser.value.set_files(path)
 
     def slider(self, name):
@@ -216,7 +205,7 @@ class Notebook:
 
     def count_frames(self):
         """Begin to count the frames that the browser is given."""
-        self.page.locator("img.living-picture").evaluate(
+        self.page.locator(PICTURE).evaluate(
             """image => { window.counted = 0; window.counter?.disconnect();
                 window.counter = new MutationObserver(() => window.counted++);
                 window.counter.observe(image, {attributes: true, attributeFilter: ['src']}); }"""
@@ -228,46 +217,41 @@ class Notebook:
     def finish(self, seconds=3600):
         """Wait until the panel has finished with the settings that its controls show."""
         end = time.monotonic() + seconds
-        ask = (
-            "import asyncio; from style_transfer.panel import studio; panel = studio._open[0]; await asyncio.sleep(0)\n"
-        )
+        ask = "import asyncio; await asyncio.sleep(0)\n"
         ask += "print(panel.state == 'done' and panel.shown.settings == panel.controls.settings(), panel.state)"
         # The kernel answers only after it has heard of the last control, and has done what that asked the loop for.
         while not (answer := self.ask(ask)).startswith("True"):
             assert answer.split()[1] in ("running", "done"), answer
             assert time.monotonic() < end, answer
             time.sleep(0.5)
-        self.show_panel()
         self.wait_for(lambda: self.state == "done")
 
     def screenshot(self, name):
         self.page.screenshot(path=ARTEFACTS / f"{name}.png")
 
-    @property
-    def whole(self):
-        """The panel alone."""
-        return self.page.locator(".jp-OutputArea-output:has([data-state]) > .jupyter-widgets").first
+    def picture(self):
+        """The panel alone, as an image of Pillow's."""
+        return Image.open(io.BytesIO(self.page.locator(".style-studio").screenshot())).convert("RGB")
 
     def still(self, name):
-        """The panel, as the notebooks show it where there is no kernel."""
-        path = ARTEFACTS / f"{name}.png"
-        self.whole.screenshot(path=path)
-        with Image.open(path) as file:
-            file.convert("RGB").save(path.with_suffix(".jpg"), quality=85)
+        """The panel dimmed, as the notebooks show it where there is no kernel."""
+        image = self.picture()
+        image = Image.blend(image, Image.new("RGB", image.size, "white"), 0.45)
+        draw, box = ImageDraw.Draw(image), (0, 0, image.width, 64)
+        draw.rectangle(box, fill="#e8eef7")
+        font = ImageFont.load_default(26)
+        draw.text((image.width / 2, 32), "A still. Run this cell to start the panel.", "black", font, "mm")
+        image.save(ARTEFACTS / f"{name}.jpg", quality=70)
 
     def film(self, name, moves, width=640):
         """A film of the panel: an image after each of the `moves`, functions, and the last is held."""
         images = []
         for move in moves:
             move()
-            image = Image.open(io.BytesIO(self.whole.screenshot())).convert("RGB")
+            image = self.picture()
             images.append(image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS))
-        height = max(image.height for image in images)
-        page = Image.new("RGB", (3 * width, height))  # of one palette, or colours that stay would change
-        for k, image in enumerate((images[0], images[len(images) // 2], images[-1])):
-            page.paste(image, (k * width, 0))
-        palette, plain = page.quantize(128), Image.Dither.NONE
-        images = [image.resize(images[0].size).quantize(palette=palette, dither=plain) for image in images]
+        palette = images[-1].quantize(128)  # one for all, or colours that stay would change
+        images = [image.resize(images[0].size).quantize(palette=palette, dither=0) for image in images]
         times = [250] * (len(images) - 1) + [2000]
         path = ARTEFACTS / f"{name}.gif"
         images[0].save(path, save_all=True, append_images=images[1:], duration=times, loop=0, optimize=True)

@@ -123,9 +123,9 @@ def first_failing_test(folder, file):
 
 def first_failing_cell(folder, name):
     """(number, source) of the first cell of a notebook, executed small, that raises an error in a copy, or None."""
-    notebook = made_small(name, nbformat.read(folder / "notebooks" / f"{name}.ipynb", as_version=4))
+    notebook = made_small(nbformat.read(folder / "notebooks" / f"{name}.ipynb", as_version=4))
     resources = {"metadata": {"path": str(folder / "notebooks")}}
-    client = NotebookClient(notebook, timeout=1800, resources=resources)
+    client = NotebookClient(notebook, timeout=1800, startup_timeout=600, resources=resources)
     try:
         client.execute(env=environment_of(folder))
     except CellExecutionError:

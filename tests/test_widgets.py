@@ -6,9 +6,9 @@ which the engine's copies keep.
 """
 
 import asyncio
+import base64
 import datetime
 import html
-import io
 import math
 import re
 import shutil
@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import ipywidgets as widgets
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -27,7 +28,8 @@ import nst_utils as nst
 from style_transfer.engine.figures import jpeg
 from style_transfer.engine.saving import as_png, read_settings
 from style_transfer.panel import controls, style_studio
-from style_transfer.panel.painter import Painter, Settings
+from style_transfer.panel import studio as studio_module
+from style_transfer.panel.painter import Painter, Settings, draw_curves
 from style_transfer.panel.studio import Studio
 
 CASTLE, NIGHT = nst.IMAGES / "content" / "chenonceau.jpg", nst.IMAGES / "style" / "starry_night.jpg"
@@ -199,8 +201,6 @@ def test_a_run_ends_says_why_and_then_may_go_on(vgg):
 
 
 def test_what_cannot_be_is_refused_and_the_image_stays(painter, refuses):
-    with refuses("there is no present image to start from yet"):
-        painter.step(TRANSFER, ("present", 0))
     steps(painter, TRANSFER, 2)
     before = painter.run.image
     with refuses("every layer named has weight 0"):
@@ -244,6 +244,19 @@ def test_an_image_whose_file_has_become_another_is_read_again(place, painter, tm
 # --- The states of the panel ---------------------------------------------------------------------
 
 
+def test_curves_are_drawn_in_a_log_scale_and_each_loss_that_there_is():
+    both = draw_curves([(100.0, 10.0, 0.0), (10.0, 1.0, 9.0), (10.0, 1.0, 9.0)])
+    lines = re.findall(r'curve-(\d)" points="([^"]*)"', both)
+    assert (
+        lines[:2] == [("0", "0,0.000 1,0.500 2,0.500 2,0.500"), ("1", "0,0.500 1,1.000 2,1.000 2,1.000")]
+        and len(lines) == 3
+    )
+    assert all(text in both for text in ("total", "content × its weight", ">100<", ">1<", "3 evaluations"))
+    alone = draw_curves([(9.0, 0.0, 9.0)] * 999)
+    assert alone.count("<polyline") == 1 and "style" not in alone and "998,0.000" in alone and len(alone) < 5000
+    assert "0 evaluations" in draw_curves([])
+
+
 class StandIn(Painter):
     """A painter whose steps wait, on the worker's thread, until the test releases them."""
 
@@ -252,7 +265,17 @@ class StandIn(Painter):
         self.now, self.seconds = 0.0, 1.0  # its clock, and how long a step takes: longer than a frame
         self.gate = threading.Semaphore(0)
         self.calls = []  # (settings, start) of every step that was begun
+        self.begun = []  # likewise of every run whose start was shown before
         self.outcomes = {}  # {number of a step: why the run ends there, or an exception}
+
+    def change(self, settings, start):
+        self.begun.append((settings, start))
+        self.run = self.run_of(0)
+
+    def run_of(self, count):
+        task = SimpleNamespace(content=torch.rand(1, 3, 4, 5))
+        image = torch.full((1, 3, 4, 5), count / 50)
+        return SimpleNamespace(image=image, task=task, ended=None, shape=(8, 10))
 
     def step(self, settings, start=None):
         self.calls.append((settings, start))
@@ -269,8 +292,7 @@ class StandIn(Painter):
             self.curves = []
             self.start = start
             self.first = torch.zeros(1, 3, 4, 5)
-        task = SimpleNamespace(content=torch.rand(1, 3, 4, 5))
-        self.run = SimpleNamespace(image=torch.full((1, 3, 4, 5), count / 50), task=task, ended=None)
+        self.run = self.run_of(count)
         self.last = nst.Step((4, 5), "float32", 4 / count, 3 / count, 1 / count)
         self.curves.append(self.last[2:])
         return self.last
@@ -353,7 +375,7 @@ def opened(tmp_path, monkeypatch):
         gate = getattr(panel.painter, "gate", threading.Semaphore())
         panel.close()
         gate.release(1000)
-        until(panel, lambda: not workers() and not asyncio.all_tasks(loop))
+    until(SimpleNamespace(loop=loop), lambda: not workers() and not asyncio.all_tasks(loop))
     loop.close()
 
 
@@ -375,10 +397,12 @@ def studio(vgg, opened):
 
 
 def test_start_pause_and_start_again(panel):
-    assert [name for name, button in panel.buttons.items() if button.disabled] == ["Pause", "Snapshot", "Save"]
+    assert [name for name, button in panel.buttons.items() if button.disabled] == ["Snapshot", "Save"]
+    assert panel.buttons["Start"].button_style == "primary"
     start(panel, 2)
     assert "Running" in says(panel) and "2 evaluations · 5 × 4, float32 · loss 2, of content 1.5" in says(panel)
-    assert [name for name, button in panel.buttons.items() if button.disabled] == ["Start", "Step"]
+    assert panel.buttons["Pause"].button_style == "primary" and not panel.buttons["Start"].button_style
+    assert not any(button.disabled for button in panel.buttons.values())  # it would lose the focus
     press(panel, "Pause")
     image = shown(panel, "picture")
     release(panel)  # the step that was under way
@@ -419,7 +443,7 @@ def test_step_is_one_evaluation_however_long_a_frame_lasts_and_may_end_the_run(p
         start(panel, name="Step")
         assert panel.working.done() and panel.state == "paused"
         assert panel.shown.evaluations == len(panel.painter.calls) == count
-    assert shown(panel, "chart")
+    assert panel.display.chart.value == panel.shown.chart
     start(panel, name="Step")
     assert panel.state == "done" and panel.shown.evaluations == 2
     assert "Finished: nothing is left. Move a control or press Start to continue." in says(panel)
@@ -444,6 +468,30 @@ def test_restart_begins_again_from_the_chosen_start(panel):
     release(panel, 2)
     assert [start for _, start in panel.painter.calls] == [("noise", 0), None, ("content", 5), None]
     assert panel.shown.start == ("content", 5) and panel.shown.evaluations == 1
+
+
+def test_until_start_the_beginning_is_on_display(studio, stand_in):
+    """So that nothing moves when Start is pressed."""
+    panel = studio(CASTLE, NIGHT)
+    assert shown(panel, "picture") == jpeg(nst.Run(panel.painter.run.task, vgg=panel.painter.vgg).image)
+    panel.controls.start.value = "content"
+    assert shown(panel, "picture") == jpeg(nst.load_image(CASTLE, 40, "cpu"))
+    other = stand_in()
+    other.controls.style_weight.value = 30.0  # shows in no start
+    other.controls.size.value = 128
+    start(other, 0)
+    other.controls.size.value = 192
+    assert [(settings.size, start) for settings, start in other.painter.begun] == [
+        (40, ("noise", 0)),
+        (128, ("noise", 0)),
+    ]
+
+
+def test_blend_is_off_without_a_second_style_and_layers_unfold(panel):
+    own = panel.controls
+    found = [own.blend.disabled, own.folded.layout.display]
+    own.choices[controls.SECOND].value, own.unfold.value = WAVE, True
+    assert [*found, own.blend.disabled, own.folded.layout.display] == [True, "none", False, ""]
 
 
 def test_moved_controls_reach_the_next_step_and_reset_takes_weights_back(panel):
@@ -472,18 +520,6 @@ def test_a_panel_that_has_finished_goes_on_when_a_control_moves(control, value, 
     getattr(panel.controls, control).value = value
     begun(panel, 3)
     assert panel.state == "running" and getattr(panel.painter.calls[-1][0], control) == value
-
-
-def test_the_chart_is_drawn_now_and_then_and_at_the_end(panel):
-    panel.painter.outcomes[6] = "nothing is left"
-    drawn = [False]
-    start(panel, 0)
-    for panel.painter.seconds in (1.0, 1.5, 1.0, 1.5, 1.0, 0.0):
-        release(panel)
-        drawn.append(panel.shown.chart is not None)
-        assert bool(shown(panel, "chart")) == any(drawn)
-    assert drawn[1:] == [False, True, False, True, False, True]  # from two evaluations on, 2 s apart
-    assert panel.state == "done" and shown(panel, "chart") == panel.shown.chart
 
 
 def test_a_frame_holds_as_many_evaluations_as_its_time_and_the_last_ones_are_shown(panel):
@@ -521,14 +557,23 @@ def test_the_difference_is_to_the_start_or_to_the_snapshot(panel):
     assert panel.shown.difference is None and shown(panel, "difference") is None
 
 
-def test_a_new_panel_closes_the_one_before_and_leaves_nothing_behind(studio):
+def test_a_new_panel_closes_the_one_before_and_leaves_its_last_picture(studio, monkeypatch):
     """Though the notebook remembers every panel that it was given."""
     made = []
     widgets.Widget.on_widget_constructed(made.append)
-    old = studio(CASTLE, NIGHT)
+    old, published = studio(CASTLE, NIGHT), []
+    monkeypatch.setattr(
+        studio_module, "publish_display_data", lambda data, *_, **options: published.append((data, options))
+    )
+    old._ipython_display_()
+    picture = shown(old, "picture")
     press(old, "Start")
     new = studio(None, NIGHT)
     widgets.Widget.on_widget_constructed(None)
+    (still, _), (view, shown_by), (closed, options) = published
+    assert "image/jpeg" in view and base64.b64encode(view["image/jpeg"]).decode() in still["text/html"]
+    assert options == {"update": True} | shown_by and base64.b64encode(picture).decode() in closed["text/html"]
+    assert closed["text/plain"] == "This panel was closed, since another was opened. Run this cell to open it again."
     until(new, lambda: old.working.done() and not workers())
     for button in old.buttons.values():
         button.click()
@@ -552,7 +597,7 @@ def test_a_new_panel_closes_the_one_before_and_leaves_nothing_behind(studio):
 def test_a_note_lives_until_the_next_thing_the_user_does(name, value, panel):
     """Not until the next frame; whatever that thing is."""
     start(panel)
-    for button, expected in (("Save", "saved saved"), ("Snapshot", "this image is kept")):
+    for button, expected in (("Save", "saved as saved"), ("Snapshot", "this image is kept")):
         press(panel, button)
         release(panel, 2)
         assert note(panel).startswith(expected) and panel.state == "running"
@@ -572,7 +617,7 @@ def test_a_folder_that_cannot_be_written_is_said_and_no_longer_once_it_can(panel
         assert note(panel) == f"the image cannot be saved in {str(folder / 'saved')!r}: Permission denied"
         folder.chmod(0o700)
         press(panel, "Save")
-        assert note(panel) == "saved saved/chenonceau_starry_night_001.png"
+        assert note(panel) == "saved as saved/chenonceau_starry_night_001.png"
         monkeypatch.undo()
 
 
@@ -664,11 +709,12 @@ def test_a_file_that_is_no_image_is_named_and_the_choice_stays(kind, panel):
     assert choice.value.name == "mine.jpg" and note(panel) == ""
 
 
-def test_an_image_wider_than_a_jpeg_file_may_be_is_shown_smaller(panel):
-    file = io.BytesIO()
-    Image.new("L", (510, 1)).save(file, "png")
-    upload(panel, "style", "thin.png", file.getvalue())
-    assert note(panel) == "" and max(Image.open(io.BytesIO(shown(panel, "style"))).size) < 65536
+@pytest.mark.parametrize(
+    "command, limit", [("x --y={'websocket_max_message_size': 300000000}", "285 MB"), ("x", "10 MB")]
+)
+def test_what_is_too_large_to_upload_is_said(command, limit, monkeypatch):
+    monkeypatch.setattr(psutil.Process, "cmdline", lambda self: command.split())
+    assert f"Uploads above {limit} (" in controls.upload_limit()
 
 
 def test_uploads_have_either_form_of_ipywidgets():
@@ -725,13 +771,18 @@ def test_a_saved_file_is_the_image_on_display_with_its_settings(panel):
     for k in (1, 2):
         press(panel, "Save")
         path = Path("saved", f"chenonceau_starry_night_00{k}.png")
-        assert note(panel) == f"saved {path}"
+        assert note(panel) == f"saved as {path}"
     saved = read_settings(path)
     assert (saved["content"], saved["style"], saved["style_weight"]) == ("chenonceau.jpg", "starry_night.jpg", 1e4)
     assert (saved["start"], saved["seed"], saved["evaluations"], saved["coarse_to_fine"]) == ("noise", 0, 225, True)
     assert saved["losses"] == {"shape": [4, 5], "precision": "float32", "total": 4, "content": 3, "style": 1}
     assert Image.open(path).tobytes() == nst.to_pil(panel.shown.image).tobytes()
-    assert shown(panel, "picture") == jpeg(panel.shown.image)
+    assert shown(panel, "picture") == jpeg(nst.resize(panel.shown.image, (8, 10)))  # at the size of the result
+    link = panel.display.download.value
+    assert f'download="{path.name}"' in link and base64.b64encode(path.read_bytes()).decode() in link
+    panel.link_bytes = 10
+    press(panel, "Save")
+    assert not panel.display.download.value
 
 
 SAVED = {
@@ -827,14 +878,16 @@ def test_colours_are_kept_on_display_and_in_the_file_and_the_run_is_not_touched(
 def test_a_form_makes_the_image_of_its_notebooks_task_and_shows_no_other_controls(
     content, style, helper, hidden, studio, vgg
 ):
-    panel, painter = studio(content, style, size=50), Painter(vgg, evaluations=7)  # the reconstruction has two scales
+    size = 24 if style else 50  # the reconstruction has two scales
+    panel, painter = studio(content, style, size=size), Painter(vgg, evaluations=7)
     while painter.step(panel.controls.settings()):
         pass
-    images = [nst.load_image(path, 50, "cpu") for path in (content, style) if path]
+    images = [nst.load_image(path, size, "cpu") for path in (content, style) if path]
     result = helper(*images, vgg=vgg, evaluations=7, progress=False)
     assert torch.equal(painter.run.image, result.image) and len(painter.curves) == result.evaluations == 7
     for name in ("content_weight", "style_weight", "content_layer", "blend", "keep_colours"):
         assert (getattr(panel.controls, name).layout.display == "none") == (name in hidden)
+    assert bool(panel.controls.folded.layout.display) == bool(content)  # of a texture the layers are in sight
 
 
 # Content layer, style layers, content weight, style weight: as they are given, and as the controls show them.

@@ -1,10 +1,14 @@
 """The panel's widgets: `Controls` to set, a `Display` to look at, and their layout. studio.py connects them."""
 
+import contextlib
 import math
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import ipywidgets as widgets
+import psutil
 
 from ..engine.checks import UserError
 from ..engine.images import IMAGES, is_picture
@@ -17,22 +21,44 @@ SECOND = "second style"
 TEXTS = {  # what a screen reader says of the images that the panel makes
     "picture": "The image that is being optimised, as it is now.",
     "difference": "Difference map: bright where the image differs from what it is compared to.",
-    "chart": "The loss after each evaluation, in a log scale; the status line has the latest.",
 }
 STYLE_SHEET = """<style>
-.style-studio .widget-inline-hbox { width: auto; flex: 1 1 210px; margin: 0 2px; }
+.style-studio, .style-studio .widget-box { overflow: visible; }
+.style-studio .widget-inline-hbox { width: auto; margin: 0 2px; }
 .style-studio .widget-inline-hbox > .widget-label { width: 112px; }
 .style-studio .widget-button, .style-studio .widget-upload { width: auto; }
+.style-studio .widget-upload { font-size: 0; }
+.style-studio .widget-upload i { font-size: 14px; line-height: 26px; margin: 0; }
+.studio-row > .widget-upload::after { content: " Open settings"; font-size: 13px; white-space: pre; }
 .style-studio .widget-label:empty { display: none; }
-.style-studio .studio-hidden { display: none; }
-.studio-row { flex-flow: row wrap; overflow: visible; }
+.style-studio .widget-html-content { line-height: 1.35; }
+.style-studio .studio-status { min-height: 36px; margin: 2px; }
+@media (max-width: 900px) { .style-studio .studio-status { min-height: 54px; } }
+.style-studio.jupyter-widgets-disconnected > * { opacity: 0.4; pointer-events: none; }
+.style-studio.jupyter-widgets-disconnected .studio-status, .style-studio .studio-hidden { display: none; }
+.style-studio.jupyter-widgets-disconnected::before { display: none; }
+.style-studio .jupyter-widgets-disconnected::before { display: none; }
+.style-studio.jupyter-widgets-disconnected::after { order: -1; margin: 2px; font-weight: bold;
+  content: "The kernel of this panel has gone. Run this cell to start it again."; }
+.studio-row { flex-flow: row wrap; align-items: flex-start; }
+.studio-choice { align-items: center; }
+.style-studio a { display: block; margin: 6px; text-decoration: underline; }
 .studio-row > .widget-vbox { margin: 0 12px 8px 0; }
-.studio-picture, .studio-difference { width: 512px; max-width: 100%; }
-.studio-controls { flex: 1 1 320px; max-width: 600px; }
-.studio-chart { flex: 1 1 380px; max-width: 640px; }
-.studio-picture img, .studio-difference img, .studio-chart img { width: 100%; max-height: 512px; object-fit: contain; }
+.studio-row > .widget-dropdown, .studio-row > .widget-text, .studio-choice > .widget-dropdown { flex: 1 1 210px; }
+.style-studio .studio-left { flex: 1 1 400px; max-width: 512px; }
+.style-studio .studio-controls { flex: 1 1 320px; max-width: 600px; margin-right: 0; }
+.studio-picture img, .studio-difference img { width: 100%; max-height: 512px; object-fit: contain; }
 .studio-content img, .studio-style img, .studio-second img { height: 130px; max-width: 400px; object-fit: contain; }
 .studio-speech { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+.style-studio .studio-chart { flex: 1 1 360px; max-width: 600px; min-height: 180px; font-size: 12px; }
+.studio-chart .widget-html-content { width: 100%; }
+.studio-chart p { margin: 0; }
+.studio-chart i { float: right; font-style: normal; }
+.studio-chart svg { display: block; width: 100%; height: 110px; overflow: visible; border: solid; border-width: 1px 0; }
+.studio-chart polyline { fill: none; stroke: currentColor; stroke-width: 1.6; vector-effect: non-scaling-stroke; }
+.studio-chart span { margin-left: 8px; border-bottom: 2px solid; }
+.curve-1 { color: #d9772b; }
+.curve-2 { color: #2f9e6e; }
 </style>"""
 
 
@@ -63,6 +89,16 @@ def tree(widget: widgets.Widget) -> Iterator[widgets.Widget]:
     for part in (getattr(widget, "layout", None), getattr(widget, "style", None), *getattr(widget, "children", ())):
         if isinstance(part, widgets.Widget):
             yield from tree(part)
+
+
+def upload_limit() -> str:
+    """What to do with a file that is too large to be uploaded: the kernel never hears of one."""
+    command = ""
+    with contextlib.suppress(psutil.Error):
+        command = str(psutil.Process(os.getppid()).cmdline())
+    found = re.search(r"websocket_max_message_size\W+(\d+)", command)
+    limit = f"{int(found[1]) // 1_050_000} MB (this server's limit)" if found else "10 MB (the limit of most servers)"
+    return f"Uploads above {limit} are lost. Put larger files beside this notebook and give style_studio their paths."
 
 
 def uploaded_files(value: tuple | dict) -> list[tuple[str, bytes]]:
@@ -126,15 +162,20 @@ class Controls:
         self.seed = widgets.IntText(description="noise seed")
         self.compare = widgets.Dropdown(description="difference from", options=["nothing", "the start", "the snapshot"])
         self.keep_colours = widgets.Checkbox(description="Keep the colours of the content image")
+        self.unfold = widgets.Checkbox(description="Weights of the style layers", value=not opening.content)
+        self.folded = widgets.VBox([*self.layer_weights.values()])
+        widgets.dlink((self.unfold, "value"), (self.folded.layout, "display"), lambda shown: "" if shown else "none")
+        if opening.styles:
+            widgets.dlink((self.choices[SECOND], "value"), (self.blend, "disabled"), lambda path: not path)
         of_both = [self.content_weight, self.style_weight]
-        of_style = [self.blend, *self.layer_weights.values()]
-        self.weights = [*of_both, self.content_layer, *of_style]
+        self.weights = [self.blend, *of_both, self.content_layer]
         unused = [] if len(self.kinds) == 2 else [*of_both, self.keep_colours]
-        unused += [] if opening.styles else of_style
+        unused += [] if opening.styles else [self.blend, self.unfold]
         unused += [] if opening.content else [self.content_layer]
         for control in unused:
             control.layout.display = "none"
-        self.inputs = [*self.choices.values(), *self.weights, self.size]  # what changes the result
+        # What changes the result:
+        self.inputs = [*self.choices.values(), *self.weights, *self.layer_weights.values(), self.size]
         choose(self.size, opening.size)
         self.take(opening._asdict())
 
@@ -218,7 +259,9 @@ class Display:
             self.boxes[name] = widgets.VBox([self.captions[name], self.images[name], speech])
             self.boxes[name].add_class(f"studio-{name.split()[0]}")
             self.show_image(name, None)
-        self.status = widgets.HTML()
+        self.chart = widgets.HTML().add_class("studio-chart")
+        self.status = widgets.HTML().add_class("studio-status")
+        self.download = widgets.HTML()
         self.spoken = widgets.HTML().add_class("studio-speech")
         # The browser copies each number `sent` to `seen`: so the kernel knows that a browser is there.
         self.sent = widgets.IntText()
@@ -231,11 +274,10 @@ class Display:
         self.boxes[name].layout.display = "" if content else "none"
 
     def show(self, frame: PanelFrame, picture: bytes) -> None:
-        """Show a frame, with its image as a JPEG file. If it has no loss curves, those of an earlier one stay."""
+        """Show a frame, with its image as a JPEG file."""
         self.show_image("picture", picture)
         self.show_image("difference", frame.difference, f"difference map, mean {frame.mean:.4f}")
-        if frame.chart:
-            self.show_image("chart", frame.chart)
+        self.chart.value = frame.chart
 
 
 def lay_out(controls: Controls, display: Display, buttons: Iterable[widgets.Button]) -> widgets.VBox:
@@ -246,19 +288,19 @@ def lay_out(controls: Controls, display: Display, buttons: Iterable[widgets.Butt
 
     boxes, uploaders = display.boxes, controls.uploaders
     hidden = widgets.HBox([display.sent, display.seen]).add_class("studio-hidden")
-    left = widgets.VBox([boxes["picture"], boxes["difference"], hidden])
-    rows = [widgets.HBox([choice, uploaders[kind]]) for kind, choice in controls.choices.items()]
-    rows += controls.weights
+    left = widgets.VBox([boxes["picture"], boxes["difference"], hidden]).add_class("studio-left")
+    rows = []
+    for kind, choice in controls.choices.items():
+        rows.append(widgets.HBox([choice, uploaders[kind]]).add_class("studio-choice"))
+    rows += [*controls.weights, controls.unfold, controls.folded]
     rows += [row(controls.size, controls.compare), row(controls.start, controls.seed), controls.keep_colours]
-    folders = " or ".join(f"images/{kind}" for kind in controls.kinds)
     return widgets.VBox(
         [
-            widgets.HTML(STYLE_SHEET),
-            row(*buttons, uploaders["settings"]),
+            row(*buttons, uploaders["settings"], display.download),
             display.status,
-            display.spoken,
             row(left, widgets.VBox(rows).add_class("studio-controls")),
-            row(*(boxes[kind] for kind in controls.choices), boxes["chart"]),
-            widgets.HTML(f"<small>Put files of more than 10 MB into {folders} and run this cell again.</small>"),
+            row(*(boxes[kind] for kind in controls.choices), display.chart),
+            widgets.HTML(f"<small>{upload_limit()}</small>{STYLE_SHEET}"),
+            display.spoken,
         ]
     ).add_class("style-studio")

@@ -8,15 +8,16 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ..engine.checks import UserError, file_version
-from ..engine.figures import draw_losses, jpeg
+from ..engine.checks import file_version
+from ..engine.figures import jpeg
 from ..engine.images import difference_map, load_image, resize
 from ..engine.objective import Style, Task
 from ..engine.run import Run, Step
 from ..engine.schedule import EVALUATIONS
 
 FRAME_SECONDS = 1 / 30  # the evaluations of one frame take about this long, or one evaluation if that takes longer
-CHART_SECONDS = 2.0  # time between two drawings of the loss curves, each of which takes a tenth of a second
+CURVES = ("total", "content × its weight", "style × its weight")
+CURVE_POINTS = 300  # about the most that are drawn of a curve
 RATE_EVALUATIONS = 20  # the rate on display is measured over this many
 
 
@@ -43,9 +44,29 @@ class PanelFrame(NamedTuple):
     moments: tuple  # seconds on the painter's clock, after each of the latest evaluations
     difference: bytes | None  # a JPEG file
     mean: float  # of the difference map, over pixels and channels; nan without a map
-    chart: bytes | None  # a PNG file
+    chart: str  # the loss curves, as HTML
     content: Tensor | None  # the colours that may be kept
+    shape: tuple  # (height, width) of the result
     ended: str | None  # why the run is over, as the end of a sentence; None while it goes on
+
+
+def draw_curves(curves: list[tuple]) -> str:
+    """Loss curves in a log scale, as HTML in the colours of the page; curves: for each evaluation, a loss per curve."""
+    named = dict(zip(CURVES, zip(*curves)))
+    if not all(any(curve) for curve in named.values()):  # with one loss alone, its curve would hide the total's
+        named = {"total": named["total"]}
+    losses = [loss for curve in named.values() for loss in curve if loss]
+    high = max(losses, default=1.0)
+    low = min(losses, default=1.0)
+    height = math.log(high / low) or 1.0
+    lines = legend = ""
+    for k, (name, curve) in enumerate(named.items()):
+        points = [f"{n},{math.log(high / max(loss, low)) / height:.3f}" for n, loss in enumerate(curve)]
+        points = [*points[:: 1 + len(points) // CURVE_POINTS], points[-1]]
+        lines += f'<polyline class="curve-{k}" points="{" ".join(points)}"/>'
+        legend += f' <span class="curve-{k}">{name}</span>'
+    svg = f'<svg viewBox="0 0 {max(1, len(curves) - 1)} 1" preserveAspectRatio="none">{lines}</svg>'
+    return f"<p>loss, log scale:{legend}</p><p>{high:.3g}</p>{svg}<p>{low:.3g}<i>{len(curves)} evaluations</i></p>"
 
 
 class Painter:
@@ -65,7 +86,6 @@ class Painter:
         self.layers = ()  # all style layers since that start
         self.last = None  # the latest `Step`
         self.curves = []  # for each evaluation since the start (total, weighted content loss, weighted style loss)
-        self.chart_moment = 0.0  # when the curves were last drawn
 
     def step(self, settings: Settings, start: tuple | None = None) -> Step | None:
         """Evaluate the network once and return the `Step`, or None when the run is over; the next step then goes on.
@@ -91,8 +111,6 @@ class Painter:
         begin = functools.partial(Run, task, vgg=self.vgg, evaluations=self.evaluations)
         if start or not self.run:
             kind, seed = start or ("noise", 0)
-            if kind == "present" and not self.run:
-                raise UserError("there is no present image to start from yet: choose noise or content")
             init = self.run.image if kind == "present" else kind
             self.run = begin(init=init, seed=seed, coarse_to_fine=kind == "noise")
             self.first = self.run.image
@@ -136,17 +154,14 @@ class Painter:
             if single or moments[-1] - begun > FRAME_SECONDS:
                 break
         image = self.run.image
-        difference = chart = None
+        difference = None
         mean = math.nan
         reference = {"the start": self.first, "the snapshot": snapshot}.get(compare)
         if reference is not None:
             error = difference_map(image, resize(reference, image.shape[-2:]))
             difference = jpeg(error)
             mean = error.mean().item()
-        now = self.clock()
-        if len(self.curves) > 1 and (single or not step or now > self.chart_moment + CHART_SECONDS):
-            chart = draw_losses(self.curves)
-            self.chart_moment = now
         ended = None if step else self.run.ended
         about = image, self.last, settings, self.start, len(self.curves), moments
-        return PanelFrame(*about, difference, mean, chart, self.run.task.content, ended)
+        drawn = difference, mean, draw_curves(self.curves)
+        return PanelFrame(*about, *drawn, self.run.task.content, self.run.shape, ended)

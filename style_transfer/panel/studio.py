@@ -10,6 +10,7 @@ acknowledging what it was sent. Colab shows only what a cell or a widget's callb
 """
 
 import asyncio
+import base64
 import functools
 import hashlib
 import os
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from ..engine.checks import UserError, as_whole, file_version, sentence
 from ..engine.figures import jpeg
-from ..engine.images import IMAGES, keep_colours, load_image
+from ..engine.images import IMAGES, keep_colours, load_image, resize
 from ..engine.objective import CONTENT_LAYER, CONTENT_WEIGHT, STYLE_LAYERS, STYLE_WEIGHT, Task, as_task
 from ..engine.saving import as_png, joint_stem, read_settings, write_numbered
 from ..engine.vgg import check_network, layer_name, load_vgg19
@@ -51,14 +52,26 @@ STATES = {
     "running": "Running. The kernel stays free for other cells.",
     "paused": "Paused.",
     "done": "Finished: {}. Move a control or press Start to continue.",
-    "closed": "Closed. Run the cell again.",
+    "closed": "Closed.",
 }
+
+
+# JupyterLab shows an error in place of a panel that was saved and has no kernel: this has it show the still.
+RESCUE = """<style>
+.jp-OutputArea-child:has(.studio-still) + * > .jp-OutputArea-output.jupyter-widgets { display: none; }
+.jp-OutputArea-child:has(+ * > .jp-OutputArea-output.jupyter-widgets) .studio-still { display: block !important; }
+</style>"""
 
 
 @functools.lru_cache(maxsize=9)
 def preview(path: Path, version: tuple | None) -> bytes:
     """A small JPEG file of an image file in this version."""
     return jpeg(load_image(path, PREVIEW_PIXELS, "cpu"))
+
+
+def data_url(kind: str, content: bytes) -> str:
+    """A file as an address; kind: its MIME type."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def action(method: Callable) -> Callable:
@@ -90,6 +103,7 @@ class Studio:
 
     current = None  # the panel that is open
     answer_seconds = 0.1  # pull: how long the browser may wait for an answer
+    link_bytes = 15_000_000  # size of the largest file that the page offers: 20 MB as a link
     patience_seconds = 60  # without an acknowledgement for so long, no browser is there
 
     def __init__(self, opening: Settings, painter: Painter, pull: bool = False):
@@ -105,6 +119,7 @@ class Studio:
         self.frame = None  # the `Future` of the frame that is being made
         self.shown = self.snapshot = None  # the latest `PanelFrame`, and an image
         self.single = self.restarting = False  # what the last button asked for
+        self.beginning = None  # what the image on display before Start depends on
         self.presses = self.answered = 0  # buttons that asked for frames, and how many of them the frame knows of
         self.spoken_moment = 0.0  # when a screen reader last heard of the loss
         self.controls = controls = Controls(opening)
@@ -121,8 +136,9 @@ class Studio:
         for uploader in controls.uploaders.values():
             uploader.observe(self.take_uploads, "value")
         self.display.seen.observe(self.acknowledged, "value")
-        self.draw_previews()
+        self.draw_inputs()
         self.view = lay_out(controls, self.display, self.buttons.values())
+        self.display_id = None  # of the cell's output, once it shows the panel
         self.set_status()
 
     # What the buttons do
@@ -178,16 +194,26 @@ class Studio:
         except OSError as error:
             problem = f"the image cannot be saved in {os.path.abspath('saved')!r}: {error.strerror}"
             raise UserError(problem) from error
-        self.set_status(note=f"saved {path}")
+        self.set_status(note=f"saved as {path}")
+        link = ""
+        if len(image) <= self.link_bytes:
+            link = f'<a download="{escape(path.name)}" href="{data_url("image/png", image)}">Download</a>'
+        self.display.download.value = link
 
     @action
     def reset(self) -> None:
         """Go back to the layers and weights that the panel opened with."""
         self.controls.take(self.controls.opening._asdict())
 
-    def close(self) -> None:
-        """Stop and take the panel away; no thread, task, widget or image stays behind."""
+    def close(self, why: str = "") -> None:
+        """Stop, and leave the last picture in the panel's place; no thread, task, widget or image stays behind."""
         self.set_status("closed")
+        if self.display_id:
+            text = f"This panel was closed{why}. Run this cell to open it again."
+            source = data_url("image/jpeg", self.display.images["picture"].value)
+            html = f'<p>{text}</p><img alt="Its last picture." style="width:512px;max-width:100%" src="{source}">'
+            bundle = {"text/html": html, "text/plain": text}
+            publish_display_data(bundle, transient={"display_id": self.display_id}, update=True)
         if self.watching and not self.watching.done():
             self.loop.call_soon_threadsafe(self.watching.cancel)
         self.worker.shutdown(wait=False)
@@ -201,7 +227,7 @@ class Studio:
     @action
     def moved(self) -> None:
         """Go on, if the panel has finished, since a control that changes the result has moved."""
-        self.draw_previews()
+        self.draw_inputs()
         if self.state == "done":
             self.start()
 
@@ -210,6 +236,7 @@ class Studio:
         """Show the image in the colours that are asked for. The next frame or Restart reads the other choices."""
         if self.shown:
             self.put_on_display()
+        self.draw_inputs()
 
     @action
     def take_uploads(self) -> None:
@@ -237,11 +264,21 @@ class Studio:
         except UserError as error:
             self.set_status(note=str(error).replace(repr(str(path)), repr(given)))
 
-    def draw_previews(self) -> None:
-        """Show the images that go in, as their files are now."""
+    def draw_inputs(self) -> None:
+        """Show the images that go in, as their files are now, and until Start the image that the run begins with."""
         for kind, control in self.controls.choices.items():
             path = control.value
             self.display.show_image(kind, path and preview(path, file_version(path)), kind)
+        settings = self.controls.settings()
+        beginning = settings.content, [*settings.styles], settings.size, self.chosen_start()
+        if self.state == "ready" and beginning != self.beginning:
+            self.painter.change(settings, self.chosen_start())
+            self.display.show_image("picture", jpeg(resize(self.painter.run.image, self.painter.run.shape)))
+            self.beginning = beginning
+
+    def chosen_start(self) -> tuple[str, int]:
+        """Where a run would begin now: (kind, seed)."""
+        return self.controls.start.value, self.controls.seed.value
 
     # One frame after another
 
@@ -309,12 +346,12 @@ class Studio:
         start = None
         moments = ()
         if self.restarting or not self.shown:
-            start = controls.start.value, controls.seed.value
+            start = self.chosen_start()
         elif self.answered == self.presses:  # the rate on display counts no pause
             moments = self.shown.moments
         self.restarting = False
         self.answered = self.presses
-        self.draw_previews()
+        self.draw_inputs()
         asked = controls.settings(), start, controls.compare.value, self.snapshot, self.single, moments
         self.frame = self.worker.submit(self.painter.make_frame, *asked)
 
@@ -333,7 +370,7 @@ class Studio:
 
     def put_on_display(self) -> None:
         """Show the latest frame in the colours that are asked for."""
-        self.display.show(self.shown, jpeg(self.image_shown()))
+        self.display.show(self.shown, jpeg(resize(self.image_shown(), self.shown.shape)))
 
     def set_status(self, state: str | None = None, note: str | None = None) -> None:
         """Change state and note, where given, and say in the status line what goes on."""
@@ -342,11 +379,11 @@ class Studio:
         running = self.state == "running"
         numbers = ""
         moment = 0.0
-        off = {"Start", "Step"} if running else {"Pause"}
-        if not self.shown:
-            off |= {"Snapshot", "Save"}
-        for name, button in self.buttons.items():
-            button.disabled = name in off
+        # A button that is pressed stays enabled, or it would lose the focus.
+        self.buttons["Start"].button_style = "" if running else "primary"
+        self.buttons["Pause"].button_style = "primary" if running else ""
+        for name in ("Snapshot", "Save"):
+            self.buttons[name].disabled = not self.shown
         text = STATES[self.state]
         if self.shown:
             step = self.shown.step
@@ -361,7 +398,7 @@ class Studio:
             if running:
                 numbers += f" · {(len(moments) - 1) / (moment - moments[0]):.1f} evaluations a second"
         text = f"<b>{text}</b> {escape(self.note)}"
-        self.display.status.value = f'<div data-state="{self.state}" style="line-height:1.4">{text}<br>{numbers}</div>'
+        self.display.status.value = f'<div data-state="{self.state}">{text}<br>{numbers}</div>'
         if state or note or moment > self.spoken_moment + SPEECH_SECONDS:
             self.spoken_moment = moment
             self.display.spoken.value = f'<div role="status" aria-live="polite">{text} {numbers}</div>'
@@ -369,10 +406,14 @@ class Studio:
     def _ipython_display_(self):
         """Show the panel; where there is no kernel, a still of it in use."""
         alt = "The panel in use: the living picture, the pictures it is made from, loss curves, buttons and sliders."
-        still = IMAGES / f"panel_{'_and_'.join(self.controls.kinds)}.jpg"
+        still = (IMAGES / f"panel_{'_and_'.join(self.controls.kinds)}.jpg").read_bytes()
+        source = data_url("image/jpeg", still)
+        image = f'<img class="studio-still" style="display:none" alt="{alt}" src="{source}">'
+        publish_display_data({"text/html": RESCUE + image, "text/plain": ""})
         view = {"version_major": 2, "version_minor": 0, "model_id": self.view.model_id}
-        bundle = {"application/vnd.jupyter.widget-view+json": view, "image/jpeg": still.read_bytes(), "text/plain": alt}
-        publish_display_data(bundle, metadata={"image/jpeg": {"alt": alt}})
+        bundle = {"application/vnd.jupyter.widget-view+json": view, "image/jpeg": still, "text/plain": alt}
+        self.display_id = self.view.model_id
+        publish_display_data(bundle, {"image/jpeg": {"alt": alt}}, transient={"display_id": self.display_id})
 
 
 def style_studio(
@@ -411,7 +452,7 @@ def style_studio(
     vgg = load_vgg19() if vgg is None else vgg
     check_network(vgg)
     if Studio.current:
-        Studio.current.close()
+        Studio.current.close(", since another was opened")
     content, style = paths
     layer_weights = {layer_name(name): weight for name, weight in task.style_layers.items() if weight}
     about = size, content_layer, task.content_weight, task.style_weight, layer_weights
