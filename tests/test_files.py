@@ -72,7 +72,9 @@ def test_a_file_is_written_whole_or_not_at_all(length, tmp_path):
     with full_disk(), pytest.raises(UserError, match=f"{path.name}' cannot be written, and is as it was: .*large"):
         write_over(path, lambda aside: aside.write_bytes(bytes(length)))
     assert path.read_bytes() == b"mine" and [*tmp_path.iterdir()] == [path]
-    write_over(path, lambda aside: aside.write_bytes(b"new"))
+    with open(path, "rb") as reader:
+        write_over(path, lambda aside: aside.write_bytes(b"new"))
+        assert reader.read() == b"mine"  # it was replaced, not changed
     assert path.read_bytes() == b"new" and [*tmp_path.iterdir()] == [path]
 
 

@@ -511,12 +511,12 @@ def test_an_image_of_the_panel_is_made_again(run):
     """With layers and weights that the program has no options for: the same to the last pixel."""
     content, *styles = (nst.load_image(name, 32, "cpu") for name in THREE)
     layers = {"content_layer": "conv2_1", "layer_weights": {"conv1_1": 1.0, "conv2_2": 0.4}}
-    settings = layers | {"content_weight": 0.5, "style_weight": 300.0, "size": 32, "start": "content", "seed": 5}
+    settings = layers | {"content_weight": 0.5, "style_weight": 300.0, "size": 32, "start": "noise", "seed": 5}
     settings |= {"evaluations": 5, "coarse_to_fine": False, "content": "photo.jpg", "style": "painting.jpg"}
     settings |= {"styles": [["painting.jpg", 0.75, None], ["wave.jpg", 0.25, None]]}
     styles = [nst.Style(styles[0], 0.75), nst.Style(styles[1], 0.25)]
     task = nst.Task(content, styles, *layers.values(), 0.5, 300.0)
-    result = nst.optimise(task, init="content", evaluations=5, coarse_to_fine=False, progress=False)
+    result = nst.optimise(task, seed=5, evaluations=5, coarse_to_fine=False, progress=False)
     Path("saved.png").write_bytes(as_png(result.image, settings))
     again("saved.png", "again.png")
     assert Image.open("again.png").tobytes() == Image.open("saved.png").tobytes()
