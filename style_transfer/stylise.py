@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Help that names an option's value once: -o, --output FILE."""
+    """Help that names an option's value once: -o, --output OUTPUT."""
 
     def _format_action_invocation(self, action):
         if not action.option_strings or action.nargs == 0:
