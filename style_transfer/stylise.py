@@ -100,9 +100,12 @@ def parse(arguments: list[str], defaults: dict | None = None) -> argparse.Namesp
     parser.set_defaults(state=None, **defaults or {})
     options = parser.parse_intermixed_args(arguments)
     if options.version:
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        print(version("neural-style-transfer-notebooks"))
+        try:
+            print(version("neural-style-transfer-notebooks"))
+        except PackageNotFoundError:
+            parser.error("the version is known once the project is installed: run make install")
         sys.exit()
     if defaults or not options.like:
         check(options, parser.error)

@@ -98,7 +98,7 @@ def test_each_scale_has_its_evaluations(start, picture, task):
 @pytest.mark.parametrize("evaluations", [1, 8])
 @pytest.mark.parametrize(
     "content_layers, style_layers, shape",
-    [("conv1_1", (), (96, 108)), ((), "conv1_1", (128, 144)), ("conv1_1", "conv1_1", (128, 144))],
+    [("conv1_1", (), (96, 108)), ("conv1_1", "conv1_1", (128, 144))],
 )
 def test_a_finer_scale_begins_with_the_enlarged_image_and_for_a_style_with_detail_of_the_seed(
     content_layers, style_layers, shape, evaluations, start, picture
@@ -295,12 +295,13 @@ def test_a_run_says_why_it_is_over(fast, change, evaluations, precisions, ended,
     assert run.ended is None and run.step()
 
 
-def test_float32_is_not_asked_at_the_limit_of_a_large_scale(in_both, task, watch):
+def test_float32_is_not_asked_at_the_limit_of_evaluations_or_of_a_large_scale(in_both, task, watch):
     """Which has fewer evaluations than the run."""
     watch.change = plateau
-    run = in_both(task, evaluations=20)
-    run.load_state_dict(run.state_dict() | {"limits": (6,)})
-    assert precisions_of(take(run)) == "b" * 6 and run.ended == "the limit of 20 evaluations is reached"
+    run, large = in_both(task, (48, 60), evaluations=9), in_both(task, evaluations=9)
+    large.load_state_dict(large.state_dict() | {"limits": (6,)})
+    assert precisions_of(take(run)) == "b" * 9 and precisions_of(take(large)) == "b" * 6
+    assert run.ended == large.ended == "the limit of 9 evaluations is reached"
 
 
 # --- Another task --------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ STYLE_SHEET = """<style>
 .studio-row > .widget-vbox { margin: 0 12px 8px 0; }
 .studio-row > .widget-dropdown, .studio-row > .widget-text, .studio-choice > .widget-dropdown { flex: 1 1 210px; }
 .style-studio .studio-left { flex: 1 1 400px; max-width: 512px; }
-.style-studio .studio-controls { flex: 1 1 320px; max-width: 600px; margin-right: 0; }
+.style-studio .studio-controls { flex: 1 1 320px; min-width: 0; max-width: min(600px, 100%); margin-right: 0; }
 .studio-picture img, .studio-difference img { width: 100%; max-height: 512px; object-fit: contain; }
 .studio-content img, .studio-style img, .studio-second img { height: 130px; max-width: 400px; object-fit: contain; }
 .studio-speech { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
