@@ -13,7 +13,7 @@ OLDEST_PYTHON ?= python3.11
 NEWEST_PYTHON ?= $(shell for python in python3.14 python3.13 python3.12 python3.11; do \
 	$$python -c '' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: install run check test test-browser test-environments address lab notebooks assignment grade mark test-assignment clean
+.PHONY: install run check test test-browser test-environments address lab panel notebooks assignment grade mark test-assignment clean
 
 install: $(VENV)/installed  ## everything but the developers' tools, into .venv
 
@@ -51,6 +51,12 @@ address: $(VENV)/installed  ## ADDRESS=https://... of this repository, into all 
 lab: $(VENV)/installed  ## open JupyterLab, which takes uploads of up to 200 MB
 	$(BIN)/jupyter lab --ServerApp.tornado_settings='{"websocket_max_message_size": 300000000}' --LabApp.default_url=/lab/tree/notebooks .
 
+# A tab that is closed leaves its kernel behind: one without a connection ends after five minutes.
+panel: $(VENV)/for-panel  ## the panel alone, as a web page; each visitor has a kernel of two gigabytes
+	$(BIN)/voila tools/panel.ipynb --show_tracebacks=True --Voila.tornado_settings='{"websocket_max_message_size": 300000000}' \
+		--MappingKernelManager.cull_idle_timeout=300 --MappingKernelManager.cull_interval=60 \
+		--MappingKernelManager.cull_busy=True
+
 notebooks: $(VENV)/installed  ## execute the notebooks and store their outputs, to be committed
 	$(BIN)/python tools/run_notebooks.py --store
 
@@ -78,6 +84,10 @@ $(VENV)/installed: requirements.txt pyproject.toml
 
 $(VENV)/for-developers: $(VENV)/installed requirements-dev.txt
 	$(BIN)/python -m pip install $(PIP_OPTIONS) -r requirements-dev.txt
+	touch $@
+
+$(VENV)/for-panel: $(VENV)/installed
+	$(BIN)/python -m pip install $(PIP_OPTIONS) "voila>=0.5"
 	touch $@
 
 # nbgrader has an environment of its own, which only those who give the homework need.

@@ -10,7 +10,7 @@ Papers named in the docstrings
     [style]    Gatys, Ecker & Bethge 2016, Image Style Transfer Using Convolutional Neural Networks
 """
 
-import style_transfer  # noqa: F401  before torch, since it sets how OpenMP's threads wait
+from style_transfer import __version__  # noqa: F401  before torch, since it sets how OpenMP's threads wait
 
 # isort: split
 import difflib

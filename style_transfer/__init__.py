@@ -2,4 +2,6 @@
 
 from .machine import limit_spinning
 
+__version__ = "1.1.0"
+
 limit_spinning()

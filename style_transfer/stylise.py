@@ -16,6 +16,8 @@ import signal
 import sys
 from pathlib import Path
 
+from . import __version__
+
 INTERRUPTED = "interrupted: the same command"
 
 
@@ -96,17 +98,9 @@ def parse(arguments: list[str], defaults: dict | None = None) -> argparse.Namesp
     add("--evaluations", type=int, default=80, help="of the network, at most (%(default)s)")
     add("--memory", type=float, help="GiB that a process may use (what is free)")
     add("--device", help="where to compute: cpu, cuda, cuda:1 or mps (the fastest that is available)")
-    add("--version", action="store_true", help="show the version")
+    add("--version", action="version", version=__version__, help="show the version")
     parser.set_defaults(state=None, **defaults or {})
     options = parser.parse_intermixed_args(arguments)
-    if options.version:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            print(version("neural-style-transfer-notebooks"))
-        except PackageNotFoundError:
-            parser.error("the version is known once the project is installed: run make install")
-        sys.exit()
     if defaults or not options.like:
         check(options, parser.error)
         if options.style_size is None:

@@ -1,4 +1,4 @@
-"""Address and version stand in pyproject.toml; all that names them agrees with it."""
+"""The address stands in pyproject.toml, the version in style_transfer; all that names them agrees with it."""
 
 import ast
 import re

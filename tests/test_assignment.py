@@ -23,7 +23,7 @@ import nbformat
 import pytest
 from homework import NAME, ROOT, grade_id, is_parameters, is_question, is_solution, is_test, questions, read_notebooks
 from lab_driver import ARTEFACTS, CHROMIUM, chromium
-from nbformat.v4 import new_code_cell, new_markdown_cell
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
 
 NBGRADER = ROOT / os.environ.get("NBGRADER", ".venv-nbgrader") / "bin"
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -155,7 +155,10 @@ def honest(released):
     place = split.cells.index(answer)
     text = new_markdown_cell(f"All of my text, {SCRIPT} and [a link](javascript:hacked=1)")
     answer.source = cell_of(two, "style-layers").source
-    split.cells[place + 1 : place + 1] = [text, new_code_cell("1"), new_markdown_cell("The rest.")]
+    kinds = "text/html", "image/svg+xml", "text/markdown"
+    hostile = {**dict.fromkeys(kinds, f"<svg>{SCRIPT}</svg>"), "application/javascript": "hacked = 1"}
+    outputs = [new_output("display_data", data={kind: source}) for kind, source in hostile.items()]
+    split.cells[place + 1 : place + 1] = [text, new_code_cell("1", outputs=outputs), new_markdown_cell("The rest.")]
     reordered = answered(one)
     reordered.cells.append(reordered.cells.pop(reordered.cells.index(cell_of(reordered, "content-loss"))))
     parameters = answered(three)

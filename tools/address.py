@@ -1,4 +1,4 @@
-"""The project's address and version, from pyproject.toml into all that names them: make address ADDRESS=https://...
+"""The project's address, from pyproject.toml, and version, into all that names them: make address ADDRESS=https://...
 
 Those are the notebooks' first cell, the badges and the clone command of README.md, and CITATION.cff. Without an
 ADDRESS the address stays as it is, and a new version is brought into all of them.
@@ -10,6 +10,8 @@ import tomllib
 from pathlib import Path
 
 import nbformat
+
+import style_transfer
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -30,8 +32,7 @@ import style_transfer  # before torch: lets waiting threads sleep where others s
 
 def known(pyproject):
     """(address, or "" where none is set; version) of the project, from the text of pyproject.toml."""
-    project = tomllib.loads(pyproject)["project"]
-    return project.get("urls", {}).get("Repository", ""), project["version"]
+    return tomllib.loads(pyproject)["project"].get("urls", {}).get("Repository", ""), style_transfer.__version__
 
 
 def set_address(pyproject, address):

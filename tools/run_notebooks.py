@@ -27,7 +27,7 @@ def make_readable(notebook):
             cell.source = f"<details><summary>A model answer</summary>\n\n{cell.source}\n\n</details>"
 
 
-names = [word for word in sys.argv[1:] if word != "--store"]  # only notebooks whose file name starts so
+names = [word for word in sys.argv[1:] if word != "--store"] or [""]  # only notebooks whose file name starts so
 print(
     "Each notebook takes some minutes: with bfloat16 on two cores three to seven, without it more than twice that, "
     "with a GPU one."
@@ -36,7 +36,7 @@ os.environ["TQDM_DISABLE"] = "1"  # the bars inside the notebooks; ours below go
 sys.stdout.reconfigure(errors="backslashreplace")  # a path that the terminal cannot show is shown by its codes
 (ROOT / "rendered").mkdir(exist_ok=True)
 for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
-    if names and not path.name.startswith(tuple(names)):
+    if not path.name.startswith(tuple(names)):
         continue
     notebook = nbformat.read(path, 4)
     count = sum(cell.cell_type == "code" for cell in notebook.cells)
