@@ -263,10 +263,9 @@ def show(figure: Figure | Path | Iterable, *arguments, alt: str, form: str = "jp
     else:
         if not isinstance(figure, Figure):
             figure = image_grid(figure, *arguments, **options)
-        dpi = min(120, MAX_FILE_SIDE / max(figure.get_size_inches()))
-        quality = {"quality": 85}
+        dpi = min({"jpeg": 150, "png": 120}[form], MAX_FILE_SIDE / max(figure.get_size_inches()))
         file = io.BytesIO()
-        figure.savefig(file, format=form, dpi=dpi, bbox_inches="tight", pad_inches=0.06, pil_kwargs=quality)
+        figure.savefig(file, format=form, dpi=dpi, bbox_inches="tight", pad_inches=0.06)
         kind = f"image/{form}"
         content = base64.b64encode(file.getvalue()).decode()
     publish_display_data({kind: content, "text/plain": alt}, metadata={kind: {"alt": alt}})
