@@ -1,7 +1,6 @@
-"""Damaged image files: an image, or one sentence. This is a sample; NST_FUZZ=20000 in the environment tries as many."""
+"""Damaged image files: an image, or one sentence. This is a sample; set COUNT to try more."""
 
 import io
-import os
 import random
 import re
 
@@ -11,7 +10,7 @@ from PIL import Image, ImageCms
 
 from nst_utils import UserError, load_image
 
-COUNT = int(os.environ.get("NST_FUZZ", 200))
+COUNT = 200
 NOISE = Image.effect_noise((45, 31), 90)
 MODES = {"JPEG": "RGB", "PNG": "RGBA", "WEBP": "RGB", "TIFF": "CMYK", "AVIF": "RGB", "BMP": "RGB", "GIF": "L"}
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -4,9 +4,8 @@ They hold weights, colour order, mean colour, layers and formulas to what they w
 """
 
 import pytest
-import torch
 
-from nst_utils import FIRST_FIVE, IMAGES, content_loss, features, gram_matrices, load_image, make_objective, style_loss
+from nst_utils import IMAGES, content_loss, features, gram_matrices, load_image, style_loss
 
 CONTENT = {"conv1_2": 32.18, "conv2_2": 231.3, "conv3_4": 993.5, "conv4_4": 428.5, "conv5_4": 1.556}
 STYLE = {"conv1_1": 1.38e-5, "conv1_2": 0.03026, "conv2_1": 0.01248, "conv2_2": 0.01353, "conv3_1": 0.007635}
@@ -26,9 +25,3 @@ def test_style_loss_of_two_style_images(vgg):
     a, b = (features(vgg, stored(f"style/{name}"), STYLE) for name in ("starry_night", "self_portrait_straw_hat"))
     found = {name: style_loss({name: a[name]}, gram_matrices({name: b[name]})).item() for name in STYLE}
     assert found == pytest.approx(STYLE, rel=0.01)
-
-
-def test_losses_of_mid_grey_against_castle_and_starry_night(vgg):
-    castle = stored("content/chenonceau")
-    objective = make_objective(vgg, castle, stored("style/starry_night"), ("conv1_2",), FIRST_FIVE, 1.0, 1e4)
-    assert objective(torch.full_like(castle, 0.5)).tolist() == pytest.approx([811.4, 14.56, 0.07969], rel=0.01)
