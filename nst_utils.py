@@ -30,7 +30,6 @@ from tqdm import tqdm
 from style_transfer.engine.checks import UserError, as_mask, check_feature_map
 from style_transfer.engine.figures import (
     Recorder,
-    film_of,
     filmstrip,
     image_grid,
     image_table,
@@ -64,7 +63,7 @@ __all__ = [
     "CONVOLUTIONS", "RELUS", "FIRST_FIVE", "layer_name", "load_vgg19", "features",
     "gram_matrix", "gram_matrices", "content_loss", "style_loss", "make_objective",
     "Task", "Style", "Run", "Step", "Result", "optimise", "reconstruct_content", "synthesize_texture", "transfer_style",
-    "show", "image_grid", "image_table", "plot_losses", "filmstrip", "Recorder", "film_of", "UserError",
+    "show", "image_grid", "image_table", "plot_losses", "filmstrip", "Recorder", "UserError",
 ]
 # fmt: on
 

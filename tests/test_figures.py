@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nst_utils import IMAGES, image_grid, image_table, plot_losses, show, to_pil
+from nst_utils import IMAGES, Recorder, filmstrip, image_grid, image_table, plot_losses, show, to_pil
 from style_transfer.engine import figures
 
 
@@ -99,12 +99,33 @@ COUNTED = {"fast": [1, 2, 3], "slow": [1]}
     "seconds, x, label", [(None, COUNTED, "evaluations of the network"), (SECONDS, SECONDS, "seconds")]
 )
 def test_curves_are_losses_against_evaluations_or_seconds(seconds, x, label):
-    figure = plot_losses(LOSSES, "relative loss", (5, 2), seconds)
+    figure = plot_losses(LOSSES, "relative loss", seconds)
     axes = figure.axes[0]
     assert {line.get_label(): [*line.get_ydata()] for line in axes.lines} == LOSSES
     assert {line.get_label(): [*line.get_xdata()] for line in axes.lines} == x
     assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_yscale()) == (label, "relative loss", "log")
-    assert figure.get_size_inches() == pytest.approx((5, 2))
+
+
+FILM = Recorder()
+FILM(RED, 1.0)
+
+
+@pytest.mark.parametrize(
+    "draw, arguments, words",
+    [
+        (plot_losses, [[1.0]], "curves is [1.0]: it must be {label: numbers, one an evaluation}"),
+        (plot_losses, [{"a": "xy"}], "curves is {'a': 'xy'}: it must be"),
+        (plot_losses, [LOSSES, "", [2.0]], "seconds is [2.0]: it must be"),
+        (plot_losses, [LOSSES, "", {"fast": [1, 2]}], "'fast' has 3 losses: `seconds` must have as many"),
+        (filmstrip, [[RED]], "recorder is a list without images: give a Recorder to a task"),
+        (filmstrip, [FILM, 2, -1], "width is -1: it must be a finite number of inches, 0.1 to 100"),
+        (image_table, [[RED], [RED], [RED]], ": give {title: image}"),
+        (image_table, [[RED], {"": RED}, [RED], 0], "width is 0: it must be"),
+    ],
+)
+def test_other_arguments_are_refused_in_a_sentence(draw, arguments, words, refuses):
+    with refuses(words):
+        draw(*arguments)
 
 
 @pytest.fixture

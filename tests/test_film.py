@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import nst_utils as nst
-from style_transfer.engine.figures import FRAME_MS, LAST_FRAME_MS
+from style_transfer.engine.figures import FRAME_MS, LAST_FRAME_MS, film_of
 
 GREY_STEP = 255 / 64  # between the images of two evaluations
 
@@ -61,7 +61,7 @@ def test_a_recorder_that_continues_is_as_one_that_never_stopped():
 def test_a_film_has_all_images_in_the_size_of_the_last_which_stays(form):
     recorder = record(nst.Recorder(), 1, 2, 3, shape=(4, 6))
     record(recorder, 4, 5, 6, 7)
-    with Image.open(io.BytesIO(nst.film_of(recorder.frames, form))) as film:
+    with Image.open(io.BytesIO(film_of(recorder.frames, form))) as film:
         assert (film.format, film.n_frames, film.size) == (form.upper(), 7, (12, 8))
         for k in range(7):
             film.seek(k)
@@ -87,7 +87,7 @@ def test_a_filmstrip_writes_losses_which_may_be_plain_numbers():
 
 
 def test_what_cannot_be_recorded_or_shown_is_refused(refuses):
-    with refuses("the recorder has no images yet"):
+    with refuses("recorder is a Recorder without images"):
         nst.filmstrip(nst.Recorder())
     with refuses("count is 0"):
         nst.filmstrip(record(nst.Recorder(), 1), 0)

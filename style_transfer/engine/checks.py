@@ -190,6 +190,19 @@ def as_number(value, name: str, smallest: float, largest: float, allowed: str) -
     return float(value)
 
 
+def as_inches(value) -> float:
+    """Return the width of an image in a figure, 0.1 to 100 inches, as a float. Raises UserError for anything else."""
+    return as_number(value, "width", 0.1, 100, " of inches, 0.1 to 100")
+
+
+def as_curves(curves, name: str) -> dict[str, list[float]]:
+    """Return numbers of any library, {label: one for each evaluation}, as floats. Raises UserError."""
+    try:
+        return {label: [float(number) for number in values] for label, values in curves.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{name} is {shown(curves)}: it must be {{label: numbers, one an evaluation}}") from error
+
+
 def as_weight(value, name: str) -> float:
     """Return a real number of any library, 0 to 1e12, as a float. Raises UserError for anything else."""
     return as_number(value, name, 0, MAX_WEIGHT, f", 0 or more and at most {MAX_WEIGHT:.0e}")

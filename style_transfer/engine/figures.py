@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from .checks import UserError, as_file, as_number, as_whole, check_shown, shown
+from .checks import UserError, as_curves, as_file, as_inches, as_whole, check_shown, shown
 from .images import resize, to_pil
 
 RECORDED_JPEG_QUALITY = 95  # 100 frames of 512 pixels take about 10 MB
@@ -154,7 +154,7 @@ def image_grid(
         titles += [""] * (len(images) - columns)
     if len(titles) != len(images) or all(image is None for image in images):
         raise UserError(f"there are {len(images)} images and {len(titles)} titles: give one or more, and each a title")
-    width = as_number(width, "width", 0.1, 100, " of inches, 0.1 to 100")
+    width = as_inches(width)
     heights, title_heights = [], []  # of each row, in inches
     for k in range(0, len(images), columns):
         row = slice(k, k + columns)
@@ -179,9 +179,12 @@ def image_table(rows: list, columns: Mapping[str, Tensor], images: list, width: 
     """Draw a table of square images, with smaller ones as the heads of its rows and columns.
 
     rows: the images (1, 3, H, W) at the left; columns: {title: image at the top}; images: row by row, one for each of
-    `columns`. width: of one of `images`, in inches. Raises UserError for another number of images.
+    `columns`. width: of one of `images`, 0.1 to 100 inches. Raises UserError for other columns or another number of
+    images.
     """
-    count = len(columns)
+    if not isinstance(columns, Mapping):
+        raise UserError(f"columns is {shown(columns)}: give {{title: image}}")
+    width, count = as_inches(width), len(columns)
     if len(images) != len(rows) * count:
         raise UserError(f"there are {len(images)} images: a table of {len(rows)} x {count} needs {len(rows) * count}")
     widths = [0.4 * width] + [width] * count
@@ -197,14 +200,15 @@ def image_table(rows: list, columns: Mapping[str, Tensor], images: list, width: 
 
 
 def filmstrip(recorder: Recorder, count: int = 6, width: float = 1.7) -> Figure:
-    """Draw `count` evenly spaced images of a `Recorder`, from the first to the last, each `width` inches wide.
+    """Draw `count` evenly spaced images of a `Recorder`, from the first to the last, each 0.1 to 100 inches wide.
 
     Below each are its evaluation and its total loss. Raises UserError if the recorder has no images.
     """
-    frames = recorder.frames
+    if not isinstance(recorder, Recorder) or not recorder.frames:
+        kind = type(recorder).__name__
+        raise UserError(f"recorder is a {kind} without images: give a Recorder to a task as `callback`")
+    frames, width = recorder.frames, as_inches(width)
     count = min(as_whole(count, "count"), len(frames))
-    if not frames:
-        raise UserError("the recorder has no images yet: give it to a task as `callback`")
     chosen = frames[-1:]
     if count > 1:
         chosen = [frames[round(k * (len(frames) - 1) / (count - 1))] for k in range(count)]
@@ -220,15 +224,20 @@ def filmstrip(recorder: Recorder, count: int = 6, width: float = 1.7) -> Figure:
     return figure
 
 
-def plot_losses(
-    curves: Mapping[str, list], ylabel: str = "loss", size: tuple = (7.5, 3.2), seconds: Mapping | None = None
-) -> Figure:
-    """Draw curves, {label: loss after each evaluation}, in a log scale; `size` is (width, height) in inches.
+def plot_losses(curves: Mapping[str, list], ylabel: str = "loss", seconds: Mapping[str, list] | None = None) -> Figure:
+    """Draw curves, {label: loss after each evaluation}, in a log scale.
 
     seconds: {label: time of each evaluation}, to draw the losses against time. Losses that are not positive are not
-    drawn. Where a run goes on at a finer scale its loss jumps, since there is new detail to match.
+    drawn. Where a run goes on at a finer scale its loss jumps, since there is new detail to match. Raises UserError for
+    other curves, and where `seconds` has not one for each loss.
     """
-    figure = Figure(figsize=size, layout="constrained")
+    curves = as_curves(curves, "curves")
+    if seconds:
+        seconds = as_curves(seconds, "seconds")
+    for label, losses in curves.items():
+        if seconds and len(seconds.get(label, ())) != len(losses):
+            raise UserError(f"{label!r} has {len(losses)} losses: `seconds` must have as many")
+    figure = Figure(figsize=(7.5, 3.2), layout="constrained")
     axes = figure.subplots()
     for (label, losses), line in zip(curves.items(), itertools.cycle(("-", "--", "-."))):
         x = seconds[label] if seconds else range(1, len(losses) + 1)
