@@ -14,7 +14,7 @@ import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -141,13 +141,14 @@ class Notebook:
         self.show_panel()
         return answer
 
-    def open_panel(self):
-        """Run the cells up to the network, and the panel's."""
+    def open_panel(self, size=256):
+        """Run the cells up to the network, and the panel's; size: of its image."""
         sources = self.sources()
         self.panel = next(k for k, (kind, text) in enumerate(sources) if kind == "code" and "style_studio(" in text)
         network = next(k for k, (_, text) in enumerate(sources) if "vgg = nst.load_vgg19" in text)
-        for k, (kind, _) in enumerate(sources[: network + 1]):
+        for k, (kind, text) in enumerate(sources[: network + 1]):
             if kind == "code":
+                self.set_source(k, re.sub(r"(?m)^SIZE = \d+", f"SIZE = {size}", text))
                 self.run(k)
         self.run(self.panel)
         self.show_panel()
@@ -237,10 +238,10 @@ class Notebook:
         """The panel dimmed, as the notebooks show it where there is no kernel."""
         image = self.picture()
         image = Image.blend(image, Image.new("RGB", image.size, "white"), 0.45)
-        draw, box = ImageDraw.Draw(image), (0, 0, image.width, 64)
-        draw.rectangle(box, fill="#e8eef7")
+        image = ImageOps.expand(image, (0, 64, 0, 0), "#e8eef7")
         font = ImageFont.load_default(26)
-        draw.text((image.width / 2, 32), "A still. Run this cell to start the panel.", "black", font, "mm")
+        place = image.width / 2, 32
+        ImageDraw.Draw(image).text(place, "A still. Run this cell to start the panel.", "black", font, "mm")
         image.save(ARTEFACTS / f"{name}.jpg", quality=70)
 
     def film(self, name, moves, width=640):
