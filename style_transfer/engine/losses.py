@@ -164,10 +164,8 @@ def tile_mask(mask: Tensor | None, tile, stride: int, dtype: torch.dtype) -> Mas
     """The `Mask` of a `Tile` at layers of this stride, from a mask (H, W) of the whole image."""
     if mask is None:
         return None
-    part = average(mask[tile.window], stride)
-    for strip in tile.halo(stride):
-        part[strip] = 0
-    box = (..., _extent(part.amax(1)), _extent(part.amax(0))) if part.numel() else (..., slice(0, 0), slice(0, 0))
+    part = zero_halo(average(mask[tile.window], stride), tile.halo(stride))
+    box = ..., _extent(part.any(1)), _extent(part.any(0))
     mean = max(share_of(mask, stride), torch.finfo(torch.float32).tiny)
     return Mask(box, part[box].sqrt().to(dtype), mean)
 

@@ -43,14 +43,16 @@ class Tile(NamedTuple):
     def halo(self, stride: int) -> list[tuple]:
         """The indices of the strips around the tile in the window's feature map, for a layer with this stride."""
 
-        def around(part, window):
-            before = (part[0] - window[0]) // stride
-            return before, before + part[1] // stride - part[0] // stride, (window[1] - window[0]) // stride
+        def cut(window, part):
+            """A side of the window in three: before, within and after the tile."""
+            edges = [(edge - window[0]) // stride for edge in (window[0], *part, window[1])]
+            return itertools.starmap(slice, itertools.pairwise(edges))
 
-        top, bottom, height = around(self.rows, self.window_rows)
-        left, right, width = around(self.columns, self.window_columns)
-        strips = [(0, top, 0, width), (bottom, height, 0, width), (top, bottom, 0, left), (top, bottom, right, width)]
-        return [(..., slice(a, b), slice(c, d)) for a, b, c, d in strips if a < b and c < d]
+        above, rows, below = cut(self.window_rows, self.rows)
+        left, _, right = cut(self.window_columns, self.columns)
+        whole = slice(0, None)
+        strips = (above, whole), (below, whole), (rows, left), (rows, right)
+        return [(..., *strip) for strip in strips if all(side.start != side.stop for side in strip)]
 
 
 class Tiling(NamedTuple):
@@ -81,8 +83,7 @@ def cut_tiles(shape: Shape, side: int, halo: int, stride: int) -> list[Tile]:
 
     return [
         Tile(rows, columns, window_rows, window_columns)
-        for rows, window_rows in spans(shape[0])
-        for columns, window_columns in spans(shape[1])
+        for (rows, window_rows), (columns, window_columns) in itertools.product(*map(spans, shape))
     ]
 
 
@@ -125,13 +126,18 @@ def sum_statistics(objective, image: Tensor, graphs: dict | None = None) -> Stat
         part, found = statistics_at(objective, image, tile, with_graph)
         if with_graph:
             graphs[tile] = part, found
-        content, grams = ([x.detach().clone() for x in each] for each in found)
-        if total:
-            content = [a + b for a, b in zip(total.content, content)]
-            grams = [a + b for a, b in zip(total.grams, grams)]
-        total = Statistics(content, grams)
-    all_reduce_sum([*total.content, *total.grams])
+        if total is None:
+            total = Statistics(*([x.detach().clone() for x in field] for field in found))
+        else:
+            for x, more in zip(tensors_of(total), tensors_of(found)):
+                x += more.detach()
+    all_reduce_sum(tensors_of(total))
     return total
+
+
+def tensors_of(statistics: Statistics) -> list[Tensor]:
+    """The tensors of all fields, in order."""
+    return [*itertools.chain(*statistics)]
 
 
 def losses_and_gradient(objective, image: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
@@ -142,7 +148,7 @@ def losses_and_gradient(objective, image: Tensor, weights: Weights) -> tuple[Ten
     scarce = 4 * kept < len(tiles)
     graphs = {}
     statistics = sum_statistics(objective, image, graphs)
-    sums = [*statistics.content, *statistics.grams]
+    sums = tensors_of(statistics)
     for x in sums:
         x.requires_grad_()
     if scarce:
@@ -153,7 +159,7 @@ def losses_and_gradient(objective, image: Tensor, weights: Weights) -> tuple[Ten
     gradient = torch.zeros_like(image)
     for tile in tiles_of_rank(tiles):
         part, found = graphs.pop(tile) if tile in graphs else statistics_at(objective, image, tile, with_graph=True)
-        gradient[tile.window] += torch.autograd.grad([*found.content, *found.grams], part, derivatives)[0]
+        gradient[tile.window] += torch.autograd.grad(tensors_of(found), part, derivatives)[0]
     if scarce:
         release_freed_memory()
     all_reduce_sum([gradient])
