@@ -116,7 +116,7 @@ def test_a_run_keeps_as_many_correction_pairs_as_its_budget_allows(run_with):
     run = run_with((UPDATE_BYTES + 3 * 3 * PAIR_BYTES) * 48 * 64)
     for _ in range(6):
         run.step()
-    assert len(run.state_dict()["optimiser.s"]) == 3
+    assert len(run.state_dict()["s"]) == 3
     assert ProjectedLBFGS(torch.zeros(3 * 4 * 5), None, 7).history.nbytes == 7 * PAIR_BYTES * 4 * 5
 
 

@@ -77,7 +77,7 @@ def test_from_each_of_its_states_a_run_goes_on_in_a_new_process_as_if_it_had_not
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT / "tests", env=environment)
     for k, (loaded, _, later) in enumerate(torch.load(path, weights_only=False)):
         assert loaded == frozen(states[k]) and later == frozen(states[min(k + 1, 28)]), k
-    seen = [(len(state["scales"]), len(state["optimiser.slots"]), state.get("optimiser.halvings")) for state in states]
+    seen = [(len(state["scales"]), len(state["slots"]), state.get("halvings")) for state in states]
     assert {(2, 0, None), (2, 8, 0), (1, 1, 0), (1, 5, 0), (1, 5, 1)} <= {*seen} and len(states) == 29
     assert states[-1]["ended"] and states[-1]["totals"][0] != states[-1]["first_total"]
 

@@ -207,7 +207,7 @@ def test_the_first_step_is_down_the_gradient_with_the_prior_weighed_by_the_first
     init = 0.3 + 0.4 * picture(32, 36, 1)
     run = start(Task(picture(32, 36), picture(34, 38, 2), content_layer, style_layer), init=init)
     run.step()
-    down = -run.state_dict()["gradient"]
+    down = -run.state_dict()["image_gradient"]
     while torch.equal(run.image, init):
         run.step()
     direction = SpectralPreconditioner(first_kernels(vgg), (32, 36), weight, CPU)(down)
@@ -230,7 +230,7 @@ def test_the_image_is_the_best_so_far_and_not_the_latest(precision, rise, start,
     image = run.image
     assert best.total < before.total and run.step() == best and torch.equal(run.image, image)
     state = run.state_dict()
-    assert torch.equal(state["optimiser.x"], image.flatten()) is (precision == "float32")
+    assert torch.equal(state["x"], image.flatten()) is (precision == "float32")
     assert state["totals"][-1] == best.total and torch.equal(state["window"][-1:], image)  # the stopping rule's
     run.image.zero_()  # a copy
     run.retarget(task._replace(content_weight=2.0))
@@ -264,7 +264,7 @@ def test_the_best_image_and_the_three_newest_correction_pairs_go_on_in_float32(i
     watch.change = lambda output: flat(output) if output.dtype == torch.float32 else output
     run, seen = in_both(task), []
     while step := run.step():
-        seen.append((step, run.image, len(run.state_dict()["optimiser.slots"])))
+        seen.append((step, run.image, len(run.state_dict()["slots"])))
     (_, before, pairs), (step, image, kept) = seen[-2:]
     assert pairs > kept == 3 and torch.equal(before, image) and run.ended == NOT_LOWER
     assert [step] == take(start(task, init=image))

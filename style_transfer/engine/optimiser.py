@@ -53,7 +53,7 @@ class ProjectedLBFGS:
 
     def __init__(self, x: Tensor, precondition: Callable[[Tensor], Tensor], history_size: int = HISTORY_SIZE):
         self.precondition, self.history_size = precondition, history_size
-        self.history = x.new_zeros(2 * history_size, x.numel())  # the s_i, then the preconditioned y_i
+        self.history = x.new_zeros(2, history_size, x.numel())  # the s_i, and the preconditioned y_i
         products = torch.zeros(history_size, history_size, dtype=torch.float64, device="cpu")
         self.unknown = Curvature(torch.zeros(history_size, dtype=torch.int64, device="cpu"), products, products)
 
@@ -81,10 +81,10 @@ class ProjectedLBFGS:
         ages, sy, yy = before = iterate.curvature or self.unknown
         curved = s @ y > MIN_CURVATURE * s.norm() * y.norm()
         slot = ages.argmin().view(1)  # unused, or the oldest
-        row, size = slot.to(s.device), self.history_size
-        for vector, rows in ((s, self.history[:size]), (self.precondition(y), self.history[size:])):
+        row = slot.to(s.device)
+        for vector, rows in zip((s, self.precondition(y)), self.history):
             rows.index_copy_(0, row, torch.where(curved, vector, rows.index_select(0, row)))
-        of_s, of_y = self.products_with(y).view(2, size, 1)
+        of_s, of_y = self.products_with(y)[..., None]
         ages = ages.index_copy(0, slot, 1 + ages.amax().view(1))
         sy = sy.index_copy(1, slot, of_s)
         yy = yy.index_copy(1, slot, of_y).index_copy(0, slot, of_y.T)
@@ -104,8 +104,7 @@ class ProjectedLBFGS:
         ages = torch.where(in_vain.to(curvature.ages.device), 0, curvature.ages)
         halvings = torch.where(in_vain, 0, iterate.halvings)
         iterate = iterate._replace(halvings=halvings, curvature=curvature._replace(ages=ages))
-        outward = ((x <= 0) & (gradient > 0)) | ((x >= 1) & (gradient < 0))
-        free = ~outward
+        free = ~((x <= 0) & (gradient > 0) | (x >= 1) & (gradient < 0))
         downhill = -gradient * free
         direction = self.matvec(downhill, iterate) * free
         trial = (x + direction * 0.5**halvings).clamp(0, 1)
@@ -120,11 +119,12 @@ class ProjectedLBFGS:
         ages, sy, yy = iterate.curvature or self.unknown
         order = ages.argsort()  # unused rows, then the oldest first
         used = ages[order] > 0
-        p, q = torch.where(used, self.products_with(vector).view(2, -1)[:, order], 0)
-        pairs = used & used[:, None]
-        identity = torch.eye(len(order), dtype=sy.dtype, device=sy.device)
-        r = torch.where(pairs, sy[order][:, order], identity)
-        yy = torch.where(pairs, yy[order][:, order], 0)
+        both = used & used[:, None]
+        # In the paper's terms: p = S^T v, q = Y^T P v, the upper triangle R of S^T Y, and Y^T P Y. Unused rows are
+        # those of the identity in R, and 0 elsewhere.
+        p, q = torch.where(used, self.products_with(vector)[:, order], 0)
+        r = torch.where(both, sy[order][:, order], torch.eye(len(order), dtype=sy.dtype, device=sy.device))
+        yy = torch.where(both, yy[order][:, order], 0)
         diagonal = r.diagonal()
         # Unlike [L-BFGS], which scales by the newest pair: by the one that supports the longest step. The newest mostly
         # lies along one of the few steep directions, and would make steps along all others too short.
@@ -133,53 +133,50 @@ class ProjectedLBFGS:
         right = diagonal * u + gamma * (yy @ u - q)
         v = torch.linalg.solve_triangular(r.T, right[:, None], upper=False)[:, 0]
         weights = sy.new_zeros(2, len(order)).index_copy(1, order, torch.stack([v, -gamma * u])).flatten()
-        weights = weights.to(vector.dtype).to(vector.device)  # in this order: Apple's GPUs have no float64
-        gamma = gamma.to(vector.dtype).to(vector.device)
+        # First the dtype, then the device: Apple's GPUs have no float64.
+        weights, gamma = (number.to(vector.dtype).to(vector.device) for number in (weights, gamma))
         scale = torch.where(gamma > 0, gamma, FIRST_STEP / start.abs().mean())
-        return scale * start + weights @ self.history
+        return scale * start + weights @ self.history.flatten(0, 1)
 
     def products_with(self, vector: Tensor) -> Tensor:
-        """Inner products of the history with a flat vector, (2 history size,), float64, on the CPU."""
-        return (self.history @ vector).to(self.unknown.sy.device).double()
+        """Inner products of the history with a flat vector, (2, history size), float64, on the CPU."""
+        products = self.history.flatten(0, 1) @ vector
+        return products.to(self.unknown.sy.device).double().view(2, -1)
 
     def state_dict(self, iterate: Iterate) -> dict:
-        """{name: tensor, number or list} of an iterate, without what is None.
+        """{name: tensor, number or list} of an iterate, for `load_state_dict`.
 
-        x, gradient: (n,). losses: k numbers. halvings: a number. slots: rows of the correction pairs in the history,
-        oldest first. s, y: (pairs, n), those pairs, including the pending one. sy, yy: (pairs, pairs).
+        x: (n,). slots: (pairs,), the rows of the correction pairs in the history, oldest first. s, y: (pairs, n), those
+        pairs, including the pending one. sy, yy: (pairs, pairs). After the first evaluation also losses: k numbers,
+        gradient: (n,), and halvings: a number.
         """
-        iterate, size = self.update(iterate), self.history_size
-        slots = slots_of(iterate)
-        state = {"x": iterate.x, "gradient": iterate.gradient, "slots": slots}
+        iterate = self.update(iterate)
+        ages, sy, yy = iterate.curvature or self.unknown
+        slots = ages.argsort()[(ages == 0).sum() :]
+        pairs = slots[:, None], slots
+        s, y = self.history[:, slots]
+        state = {"x": iterate.x, "slots": slots, "s": s, "y": y, "sy": sy[pairs], "yy": yy[pairs]}
         if iterate.losses is not None:
             state |= {"losses": iterate.losses.tolist(), "halvings": iterate.halvings.item()}
-        if slots:
-            state["s"] = self.history[slots]
-            state["y"] = self.history[[size + slot for slot in slots]]
-            state["sy"] = iterate.curvature.sy[slots][:, slots]
-            state["yy"] = iterate.curvature.yy[slots][:, slots]
-        return {name: value for name, value in state.items() if value is not None}
+            state["gradient"] = iterate.gradient
+        return state
 
     def load_state_dict(self, state: dict) -> Iterate:
         """The iterate of a `state_dict`; its correction pairs, or the newest that fit, are put into the history."""
-        size, history = self.history_size, self.history
-        newest = slice(-size, None)
-        slots = list(state["slots"])[newest]
-        if slots and max(slots) >= size:  # from a longer history
-            slots = list(range(len(slots)))
+        history, newest = self.history, slice(-self.history_size, None)
+        slots = state["slots"][newest]
+        if (slots >= self.history_size).any():  # from a longer history
+            slots = torch.arange(len(slots))
+        history[0, slots], history[1, slots] = (state[name][newest].to(history) for name in ("s", "y"))
         ages, sy, yy = (part.clone() for part in self.unknown)
-        if slots:
-            history[slots] = state["s"][newest].to(history)
-            history[[size + slot for slot in slots]] = state["y"][newest].to(history)
-            ages[slots] = torch.arange(1, 1 + len(slots))
-            rows = torch.tensor(slots)[:, None]
-            sy[rows, slots] = state["sy"][newest, newest].to(sy)
-            yy[rows, slots] = state["yy"][newest, newest].to(yy)
-        found = {name: state[name].to(history) for name in ("x", "gradient") if name in state}
-        if "losses" in state:
-            found["losses"] = torch.tensor(state["losses"], dtype=history.dtype, device=history.device)
-            found["halvings"] = torch.tensor(state["halvings"], device=history.device)
-        return Iterate(**found, curvature=Curvature(ages, sy, yy))
+        ages[slots] = torch.arange(1, 1 + len(slots))
+        pairs = slots[:, None], slots
+        sy[pairs], yy[pairs] = state["sy"][newest, newest], state["yy"][newest, newest]
+        iterate = Iterate(state["x"].to(history), curvature=Curvature(ages, sy, yy))
+        if "losses" not in state:
+            return iterate
+        losses, halvings = history.new_tensor(state["losses"]), torch.tensor(state["halvings"], device=history.device)
+        return iterate._replace(losses=losses, gradient=state["gradient"].to(history), halvings=halvings)
 
 
 def begin(iterate: Iterate, losses: Tensor, gradient: Tensor) -> Iterate:
@@ -199,14 +196,6 @@ def accept(iterate: Iterate, trial: Tensor, losses: Tensor, gradient: Tensor, re
     halvings = torch.where(accepted, 0, iterate.halvings + 1)
     pending = x - iterate.x, gradient - iterate.gradient
     return iterate._replace(x=x, losses=losses, gradient=gradient, halvings=halvings, pending=pending)
-
-
-def slots_of(iterate: Iterate) -> list[int]:
-    """The history's rows in use, oldest first."""
-    if iterate.curvature is None:
-        return []
-    ages = iterate.curvature.ages.tolist()
-    return sorted((slot for slot, age in enumerate(ages) if age), key=ages.__getitem__)
 
 
 def keep_newest(iterate: Iterate, count: int) -> Iterate:

@@ -5,13 +5,12 @@ The only file in which network, losses and optimiser meet.
 
 import functools
 import math
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .checks import Shape, UserError, as_memory, as_shape, as_start, as_whole, shown
+from .checks import Shape, UserError, as_memory, as_shape, as_start, as_whole
 from .evaluation import RELATIVE_TOLERANCE, Evaluator, default_modes, pick_precisions, threads
 from .images import resize
 from .memory import budget_of, divide_budget, fitting, keep_freed_memory
@@ -29,8 +28,7 @@ from .schedule import (
 from .tiles import all_reduce_min, world_size
 from .vgg import VGG, block, check_network, check_size, deepest, first_kernels, load_vgg19
 
-STATE_VERSION = 2  # of `state_dict`
-OPTIMISER_PREFIX = "optimiser."  # of the optimiser's names in `state_dict`
+STATE_VERSION = 3  # of `state_dict`
 MIN_GRADIENT_COSINE = 0.4  # of two precisions; below, at least five sixths of the faster one's gradient is rounding
 PAIRS_AFTER_ROUNDING = 3  # correction pairs kept when rounding has begun to spoil them
 ONE_THREAD_PIXELS = 10_000  # smaller images are evaluated on one thread: two would mostly wait for each other
@@ -54,10 +52,10 @@ class State(NamedTuple):
     left: int  # evaluations left in all
     stage: str  # "coarse"; at full size "fast", then "fine"
     precision: str
-    image: Tensor  # (1, 3, h, w), the best so far at this scale; before its first evaluation, the scale's start
+    image: Tensor  # (1, 3, h, w), the best so far at this scale; before its first evaluation, that of the one before
     iterate: Iterate  # of the optimiser
     step: Step | None = None  # the best image's; None before the first evaluation at this scale
-    gradient: Tensor | None = None  # at the best image, flat
+    image_gradient: Tensor | None = None  # at the best image, flat
     window: Window = Window()
     ended: str | None = None  # why the run is over
 
@@ -94,18 +92,14 @@ class Run:
         check_network(self.vgg)
         self.weights = self.task.weights
         self.budget_bytes = all_reduce_min(budget_of(self.device, as_memory(memory), world_size()), self.device)
-        # Networks are cached by (deepest layer, precision), evaluators by precision, for the present scale.
-        self._networks, self._evaluators, self._optimiser = {}, {}, None
+        self._cut = functools.lru_cache(maxsize=2)(self.vgg.cut)  # for each precision, the network that is in use
+        self._evaluators, self._optimiser = {}, None  # {precision: Evaluator}, and both for the present scale
         with self._fitting():
-            self.init = None if init is None else init.to(self.device)
-            smallest = self.task.smallest_side
+            self.init, smallest = init, self.task.smallest_side
             if init is not None:
-                smallest = max(MIN_SIDE_FROM_IMAGE, smallest)
+                self.init, smallest = init.to(self.device), max(MIN_SIDE_FROM_IMAGE, smallest)
             scales = plan_scales(self.shape, smallest) if coarse_to_fine else [self.shape]
-            if init is None:
-                image = draw_noise(scales[0], self.seed, self.device)
-            else:
-                image = resize(self.init, scales[0])
+            image = draw_noise(scales[0], self.seed, self.device) if init is None else resize(self.init, scales[0])
             self._state = self._start(scales, limit_evaluations(scales, self.evaluations), self.evaluations, image)
 
     @property
@@ -123,6 +117,16 @@ class Run:
     def ended(self) -> str | None:
         """Why the run is over, as part of a sentence; None while it is not."""
         return self._state.ended
+
+    @property
+    def best(self) -> Step | None:
+        """The `Step` of the best image so far; None before the first evaluation at the present scale."""
+        return self._state.step
+
+    @property
+    def evaluations_left(self) -> int:
+        """How many evaluations are left, at most."""
+        return self._state.left
 
     @property
     def pixels_left(self) -> int:
@@ -150,16 +154,17 @@ class Run:
         """
         with self._fitting():
             while not self.ended:
-                why = self._state.window.converged(self._state.stage)
-                if not (self._state.left and self._state.limits[0]):
+                state = self._state
+                why = state.window.converged(state.stage)
+                if not (state.left and state.limits[0]):
                     why = f"the limit of {self.evaluations} evaluations is reached"
                 if not why:
                     if step := self._descend():
                         return step
                     why = "no step lowers the loss any more"
-                if self._state.left and len(self.scales) > 1:
+                if state.left and len(state.scales) > 1:
                     self._begin_scale()
-                elif self._state.left and self._state.limits[0] and self._state.precision != self.precisions[-1]:
+                elif state.left and state.limits[0] and state.precision != self.precisions[-1]:
                     return self._check_rounding(why)
                 else:
                     self._state = self._state._replace(ended=why)
@@ -178,7 +183,6 @@ class Run:
         check_size(self.scales[0], task.layers)
         if not task.differs_by_weights_alone(before):
             self._evaluators = {}
-        self._networks = {key: network for key, network in self._networks.items() if key[0] == deepest(task.layers)}
         limits = limit_evaluations(state.scales, self.evaluations)
         x = state.image if state.step else state.iterate.x
         state = self._start(state.scales, limits, self.evaluations, state.image, x)
@@ -188,17 +192,16 @@ class Run:
     def state_dict(self) -> dict:
         """The state between two evaluations, {name: tensor, number, string or tuple}, for `load_state_dict`.
 
-        scales, limits, left, stage, precision, image (1, 3, h, w), step, gradient (3 h w,), ended: as in `State`.
-        first_total, totals and window, (k, 3, h', w'): the stopping rule's `Window`. optimiser.*: as in
-        `ProjectedLBFGS.state_dict`, with n = 3 h w. budget_bytes, threads: on which tiles, history size and the last
-        bits depend. What is None is left out.
+        scales, limits, left, stage, precision, image (1, 3, h, w), step, image_gradient (3 h w,), ended: as in `State`.
+        first_total, totals and window, (k, 3, h', w'): the stopping rule's `Window`. x, losses, gradient, halvings,
+        slots, s, y, sy, yy: as in `ProjectedLBFGS.state_dict`, with n = 3 h w. budget_bytes, threads: on which tiles,
+        history size and the last bits depend. What is None is left out.
         """
         state = self._state._asdict()
         window, iterate = state.pop("window"), state.pop("iterate")
-        # Before the optimiser of a scale is made there are no correction pairs.
-        optimiser = self._optimiser or ProjectedLBFGS(iterate.x, None, 0)
-        for name, value in optimiser.state_dict(iterate).items():
-            state[OPTIMISER_PREFIX + name] = value
+        # Before the first evaluation there are no correction pairs, and may be no optimiser for this scale.
+        optimiser = ProjectedLBFGS(iterate.x, None, 0) if iterate.losses is None else self._optimiser
+        state |= optimiser.state_dict(iterate)
         state |= {"version": STATE_VERSION, "budget_bytes": self.budget_bytes, "threads": self.threads}
         state |= {"first_total": window.first, "totals": window.totals}
         state["window"] = torch.cat(window.images) if window.images else None
@@ -211,24 +214,23 @@ class Run:
         The next steps are those that the other run would have taken, if as much memory and as many processors are free.
         Raises UserError for a state of another shape or of an earlier version.
         """
-        scales = as_scales(state, self.shape)
+        if state.get("version") != STATE_VERSION:
+            raise UserError("the state was saved by another version of this project: begin the run again")
+        scales = tuple(map(tuple, state["scales"]))
+        if scales[-1] != self.shape:
+            raise UserError(f"the state is of an image of shape {scales[-1]}: this run's is {self.shape}")
         self.budget_bytes = min(self.budget_bytes, state["budget_bytes"])
         self.threads = min(torch.get_num_threads(), state["threads"])
-        of_optimiser = {
-            name.removeprefix(OPTIMISER_PREFIX): state[name] for name in state if name.startswith(OPTIMISER_PREFIX)
-        }
         self._evaluators, self._optimiser = {}, None
         with self._fitting():
-            iterate = self._optimiser_at(scales[0]).load_state_dict(of_optimiser)
-        image, gradient, images = (
-            state[name].to(self.device) if name in state else None for name in ("image", "gradient", "window")
-        )
-        images = () if images is None else images.split(1)
-        window = Window(state.get("first_total"), tuple(state["totals"]), images)
-        step = None
+            iterate = self._optimiser_at(scales[0]).load_state_dict(state)
+        image, step, gradient, window = state["image"].to(self.device), None, None, Window()
         if "step" in state:
-            shape, *numbers = state["step"]
-            step = Step(tuple(shape), *numbers)
+            shape, *rest = state["step"]
+            step, gradient = Step(tuple(shape), *rest), state["image_gradient"].to(self.device)
+        if "window" in state:
+            images = state["window"].to(self.device).split(1)
+            window = Window(state["first_total"], tuple(state["totals"]), images)
         counters = tuple(state["limits"]), state["left"], state["stage"], state["precision"]
         self._state = State(scales, *counters, image, iterate, step, gradient, window, state.get("ended"))
 
@@ -257,7 +259,7 @@ class Run:
             return None
         step = Step(scale, precision, *iterate.losses.tolist())
         if state.step is None or step.total < state.step.total:
-            state = state._replace(image=iterate.x.view(1, 3, *scale), step=step, gradient=iterate.gradient)
+            state = state._replace(image=iterate.x.view(1, 3, *scale), step=step, image_gradient=iterate.gradient)
         return self._count(state, iterate=iterate, window=state.window.extend(state.image, state.step.total))
 
     def _begin_scale(self):
@@ -270,8 +272,8 @@ class Run:
             x = enlarge(image, shape, self.seed)
         else:
             x = resize(image, shape)
+        self._evaluators = {}  # frees their memory before the new scale's are made
         self._state = self._start(state.scales[1:], state.limits[1:], state.left, state.image, x)
-        self._evaluators, self._optimiser = {}, None  # frees their memory before the new scale's are made
 
     def _check_rounding(self, why):
         """Evaluate the best image in the exact precision, and go on in that if rounding slows the faster one.
@@ -283,31 +285,27 @@ class Run:
         with self._threads():
             x, iterate = state.image.flatten(), optimiser.update(state.iterate)
             losses, gradient = evaluator(self.weights, x)
-            cosine = gradient_cosine(state.gradient, gradient, optimiser.precondition)
+            cosine = gradient_cosine(state.image_gradient, gradient, optimiser.precondition)
         step = Step(self.scales[0], precision, *losses.tolist())
-        if cosine >= MIN_GRADIENT_COSINE:
-            ended = None if state.stage == "fast" else why
-            self._count(state, stage="fine", window=Window(), ended=ended)
-        else:
+        if not cosine >= MIN_GRADIENT_COSINE:  # also if it is nan
             iterate = begin(keep_newest(iterate, PAIRS_AFTER_ROUNDING)._replace(x=x), losses, gradient)
-            state = state._replace(iterate=iterate, step=step, gradient=gradient)
-            self._count(state, stage="fine", precision=precision, window=Window())
+            state = state._replace(precision=precision, iterate=iterate, step=step, image_gradient=gradient)
+        elif state.stage != "fast":
+            state = state._replace(ended=why)
+        self._count(state, stage="fine", window=Window())
         return step
 
     def _network(self, precision):
-        key = deepest(self.task.layers), precision
-        if key not in self._networks:
-            self._networks[key] = self.vgg.cut(key[0], self.device, precision)
-        return self._networks[key]
+        return self._cut(deepest(self.task.layers), self.device, precision)
 
     def _evaluator(self, precision):
         """The `Evaluator` of the present scale in a precision."""
-        scale, evaluator = self.scales[0], self._evaluators.get(precision)
-        if evaluator is None or evaluator.shape != scale:
+        if precision not in self._evaluators:
+            scale = self.scales[0]
             _, budget_bytes = divide_budget(self.budget_bytes, scale)
             objective = objective_of(self._network(precision), self.task, scale, self.shape, budget_bytes)
-            evaluator = self._evaluators[precision] = Evaluator(objective, scale, self.device, precision)
-        return evaluator
+            self._evaluators[precision] = Evaluator(objective, scale, self.device, precision)
+        return self._evaluators[precision]
 
     def _optimiser_at(self, scale):
         """The optimiser for a scale and the present task."""
@@ -332,15 +330,3 @@ class Run:
     def _fitting(self):
         least = min_evaluation_bytes(self._network(self.precisions[-1]), self.task, self.shape)
         return fitting(self.shape, self.budget_bytes, least, self.device)
-
-
-def as_scales(state, shape: Shape) -> tuple:
-    """The scales of a `Run.state_dict`. Raises UserError if it is of another shape or version."""
-    if not isinstance(state, Mapping) or "scales" not in state:
-        raise UserError(f"the state is {shown(state)}: give what state_dict of a run has returned")
-    if state.get("version") != STATE_VERSION:
-        raise UserError("the state was saved by another version of this project: begin the run again")
-    scales = tuple(map(tuple, state["scales"]))
-    if scales[-1] != shape:
-        raise UserError(f"the state is of an image of shape {scales[-1]}: this run's is {shape}")
-    return scales
