@@ -56,7 +56,7 @@ def defaults_for(options: Namespace) -> dict:
     if not options.like:
         return FIXED
     path, saved = options.like, read_settings(options.like)
-    if None in (saved["content"], saved["style"]) or saved["start"] == "present":
+    if saved["content"] is None or not saved["styles"] or saved["start"] == "present":
         problem = "was made without a content or style image, or began with an image that was not kept"
         raise UserError(f"{str(path)!r} {problem}: open its settings in the panel")
 
@@ -64,7 +64,7 @@ def defaults_for(options: Namespace) -> dict:
         return str(find_picture(name, path.parent, Path()) or name)
 
     defaults = FIXED | {name: saved[name] for name in SETTINGS if name in saved}
-    names, blend, masks = zip(*saved.get("styles", [(saved["style"], 1.0, None)]))
+    names, blend, masks = zip(*saved["styles"])
     defaults |= {"content": find(saved["content"]), "style": [find(name) for name in names]}
     if len(options.style) in (0, len(names)):
         defaults["blend"] = list(blend)
@@ -106,7 +106,7 @@ def task_of(options: Namespace) -> Task:
     styles = []
     for path, weight, name in zip(options.style, options.blend, options.masks):
         styles.append(Style(load_image(path, options.style_size, options.device), weight, masks.get(name)))
-    layers = (options.content_layer,), options.layer_weights
+    layers = options.content_layer, options.layer_weights
     return Task(content, styles, *layers, options.content_weight, options.style_weight)
 
 
@@ -277,10 +277,10 @@ class Job:
 
     def save(self) -> None:
         """Save the run, its film, and its present image; before the first evaluation, remove the run's file."""
-        state = self.run.state_dict()
-        if state["left"] == self.options.evaluations:
+        if self.run.evaluations_left == self.options.evaluations:
             self.options.state.unlink(missing_ok=True)
             return
+        state = self.run.state_dict()
         if self.film:
             self.keep_frame()
             state |= self.film.state_dict()
@@ -289,16 +289,15 @@ class Job:
 
     def keep_frame(self) -> None:
         """Keep the image of the latest evaluation for the film, unless it is kept already."""
-        state = self.run.state_dict()
-        if self.film.evaluations < self.options.evaluations - state["left"]:
-            self.film(self.coloured(self.run.image), state["step"])
+        run = self.run
+        self.film(self.coloured(run.image), run.best, self.options.evaluations - run.evaluations_left)
 
     def coloured(self, image: Tensor) -> Tensor:
         return keep_colours(image, self.run.task.content) if self.options.keep_colours else image
 
     def write_image(self, image: Tensor, **more: str) -> None:
         settings = settings_of(self.options, os.path.basename) | more
-        content = as_png(self.coloured(image), settings | {"style": settings["styles"][0][0]})
+        content = as_png(self.coloured(image), settings)
         write_over(self.options.output, lambda path: path.write_bytes(content))
 
     def write_film(self) -> None:

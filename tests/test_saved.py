@@ -12,7 +12,8 @@ from style_transfer.engine.saving import as_png, find_picture, read_settings
 
 SETTINGS = {
     "content": "castle.jpg",
-    "style": None,
+    "styles": [],
+    "keep_colours": False,
     "size": 130,
     "content_layer": "conv4_2",
     "content_weight": 0.25,
@@ -24,8 +25,8 @@ SETTINGS = {
 DAMAGED = [
     *({name: value} for name in ("size", "content_layer", "start", "seed") for value in (None, 1.5, ["noise"])),
     *({name: value} for name in ("content_weight", "style_weight") for value in (-1, "much", float("nan"), None)),
-    *({name: value} for name in ("content", "style") for value in ("../castle.jpg", 5, ["a"])),
-    *({"styles": styles} for styles in ([], [[None, 1, None]], [["a.jpg", 1, "folder/mask.png"]], [["a.jpg", 1]])),
+    *({"content": value} for value in ("../castle.jpg", 5, ["a"])),
+    *({"styles": styles} for styles in ([[None, 1, None]], [["a.jpg", 1, "folder/mask.png"]], [["a.jpg", 1]])),
     *({"styles": [["a.jpg", 0, None]]}, {"size": 0}, {"size": True}, {"start": "here"}, {"keep_colours": "no"}),
     *({"layer_weights": weights} for weights in (None, ["conv1_1"], {"conv1_1": -2}, {"conv9_1": 1})),
 ]

@@ -486,8 +486,8 @@ def test_a_saved_image_is_made_again(run):
     run(*THREE, *words, "--style-size=40", "--style-weight=2e3", "--evaluations=5", "-o", "one.png")
     saved = read_settings("one.png")
     assert saved["styles"] == [["painting.jpg", 2.0, "rest"], ["wave.jpg", 0.5, "chenonceau_sky.png"]]
-    names = "content", "style", "keep_colours", "start", "seed", "style_size", "style_weight", "evaluations"
-    assert [saved[name] for name in names] == ["photo.jpg", "painting.jpg", True, "content", 3, 40, 2000, 5]
+    names = "content", "keep_colours", "start", "seed", "style_size", "style_weight", "evaluations"
+    assert [saved[name] for name in names] == ["photo.jpg", True, "content", 3, 40, 2000, 5]
     again("one.png", "two.png")
     assert content_of("two.png") == content_of("one.png")
     Path("photo.jpg").rename("moved.jpg")
@@ -512,7 +512,7 @@ def test_an_image_of_the_panel_is_made_again(run):
     content, *styles = (nst.load_image(name, 32, "cpu") for name in THREE)
     layers = {"content_layer": "conv2_1", "layer_weights": {"conv1_1": 1.0, "conv2_2": 0.4}}
     settings = layers | {"content_weight": 0.5, "style_weight": 300.0, "size": 32, "start": "noise", "seed": 5}
-    settings |= {"evaluations": 5, "coarse_to_fine": False, "content": "photo.jpg", "style": "painting.jpg"}
+    settings |= {"evaluations": 5, "coarse_to_fine": False, "content": "photo.jpg", "keep_colours": False}
     settings |= {"styles": [["painting.jpg", 0.75, None], ["wave.jpg", 0.25, None]]}
     styles = [nst.Style(styles[0], 0.75), nst.Style(styles[1], 0.25)]
     task = nst.Task(content, styles, *layers.values(), 0.5, 300.0)
@@ -526,7 +526,7 @@ def test_an_image_of_the_panel_is_made_again(run):
 def test_an_image_that_cannot_be_made_again_is_refused(run):
     run("-o", "one.png", "--evaluations=1")
     for change, problem in (
-        ({"style": None}, "was made without a content or style image"),
+        ({"styles": []}, "was made without a content or style image"),
         ({"content": None}, "was made without a content or style image"),
         ({"start": "present"}, "or began with an image that was not kept: open its settings in the panel"),
         ({"size": -3}, "are damaged, size is -3"),

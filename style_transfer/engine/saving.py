@@ -79,17 +79,16 @@ def locked(output: Path, state: Path) -> Iterator[None]:
     path = state.with_name(f".{state.name}.lock")
     lock = FileLock(path, timeout=0)
     try:
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise UserError(f"{str(output)!r}: another run is making it: give another name with --output") from error
-        except OSError as error:
-            raise UserError(f"{str(output)!r} cannot be written: {reason(error)}") from error
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(f"{str(output)!r}: another run is making it: give another name with --output") from error
+    except OSError as error:
+        raise UserError(f"{str(output)!r} cannot be written: {reason(error)}") from error
+    try:
         yield
     finally:
-        if lock.is_locked:
-            with contextlib.suppress(OSError):  # Windows removes no file that is open
-                path.unlink()
+        with contextlib.suppress(OSError):  # Windows removes no file that is open
+            path.unlink()
         lock.release()
 
 
@@ -149,8 +148,7 @@ def read_settings(path: str | Path) -> dict:
     try:
         settings = json.loads(text)
         for name, check in CHECKS.items():
-            if name in settings or name not in OPTIONAL:
-                settings[name] = check(settings[name])
+            settings[name] = check(settings[name])
         return settings
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         problem = f", {error}" if isinstance(error, UserError) else ""
@@ -174,7 +172,7 @@ def _styles(value):
     styles = []
     for image, weight, mask in value:
         styles.append([_file_name(operator.add(image, "")), as_weight(weight, "weight of a style"), _file_name(mask)])
-    if not any(weight for _, weight, _ in styles):
+    if styles and not any(weight for _, weight, _ in styles):
         raise ValueError
     return styles
 
@@ -183,11 +181,9 @@ def _layer_weights(value):
     return {layer_name(name): as_weight(weight, f"weight of {name}") for name, weight in value.items()}
 
 
-OPTIONAL = ("styles", "keep_colours")  # earlier versions did not save them
 CHECKS = {
     "content": _file_name,  # without its folder; None for a texture
-    "style": _file_name,  # without its folder; None for a reconstruction
-    "styles": _styles,  # [[image, weight, mask or REST or None], ...]; the first image is `style`
+    "styles": _styles,  # [[image, weight, mask or REST or None], ...], without folders; empty for a reconstruction
     "keep_colours": lambda value: [False, True][operator.index(value)],
     "size": lambda value: as_whole(value, "size"),
     "content_layer": layer_name,

@@ -212,20 +212,21 @@ class Controls:
 
         Raises UserError, before anything is set, if this panel cannot do what the settings say.
         """
-        kinds = [kind for kind in ("content", "style") if settings[kind]]
+        styles = settings["styles"]
+        chosen = settings["content"], *(name for name, _, _ in styles), ""
+        names = dict(zip(("content", "style", SECOND), chosen))
+        kinds = [kind for kind in ("content", "style") if names[kind]]
         if kinds != self.kinds:
             needed = " and ".join(kinds)
             raise UserError(f"these are settings for {needed}: open a panel with {needed} only")
         for name, weight in settings["layer_weights"].items():
             if weight and name not in self.layer_weights:
                 raise UserError(f"there is no slider for {name} here: open a panel with {name} among its style_layers")
-        styles = settings.get("styles", ())
         if len(styles) > 2 or any(mask for _, _, mask in styles):
             raise UserError("these are settings with masks or more than two styles: use stylise --like")
-        names = settings | {SECOND: ""}
         missing = []
         if len(styles) == 2:
-            (_, weight, _), (names[SECOND], second_weight, _) = styles
+            (_, weight, _), (_, second_weight, _) = styles
             set_slider(self.blend, second_weight / (weight + second_weight), largest=1)
         for kind, control in self.choices.items():
             paths = {path.name if path else "": path for _, path in reversed(control.options)}
@@ -233,7 +234,7 @@ class Controls:
                 control.value = paths[names[kind]]
             else:
                 missing.append(f"upload {names[kind]!r} as {kind}")
-        self.keep_colours.value = settings.get("keep_colours", False)
+        self.keep_colours.value = settings["keep_colours"]
         self.take(settings)
         choose(self.size, settings["size"])
         self.start.value = settings["start"]

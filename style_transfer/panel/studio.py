@@ -176,10 +176,9 @@ class Studio:
     def save(self) -> None:
         """Write the image on display to saved/, a PNG file with the settings in it."""
         settings, (start, seed) = self.shown.settings, self.shown.start
-        paths = {"content": settings.content, "style": next(iter(settings.styles), None)}
-        about = settings._asdict() | {kind: path and path.name for kind, path in paths.items()}
-        about["styles"] = [(path.name, weight, None) for path, weight in settings.styles.items()]
-        about |= {
+        about = settings._asdict() | {
+            "content": settings.content and settings.content.name,
+            "styles": [(path.name, weight, None) for path, weight in settings.styles.items()],
             "start": start,
             "seed": seed,
             "evaluations": self.painter.evaluations,
@@ -187,7 +186,7 @@ class Studio:
             "keep_colours": self.controls.keep_colours.value,
             "losses": self.shown.step._asdict(),
         }
-        stem = joint_stem(*filter(None, paths.values()))
+        stem = joint_stem(*filter(None, (settings.content, next(iter(settings.styles), None))))
         image = as_png(self.image_shown(), about)
         try:
             path = write_numbered(Path("saved"), stem, ".png", image)
@@ -434,11 +433,7 @@ def style_studio(
     """
     if content is None and style is None:
         raise UserError("content and style are both None: give the path of at least one image")
-    images = []
-    paths = []
-    for path in (content, style):
-        images.append(None if path is None else load_image(path, 32, "cpu"))
-        paths.append(None if path is None else Path(os.path.abspath(path)))
+    images = [None if path is None else load_image(path, 32, "cpu") for path in (content, style)]
     size = as_whole(size, "size", " of pixels")
     content_layer = layer_name(content_layer)
     layers = () if content is None else content_layer, () if style is None else style_layers
@@ -453,7 +448,7 @@ def style_studio(
     check_network(vgg)
     if Studio.current:
         Studio.current.close(", since another was opened")
-    content, style = paths
+    content, style = (None if path is None else Path(os.path.abspath(path)) for path in (content, style))
     layer_weights = {layer_name(name): weight for name, weight in task.style_layers.items() if weight}
     about = size, content_layer, task.content_weight, task.style_weight, layer_weights
     if pull is None:
