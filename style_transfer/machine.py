@@ -55,34 +55,34 @@ def control_groups(controller: str) -> Iterator[Path]:
                     yield CGROUPS / root / folder
 
 
-def read_number(file: Path, index: int = 0, absent: float = math.inf) -> float:
-    """One of the numbers in a file; infinite for "max", which means no limit; `absent` if it is not there."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        return float(file.read_text().split()[index].replace("max", "inf"))
-    return absent
+def read_numbers(*files: Path) -> list[float]:
+    """The numbers in files; infinite for "max", which means no limit; none if one of the files cannot be read."""
+    with contextlib.suppress(OSError, ValueError):
+        return [float(word.replace("max", "inf")) for file in files for word in file.read_text().split()]
+    return []
 
 
 def container_memory() -> float:
     """How many bytes the container lets this process allocate; memory that caches files counts as free."""
     free = math.inf
     for group in control_groups("memory"):
-        cached = read_statistic(group / "memory.stat", "inactive_file") + read_statistic(
-            group / "memory.stat", "active_file"
-        )
         for limit, used in (
             ("memory.max", "memory.current"),
             ("memory.high", "memory.current"),  # above it the kernel slows the group down
             ("memory.limit_in_bytes", "memory.usage_in_bytes"),
         ):
-            free = min(free, read_number(group / limit) - read_number(group / used, absent=0) + cached)
+            with contextlib.suppress(ValueError):  # without such a limit
+                allowed, taken = read_numbers(group / limit, group / used)
+                free = min(free, allowed - taken + cached_bytes(group / "memory.stat"))
     return max(0.0, free)
 
 
-def read_statistic(file: Path, name: str) -> float:
-    """The whole group's number after a name in a file of lines "name number"; 0 if it is not there."""
+def cached_bytes(file: Path) -> float:
+    """How much of a group's memory caches files, from lines "name number"."""
     with contextlib.suppress(OSError, ValueError):
         found = dict(line.split() for line in file.read_text().splitlines())
-        return float(found.get(f"total_{name}", found.get(name, 0)))
+        names = "inactive_file", "active_file"
+        return sum(float(found.get(f"total_{name}", found.get(name, 0))) for name in names)  # total: with groups inside
     return 0.0
 
 
@@ -90,10 +90,9 @@ def container_processors() -> float:
     """How many processors' time the container lets this process use; infinite without a limit."""
     share = math.inf
     for group in control_groups("cpu"):
-        quotas = (group / "cpu.max", 0), (group / "cpu.cfs_quota_us", 0)
-        periods = (group / "cpu.max", 1), (group / "cpu.cfs_period_us", 0)
-        for quota, period in zip(quotas, periods):
-            quota, period = read_number(*quota), read_number(*period)
-            if quota > 0 and 0 < period < math.inf:  # -1 means no limit
-                share = min(share, quota / period)
+        for files in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+            with contextlib.suppress(ValueError, ZeroDivisionError):  # without such a limit
+                quota, period = read_numbers(*(group / name for name in files))
+                if quota > 0:  # -1 means no limit
+                    share = min(share, quota / period)
     return share

@@ -46,6 +46,7 @@ V1 = {
     "cpu/cpu.cfs_quota_us": 350000, "cpu/cpu.cfs_period_us": 100000,
 }  # fmt: skip
 V1_UNLIMITED = {"memory/memory.limit_in_bytes": 2**62, "cpu/cpu.cfs_quota_us": -1, "cpu/cpu.cfs_period_us": 100000}
+V1_UNLIMITED |= {"memory/memory.usage_in_bytes": 0}
 V1_JOINED = {name.replace("cpu/", "cpu,cpuacct/"): content for name, content in V1.items()}
 V1_ROOT = "5:cpu,cpuacct:/\n4:memory:/\n3:cpuset:/\n1:name=systemd:/x\n0::/\n"
 V1_DOCKER = V1_ROOT.replace(":/\n", ":/docker/0123\n")

@@ -26,4 +26,4 @@ import torch
 from ..machine import container_processors
 
 # More threads than processors would wait for one another.
-torch.set_num_threads(max(1, min(torch.get_num_threads(), math.ceil(min(container_processors(), 2**15)))))
+torch.set_num_threads(math.ceil(min(torch.get_num_threads(), container_processors())))

@@ -11,8 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageCms, ImageColor, UnidentifiedImageError
-from PIL.Image import Transpose
+from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .checks import Shape, UserError, as_file, as_shape, as_whole, check_shown, reason, shown
@@ -37,10 +36,7 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
         device = here[0]
     elif problem := problem_of(device):
         raise UserError(f"device {device!r} {problem}: this machine has {', '.join(here)}")
-    chosen = torch.device(device)
-    if str(chosen) == "cuda":
-        return torch.device("cuda", torch.cuda.current_device())
-    return chosen
+    return torch.empty(0, device=device).device
 
 
 def problem_of(device: str | torch.device) -> str | None:
@@ -62,16 +58,6 @@ def problem_of(device: str | torch.device) -> str | None:
 READ_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "HEIF")
 MAX_PIXELS = 180_000_000  # of an image after scaling
 HEIC_HEAD = re.compile(rb"....ftyp(hei[cfmsx]|hev[cmx]|mif1|msf1)", re.DOTALL)
-# How to turn an image upright, by EXIF's orientation.
-EXIF_TURNS = {
-    2: Transpose.FLIP_LEFT_RIGHT,
-    3: Transpose.ROTATE_180,
-    4: Transpose.FLIP_TOP_BOTTOM,
-    5: Transpose.TRANSPOSE,
-    6: Transpose.ROTATE_270,
-    7: Transpose.TRANSVERSE,
-    8: Transpose.ROTATE_90,
-}
 PROFILE_MODES = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}  # {colour space of a profile: Pillow's mode}
 
 
@@ -131,13 +117,9 @@ def decode(path: Path) -> Image.Image:
     with open(path, "rb") as stream, Image.open(stream, formats=readable_formats()) as file:
         bits = re.search(r";(\d+)", str(file.tile))  # per channel, unless there are 8
         file.load()
-        orientation = 1
         with contextlib.suppress(Exception):  # EXIF may be damaged, and nothing else in it is used
-            orientation = file.getexif().get(0x0112)
-        picture = to_8_bits(file, int(bits[1]) if bits else 8)
-        if orientation in EXIF_TURNS:
-            return picture.transpose(EXIF_TURNS[orientation])
-        return picture.copy()
+            ImageOps.exif_transpose(file, in_place=True)
+        return to_8_bits(file, int(bits[1]) if bits else 8).copy()
 
 
 def explain(path: Path, error: Exception) -> str:

@@ -44,35 +44,26 @@ class Style(NamedTuple):
     image_mask: Tensor | None = None  # which part of its own image counts; None: all of it
 
 
-class Region(NamedTuple):
-    """Where one style goes, or several blended."""
-
-    mask: Tensor | None
-    members: list[int]  # the numbers of its styles
-
-
 def equal(a: Tensor | None, b: Tensor | None) -> bool:
     """Whether two images or masks are equal, or both None."""
     return a is b or (a is not None and b is not None and a.device == b.device and torch.equal(a, b))
 
 
-def regions_of(styles: Sequence[Style]) -> list[Region]:
-    """The `Region`s of several styles: those with equal masks share one."""
+def regions_of(styles: Sequence[Style]) -> list[list[int]]:
+    """The numbers of the styles in each region: those with equal masks share one, and are blended."""
     regions = []
     for k, style in enumerate(styles):
-        shared = next((region for region in regions if equal(region.mask, style.mask)), None)
+        shared = next((region for region in regions if equal(styles[region[0]].mask, style.mask)), None)
         if shared:
-            shared.members.append(k)
+            shared.append(k)
         else:
-            regions.append(Region(style.mask, [k]))
+            regions.append([k])
     return regions
 
 
-def as_styles(style: Tensor | Style | Iterable | None) -> tuple[Style, ...]:
-    """A task's `style`, nothing, one or several, as `Style`s."""
-    if style is None:
-        return ()
-    several = [style] if isinstance(style, Tensor | Style) else style
+def as_styles(style: Tensor | Style | Sequence) -> tuple[Style, ...]:
+    """A task's `style`, one or several, as `Style`s."""
+    several = style if isinstance(style, list | tuple) and not isinstance(style, Style) else [style]
     return tuple(each if isinstance(each, Style) else Style(each) for each in several)
 
 
@@ -92,7 +83,7 @@ class Task(NamedTuple):
 
     @property
     def styles(self) -> tuple[Style, ...]:
-        return as_styles(self.style)
+        return () if self.style is None else as_styles(self.style)
 
     @property
     def reference(self) -> Tensor:
@@ -104,20 +95,18 @@ class Task(NamedTuple):
         """Its weights as tensors on its device; those of styles as shares of their region."""
         blend = [0.0] * len(self.styles)
         for region in regions_of(self.styles):
-            total = sum(self.styles[k].weight for k in region.members)
-            for k in region.members:
+            total = sum(self.styles[k].weight for k in region)
+            for k in region:
                 blend[k] = self.styles[k].weight / total
         values = self.content_weight, self.style_weight, [*self.style_layers.values()], blend
         return Weights(*(torch.tensor(value, dtype=torch.float32, device=self.reference.device) for value in values))
 
     def differs_by_weights_alone(self, other: "Task") -> bool:
         """Whether another task has the same images, masks and layers."""
-        layers = [(tuple(task.content_layers), tuple(task.style_layers)) for task in (self, other)]
-        tensors = []
+        layers, tensors = [], []
         for task in (self, other):
-            tensors.append([task.content])
-            for style in task.styles:
-                tensors[-1] += [style.image, style.mask, style.image_mask]
+            layers.append([[*task.content_layers], [*task.style_layers]])
+            tensors.append([task.content, *(part for style in task.styles for part in (style.image, *style[2:]))])
         return layers[0] == layers[1] and len(tensors[0]) == len(tensors[1]) and all(map(equal, *tensors))
 
     @property
@@ -179,8 +168,7 @@ def as_task(task) -> Task:
 
 
 def _checked_styles(style) -> tuple[Style, ...]:
-    several = isinstance(style, Style | list | tuple)
-    given, styles = as_styles(style) if several else [Style(style)], []
+    given, styles = as_styles(style), []
     if not given:
         raise UserError("style is empty: give an image (1, 3, H, W), or several")
     for k, (image, weight, mask, image_mask) in enumerate(given):
@@ -192,8 +180,8 @@ def _checked_styles(style) -> tuple[Style, ...]:
             image_mask = as_mask(image_mask, f"image_mask of {name}", image.device)
         styles.append(Style(image, weight, mask, image_mask))
     for region in regions_of(styles):
-        if not any(styles[k].weight for k in region.members):
-            names = ", ".join(f"style[{k}]" for k in region.members) if len(styles) > 1 else "style"
+        if not any(styles[k].weight for k in region):
+            names = ", ".join(f"style[{k}]" for k in region) if len(styles) > 1 else "style"
             raise UserError(f"{names} have weight 0, and no other style shares their mask: give one a weight above 0")
     return tuple(styles)
 
@@ -201,38 +189,33 @@ def _checked_styles(style) -> tuple[Style, ...]:
 class Objective:
     """The losses of images of one shape, by tiles: `statistics` of a tile, and `losses` from those of the whole.
 
-    content: (1, 3, H, W), or None without content layers. masks: (H, W) or None for each region. stored: whether the
-    content's feature maps are computed once, rather than at each evaluation. targets: one for each Gram matrix; set
-    before `losses` is called.
+    task: checked, and scaled to that shape. masks: (H, W) or None for each region. stored: whether the content's
+    feature maps are computed once, rather than at each evaluation. targets: one for each Gram matrix; set before
+    `losses` is called.
     """
 
-    def __init__(
-        self, network: VGG, shape: Shape, content_layers: Iterable[str], style_layers: Iterable[str],
-        masks: list, tiling: Tiling, content: Tensor | None = None, stored: bool = False,
-    ):  # fmt: skip
-        self.network, self.tiling, self.content = network, tiling, content
-        self.content_layers, self.style_layers = tuple(content_layers), tuple(style_layers)
-        self.layers = tuple(dict.fromkeys((*self.content_layers, *self.style_layers)))
-        self.sizes = {name: network.map_size(name, shape) for name in self.layers}
+    def __init__(self, network: VGG, shape: Shape, task: Task, masks: list, tiling: Tiling, stored: bool = False):
+        self.network, self.tiling, self.task = network, tiling, task
+        self.sizes = {name: network.map_size(name, shape) for name in task.layers}
         self.targets: list[Target] = []
         tiles = tiles_of_rank(tiling.tiles)
         # Made once: how far a mask reaches is a value that a GPU would have to wait for.
         self.masks = {
             (tile, spacing): [tile_mask(mask, tile, spacing, network.dtype) for mask in masks]
             for tile in tiles
-            for spacing in set(map(stride, self.style_layers))
+            for spacing in set(map(stride, task.style_layers))
         }
         self.content_maps = {tile: self._content_maps(tile) for tile in tiles} if stored else None
 
     def statistics(self, part: Tensor, tile: Tile) -> Statistics:
         """The `Statistics` of a tile, from its window (1, 3, h, w) of an image."""
         content_maps = self.content_maps[tile] if self.content_maps else self._content_maps(tile)
-        maps = self.network.feature_maps(part, self.layers)
+        maps = self.network.feature_maps(part, self.task.layers)
         content, grams = [], []
-        for name in self.content_layers:
+        for name in self.task.content_layers:
             error = zero_halo(maps[name] - content_maps[name], tile.halo(stride(name)))
             content.append(square_sum(error) / self.sizes[name])
-        for name in self.style_layers:
+        for name in self.task.style_layers:
             halo = tile.halo(stride(name))
             for mask in self.masks[tile, stride(name)]:
                 size = self.sizes[name] * (mask.mean if mask else 1.0)
@@ -244,10 +227,10 @@ class Objective:
         return losses_from(statistics, self.targets, weights)
 
     def _content_maps(self, tile):
-        if not self.content_layers:
+        if not self.task.content_layers:
             return {}
         with torch.no_grad():
-            return self.network.feature_maps(self.content[tile.window], self.content_layers)
+            return self.network.feature_maps(self.task.content[tile.window], self.task.content_layers)
 
 
 def objective_of(network: VGG, task: Task, shape: Shape, full_size: Shape, budget_bytes: float) -> Objective:
@@ -257,22 +240,23 @@ def objective_of(network: VGG, task: Task, shape: Shape, full_size: Shape, budge
     itemsize = network.dtype.itemsize
     target_bytes = sum(network.map_size(name, shape) for name in task.content_layers) * itemsize
     stored = target_bytes <= budget_bytes / 4
-    styles, masks = task.styles, [task.styles[region.members[0]].mask for region in regions if task.style_layers]
-    tiling = tiling_of(network, shape, budget_bytes - target_bytes * stored - mask_bytes(regions, shape))
-    objective = Objective(network, shape, task.content_layers, task.style_layers, masks, tiling, task.content, stored)
-    grams = [style_grams(network, style, task.style_layers, budget_bytes) for style in styles]
+    masks = [task.styles[region[0]].mask for region in regions if task.style_layers]
+    tiling = tiling_of(network, shape, budget_bytes - target_bytes * stored - mask_bytes(masks, shape))
+    without_styles = task._replace(style=None)  # whose memory is needed no longer than for their Gram matrices
+    objective = Objective(network, shape, without_styles, masks, tiling, stored)
+    grams = [style_grams(network, style, task.style_layers, budget_bytes) for style in task.styles]
     for k, name in enumerate(task.style_layers):
         for region, mask in zip(regions, masks):
-            targets = {member: grams[member][k] for member in region.members}
+            targets = {member: grams[member][k] for member in region}
             objective.targets.append(Target(targets, k, share_of(mask, stride(name))))
     return objective
 
 
 def style_grams(network: VGG, style: Style, layers: Iterable[str], budget_bytes: float) -> list[Tensor]:
     """The Gram matrix (C, C) of a style at each layer, over what its `image_mask` leaves, within a memory budget."""
-    shape, mask = tuple(style.image.shape[-2:]), style.image_mask
-    taken = BYTES_PER_MASK_PIXEL * math.prod(shape) * (mask is not None)
-    objective = Objective(network, shape, (), layers, [mask], tiling_of(network, shape, budget_bytes - taken))
+    shape, masks = tuple(style.image.shape[-2:]), [style.image_mask]
+    tiling = tiling_of(network, shape, budget_bytes - mask_bytes(masks, shape))
+    objective = Objective(network, shape, Task(None, None, (), tuple(layers)), masks, tiling)
     return sum_statistics(objective, style.image).grams
 
 
@@ -281,12 +265,12 @@ def tiling_of(network: VGG, shape: Shape, budget_bytes: float) -> Tiling:
     return plan_tiles(shape, budget_bytes, network.bytes_per_pixel, network.halo, network.stride)
 
 
-def mask_bytes(regions: Sequence[Region], shape: Shape) -> int:
-    """How many bytes the regions' masks take at a scale."""
-    return BYTES_PER_MASK_PIXEL * math.prod(shape) * sum(region.mask is not None for region in regions)
+def mask_bytes(masks: list, shape: Shape) -> int:
+    """How many bytes masks take at a scale."""
+    return BYTES_PER_MASK_PIXEL * math.prod(shape) * sum(mask is not None for mask in masks)
 
 
 def min_evaluation_bytes(network: VGG, task: Task, shape: Shape) -> float:
     """How many bytes the masks and the evaluation of the smallest tile take."""
     smallest = network.bytes_per_pixel * smallest_tile_pixels(network.halo, network.stride)
-    return smallest + mask_bytes(regions_of(task.styles), shape)
+    return smallest + mask_bytes([task.styles[region[0]].mask for region in regions_of(task.styles)], shape)

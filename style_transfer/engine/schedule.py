@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import Shape
@@ -74,7 +75,7 @@ class Window(NamedTuple):
         if self.totals[-1] > (1 - tolerance) * self.totals[-1 - count]:
             return f"the loss fell by less than {tolerance:.1%} in {count} evaluations"
         slow = self.totals[-1] > UNSEEN_LOSS_SHARE * self.totals[0]
-        if stage != "fast" and slow and mean_square(self.images[-1] - self.images[0]) < UNSEEN_MEAN_SQUARE:
+        if stage != "fast" and slow and F.mse_loss(self.images[-1], self.images[0]).item() < UNSEEN_MEAN_SQUARE:
             return f"the image changed by less than 0.5% in {WINDOW_LENGTH - 1} evaluations"
         return None
 
@@ -83,7 +84,3 @@ def subsample(image: Tensor) -> Tensor:
     """The image, or of a large one every second or third row and column and so on: eleven whole ones take memory."""
     spacing = max(1, math.isqrt(image[0, 0].numel() // MAX_COMPARED_PIXELS))
     return image[..., ::spacing, ::spacing].clone() if spacing > 1 else image
-
-
-def mean_square(x: Tensor) -> float:
-    return x.square().mean().item()

@@ -15,6 +15,7 @@ import os
 import pickle
 import urllib.error
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -41,20 +42,22 @@ WEIGHTS_ADVICE = "use 'oxford', 'torchvision' or the path of a file in either fo
 # --- Layers --------------------------------------------------------------------------------------
 
 
-def _convolution_names() -> tuple[str, ...]:
+def _module_names() -> list[str]:
     names, block, position = [], 1, 0
     for entry in ARCHITECTURE:
         if entry == "M":
+            names.append(f"pool{block}")
             block, position = block + 1, 0
         else:
             position += 1
-            names.append(f"conv{block}_{position}")
-    return tuple(names)
+            names += [f"conv{block}_{position}", f"relu{block}_{position}"]
+    return names
 
 
-CONVOLUTIONS = _convolution_names()  # conv1_1 ... conv5_4, before the ReLU
-RELUS = tuple(name.replace("conv", "relu") for name in CONVOLUTIONS)
-LAYERS = tuple(name for pair in zip(CONVOLUTIONS, RELUS) for name in pair)  # in the network's order
+MODULES = _module_names()  # of torchvision's modules, in order: conv1_1, relu1_1 ... pool5
+LAYERS = tuple(name for name in MODULES if "pool" not in name)
+CONVOLUTIONS = LAYERS[::2]  # conv1_1 ... conv5_4, before the ReLU
+RELUS = LAYERS[1::2]
 COUNTED = {f"conv_{k}": name for k, name in enumerate(CONVOLUTIONS, 1)}  # the assignment's names
 FIRST_FIVE = CONVOLUTIONS[:5]  # conv1_1, conv1_2, conv2_1, conv2_2, conv3_1
 
@@ -153,7 +156,7 @@ class VGG(nn.Sequential):
     def map_size(self, name: str, shape: Shape) -> int:
         """C h w, the number of values in a layer's feature map of an image of `shape` (H, W)."""
         convolution = self.get_submodule(layer_name(name).replace("relu", "conv"))
-        return convolution.out_channels * (shape[0] // stride(name)) * (shape[1] // stride(name))
+        return convolution.out_channels * math.prod(side // stride(name) for side in shape)
 
     def cut(self, last: str, device: torch.device, precision: str) -> "VGG":
         """A copy that ends with the layer `last`, on `device`, in "float32", "bfloat16" or "float64".
@@ -161,8 +164,7 @@ class VGG(nn.Sequential):
         Stored pixel by pixel ("channels last"), which is faster except on Apple's GPUs.
         """
         layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
-        names = list(dict(self.named_children()))
-        network = copy.deepcopy(self[: 1 + names.index(layer_name(last))])
+        network = copy.deepcopy(self[: 1 + MODULES.index(layer_name(last))])
         network = network.to(device, getattr(torch, precision), memory_format=layout)
         network.register_buffer("mean", self.mean.to(device))
         return network
@@ -193,17 +195,9 @@ def build_vgg19(convolutions: dict, mean: Tensor) -> VGG:
     convolutions: {name: (weight (O, I, 3, 3), bias (O,))}; mean: RGB in [0, 1], three numbers.
     """
     with torch.device("meta"):  # without memory or initial values, which the weights replace
-        modules = make_layers(ARCHITECTURE, batch_norm=False)
-    names, pools = iter(LAYERS), 0
-    vgg = VGG()
-    for module in modules:
-        if isinstance(module, nn.MaxPool2d):
-            pools += 1
-            vgg.add_module(f"pool{pools}", module)
-            continue
-        vgg.add_module(next(names), module)
-        if isinstance(module, nn.ReLU):
-            module.inplace = False  # in place it would overwrite the convolution's output, which we collect
+        vgg = VGG(OrderedDict(zip(MODULES, make_layers(ARCHITECTURE, batch_norm=False))))
+    for name in RELUS:
+        vgg.get_submodule(name).inplace = False  # in place it would overwrite the convolution's output
     weights = {}
     for name, (weight, bias) in convolutions.items():
         weights[f"{name}.weight"] = weight.to(torch.float32, copy=True)
@@ -218,7 +212,7 @@ def build_vgg19(convolutions: dict, mean: Tensor) -> VGG:
 
 def check_network(vgg) -> None:
     """Raise UserError unless it is a network from `load_vgg19`."""
-    if not (isinstance(vgg, VGG) and "conv1_1" in vgg._modules and hasattr(vgg, "mean")):
+    if not (isinstance(vgg, VGG) and hasattr(vgg, "mean")):
         raise UserError(f"vgg is {shown(vgg)}: give a network from load_vgg19, not compiled or wrapped")
 
 
@@ -257,21 +251,20 @@ def load_vgg19(weights: str | Path = "oxford", device: str | torch.device | None
     """
     named = isinstance(weights, str) and weights in NAMED_WEIGHTS
     source = weights if named else os.path.abspath(as_file(weights, "weights", WEIGHTS_ADVICE))
-    return build_vgg19(*_read(source, None if named else file_version(source))).to(pick_device(device))
+    return build_vgg19(*_read(source, file_version(source))).to(pick_device(device))
 
 
 @functools.lru_cache(maxsize=4)
 def _read(weights: str, version: tuple | None) -> tuple[dict, Tensor]:
     """The arguments of `build_vgg19`; each version of a file is read and checked once."""
+    place = str(cached_file() if weights == "torchvision" else weights)
     try:
         convolutions, mean = convolutions_of(read_weights(weights))
         vgg = build_vgg19(convolutions, mean)
     except (KeyError, RuntimeError, TypeError, AttributeError, IndexError) as error:
-        place = cached_file() if weights == "torchvision" else weights
-        raise UserError(f"the weights {str(place)!r} are not VGG-19's: {WEIGHTS_ADVICE}") from error
+        raise UserError(f"the weights {place!r} are not VGG-19's: {WEIGHTS_ADVICE}") from error
     if not all(parameter.isfinite().all() and parameter.any() for parameter in vgg.parameters()):
-        place = cached_file() if weights == "torchvision" else weights
-        raise UserError(f"the weights {str(place)!r} are damaged: some are not finite, or a layer is all zeros")
+        raise UserError(f"the weights {place!r} are damaged: some are not finite, or a layer is all zeros")
     return convolutions, mean
 
 
@@ -345,20 +338,17 @@ def _torchvision_weights():
 
 def convolutions_of(state: dict) -> tuple[dict, Tensor]:
     """A state dict in either format -> ({conv: (weight (O, I, 3, 3), bias (O,))}, mean (3,)) for RGB in [0, 1]."""
-    constants = PRETRAINED.transforms()
+    constants, convolutions = PRETRAINED.transforms(), {}
     if "block1_conv1_b" not in state:  # torchvision's, for (RGB - mean) / std
-        with torch.device("meta"):
-            modules = make_layers(ARCHITECTURE, batch_norm=False)
-        positions = [k for k, module in enumerate(modules) if isinstance(module, nn.Conv2d)]
-        found = [(state[f"features.{k}.weight"], state[f"features.{k}.bias"]) for k in positions]
-        convolutions = dict(zip(CONVOLUTIONS, found))
+        for name in CONVOLUTIONS:
+            key = f"features.{MODULES.index(name)}"
+            convolutions[name] = state[f"{key}.weight"], state[f"{key}.bias"]
         weight, bias = convolutions["conv1_1"]
         convolutions["conv1_1"] = weight / torch.tensor(constants.std, dtype=torch.float32).view(1, 3, 1, 1), bias
         return convolutions, torch.tensor(constants.mean, dtype=torch.float32)
     # Oxford's, codebooks for BGR in 0 ... 255 minus a mean. Activations are divided by one number, the mean of
     # torchvision's three standard deviations, so that a style weight means about the same for both networks.
     deviation = sum(constants.std) / 3  # 0.226, of colours in [0, 1]
-    convolutions = {}
     for name in CONVOLUTIONS:
         key = "block{}_conv{}".format(*name.removeprefix("conv").split("_"))
         weight = state[f"{key}_W_table"][state[f"{key}_W_q"].long()]
