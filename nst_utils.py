@@ -164,17 +164,17 @@ def _with_options(source: Callable) -> Callable:
 
     def decorate(function):
         signature = inspect.signature(function)
-        own = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
-        known = {each.name: each for each in own + options}
+        *own, _ = signature.parameters.values()  # without **options
+        known = [each.name for each in own + options]
 
         @functools.wraps(function)
         def checked(*arguments, **named):
-            for name in named.keys() - known.keys():
+            for name in named.keys() - {*known}:
                 nearest = difflib.get_close_matches(name, known, 1) or [", ".join(known)]
                 raise UserError(f"{function.__name__} has no option {name!r}: use {nearest[0]}")
             return function(*arguments, **named)
 
-        checked.__signature__ = signature.replace(parameters=sorted(known.values(), key=lambda each: each.kind))
+        checked.__signature__ = signature.replace(parameters=own + options)
         return checked
 
     return decorate

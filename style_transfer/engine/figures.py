@@ -150,9 +150,7 @@ def image_grid(
         columns = len(images) or 1
     columns = as_whole(columns, "columns")
     titles = list(titles or [""] * len(images))
-    if len(titles) == columns < len(images):
-        titles += [""] * (len(images) - columns)
-    if len(titles) != len(images) or all(image is None for image in images):
+    if len(titles) not in (len(images), min(columns, len(images))) or all(image is None for image in images):
         raise UserError(f"there are {len(images)} images and {len(titles)} titles: give one or more, and each a title")
     width = as_inches(width)
     heights, title_heights = [], []  # of each row, in inches
