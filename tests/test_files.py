@@ -80,12 +80,12 @@ def test_a_file_is_written_whole_or_not_at_all(length, tmp_path):
 
 def test_a_numbered_file_takes_the_first_free_number(tmp_path):
     folder = tmp_path / "new"
-    assert write_numbered(folder, "a", ".png", b"first") == folder / "a_001.png"
+    assert write_numbered(folder, "a", b"first") == folder / "a_001.png"
     (folder / "a_002.png").mkdir()
     (folder / "a_003.png").symlink_to("nowhere")
     (folder / "a_005.png").touch()
-    made = [write_numbered(folder, "a", ".png", b"") for _ in range(2)]
+    made = [write_numbered(folder, "a", b"") for _ in range(2)]
     assert [path.name for path in made] == ["a_004.png", "a_006.png"]
     assert (folder / "a_001.png").read_bytes() == b"first"
     with pytest.raises(OSError):
-        write_numbered(folder / "a_001.png", "a", ".png", b"")
+        write_numbered(folder / "a_001.png", "a", b"")

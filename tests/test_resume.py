@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -62,8 +61,7 @@ def resume_all(path):
     """In a process of its own: each state, as it was loaded and one step later."""
     found, vgg = [], load_vgg19()
     for state in torch.load(path, weights_only=False):
-        plain = {name: value for name, value in state.items() if not torch.is_tensor(value)}
-        run = resumed(state | json.loads(json.dumps(plain)), vgg)
+        run = resumed(state, vgg)
         found.append((frozen(run.state_dict()), run.step(), frozen(run.state_dict())))
     torch.save(found, path)
 
@@ -77,8 +75,8 @@ def test_from_each_of_its_states_a_run_goes_on_in_a_new_process_as_if_it_had_not
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT / "tests", env=environment)
     for k, (loaded, _, later) in enumerate(torch.load(path, weights_only=False)):
         assert loaded == frozen(states[k]) and later == frozen(states[min(k + 1, 28)]), k
-    seen = [(len(state["scales"]), len(state["slots"]), state.get("halvings")) for state in states]
-    assert {(2, 0, None), (2, 8, 0), (1, 1, 0), (1, 5, 0), (1, 5, 1)} <= {*seen} and len(states) == 29
+    seen = [(len(state["scales"]), len(state["slots"]), int(state.get("halvings", -1))) for state in states]
+    assert {(2, 0, -1), (2, 8, 0), (1, 1, 0), (1, 5, 0), (1, 5, 1)} <= {*seen} and len(states) == 29
     assert states[-1]["ended"] and states[-1]["totals"][0] != states[-1]["first_total"]
 
 

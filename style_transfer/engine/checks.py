@@ -8,7 +8,6 @@ import operator
 import os
 import re
 import stat
-import sys
 from pathlib import Path
 
 import torch
@@ -206,13 +205,6 @@ def as_curves(curves, name: str) -> dict[str, list[float]]:
 def as_weight(value, name: str) -> float:
     """Return a real number of any library, 0 to 1e12, as a float. Raises UserError for anything else."""
     return as_number(value, name, 0, MAX_WEIGHT, f", 0 or more and at most {MAX_WEIGHT:.0e}")
-
-
-def as_memory(value) -> float | None:
-    """Return a number of GiB above 0 as a float, and None unchanged. Raises UserError for anything else."""
-    if value is None:
-        return None
-    return as_number(value, "memory", sys.float_info.min, sys.float_info.max, " of GiB above 0")
 
 
 def as_start(init, seed, task) -> tuple[Tensor | None, int]:

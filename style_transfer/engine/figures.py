@@ -61,15 +61,13 @@ class Recorder:
         evaluation = evaluation or self.evaluations + 1
         if evaluation <= self.evaluations:
             return
-        kept = self._evenly_spaced()
-        if len(kept) >= self.most:
+        if len(self._evenly_spaced()) >= self.most:
             self.interval *= 2
-            kept = self._evenly_spaced()
-        height, width = image.shape[-2:]
-        scale = min(1.0, self.side / max(height, width))
-        smaller = resize(image, (max(1, round(height * scale)), max(1, round(width * scale))))
+        sides = image.shape[-2:]
+        scale = min(1.0, self.side / max(sides))
+        smaller = resize(image, [max(1, round(side * scale)) for side in sides])
         file = jpeg(smaller, RECORDED_JPEG_QUALITY, subsampling="4:4:4")
-        self.frames = [*kept, FilmFrame(evaluation, float(getattr(step, "total", step)), file)]
+        self.frames = [*self._evenly_spaced(), FilmFrame(evaluation, float(getattr(step, "total", step)), file)]
 
     def _evenly_spaced(self) -> list[FilmFrame]:
         """The frames without the last one if it is off the interval."""

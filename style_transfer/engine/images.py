@@ -232,7 +232,7 @@ def resize(image: Tensor, shape: Shape) -> Tensor:
 
 def luma(image: Tensor) -> Tensor:
     """The luma (1, 1, H, W) of an image (1, 3, H, W), with the weights of ITU-R BT.601."""
-    weights = torch.tensor([0.299, 0.587, 0.114], device=image.device, dtype=image.dtype)
+    weights = image.new_tensor([0.299, 0.587, 0.114])
     return (image * weights.view(1, 3, 1, 1)).sum(1, keepdim=True)
 
 

@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from ..machine import container_memory
-from .checks import Shape, UserError
+from .checks import Shape, UserError, as_number
 from .optimiser import HISTORY_SIZE
 
 # Bytes per pixel of the image: images, gradients, direction and preconditioner during an evaluation; the same during
@@ -32,9 +32,10 @@ def budget_of(device: torch.device, memory: float | None = None, processes: int 
     """How many bytes a run may allocate on `device`, so that the process has `memory` GiB in all, or what is free.
 
     Nine tenths of what is given, four fifths of what is free, since what a run needs is an estimate; if `processes`
-    share what is free, this one's part. Raises UserError if that much is in use already.
+    share what is free, this one's part. Raises UserError for other numbers, and if that much is in use already.
     """
     if memory is not None:
+        memory = as_number(memory, "memory", sys.float_info.min, sys.float_info.max, " of GiB above 0")
         used = used_memory(device)
         if memory * 2**30 <= used:
             raise UserError(f"memory is {memory}: that is too few GiB, since {used / 2**30:.2f} are in use already")

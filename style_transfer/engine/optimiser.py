@@ -123,7 +123,7 @@ class ProjectedLBFGS:
         # In the paper's terms: p = S^T v, q = Y^T P v, the upper triangle R of S^T Y, and Y^T P Y. Unused rows are
         # those of the identity in R, and 0 elsewhere.
         p, q = torch.where(used, self.products_with(vector)[:, order], 0)
-        r = torch.where(both, sy[order][:, order], torch.eye(len(order), dtype=sy.dtype, device=sy.device))
+        r = torch.where(both, sy[order][:, order], torch.eye(len(order)).to(sy))
         yy = torch.where(both, yy[order][:, order], 0)
         diagonal = r.diagonal()
         # Unlike [L-BFGS], which scales by the newest pair: by the one that supports the longest step. The newest mostly
@@ -144,22 +144,19 @@ class ProjectedLBFGS:
         return products.to(self.unknown.sy.device).double().view(2, -1)
 
     def state_dict(self, iterate: Iterate) -> dict:
-        """{name: tensor, number or list} of an iterate, for `load_state_dict`.
+        """{name: tensor} of an iterate, for `load_state_dict`.
 
         x: (n,). slots: (pairs,), the rows of the correction pairs in the history, oldest first. s, y: (pairs, n), those
-        pairs, including the pending one. sy, yy: (pairs, pairs). After the first evaluation also losses: k numbers,
-        gradient: (n,), and halvings: a number.
+        pairs, including the pending one. sy, yy: (pairs, pairs). After the first evaluation also losses: (k,),
+        gradient: (n,), and halvings: ().
         """
         iterate = self.update(iterate)
         ages, sy, yy = iterate.curvature or self.unknown
         slots = ages.argsort()[(ages == 0).sum() :]
         pairs = slots[:, None], slots
         s, y = self.history[:, slots]
-        state = {"x": iterate.x, "slots": slots, "s": s, "y": y, "sy": sy[pairs], "yy": yy[pairs]}
-        if iterate.losses is not None:
-            state |= {"losses": iterate.losses.tolist(), "halvings": iterate.halvings.item()}
-            state["gradient"] = iterate.gradient
-        return state
+        state = {name: value for name, value in iterate._asdict().items() if torch.is_tensor(value)}
+        return state | {"slots": slots, "s": s, "y": y, "sy": sy[pairs], "yy": yy[pairs]}
 
     def load_state_dict(self, state: dict) -> Iterate:
         """The iterate of a `state_dict`; its correction pairs, or the newest that fit, are put into the history."""
@@ -172,18 +169,15 @@ class ProjectedLBFGS:
         ages[slots] = torch.arange(1, 1 + len(slots))
         pairs = slots[:, None], slots
         sy[pairs], yy[pairs] = state["sy"][newest, newest], state["yy"][newest, newest]
-        iterate = Iterate(state["x"].to(history), curvature=Curvature(ages, sy, yy))
-        if "losses" not in state:
-            return iterate
-        losses, halvings = history.new_tensor(state["losses"]), torch.tensor(state["halvings"], device=history.device)
-        return iterate._replace(losses=losses, gradient=state["gradient"].to(history), halvings=halvings)
+        tensors = {name: state[name].to(history.device) for name in Iterate._fields if name in state}
+        return Iterate(**tensors, curvature=Curvature(ages, sy, yy))
 
 
 def begin(iterate: Iterate, losses: Tensor, gradient: Tensor) -> Iterate:
     """The iterate after its first evaluation. Raises UserError if the loss is not finite."""
     if not losses[0].isfinite():
         raise UserError(f"the loss of the first image is {losses[0]:g}: use smaller weights")
-    halvings = torch.zeros((), dtype=torch.int64, device=losses.device)
+    halvings = losses.new_zeros((), dtype=torch.int64)
     return iterate._replace(losses=losses, gradient=gradient, halvings=halvings)
 
 

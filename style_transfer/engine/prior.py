@@ -23,11 +23,12 @@ from .images import resize
 
 START_DEVIATION, DETAIL_DEVIATION = 0.05, 0.1  # of the noise a run starts from, and of the detail added at a new scale
 PADDING_PIXELS = 8  # keeps opposite borders apart, which are neighbours to a Fourier transform
+FLOAT32_ON_CPU = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 MAX_MATRICES = 2**15  # inverted at a time: they take much memory, and cuSOLVER refuses more than 65,535
 
 # How much the prior counts against the network's curvature, by the first block in use. The curvature is that of the
-# first two convolutions; deeper blocks see the image differently, so for them the prior counts alone.
-PRIOR_WEIGHTS = {1: 0.01, 2: 0.1, 3: math.inf, 4: math.inf, 5: math.inf}
+# first two convolutions; deeper blocks see the image differently, so for them the prior counts alone (infinitely).
+PRIOR_WEIGHTS = {1: 0.01, 2: 0.1}
 
 
 def colour_covariance() -> Tensor:
@@ -35,9 +36,8 @@ def colour_covariance() -> Tensor:
 
     From the square root of the covariance of the colours in ImageNet published with [colours].
     """
-    options = {"dtype": torch.float32, "device": "cpu"}
-    root = torch.tensor([[0.26, 0.09, 0.02], [0.27, 0.00, -0.05], [0.27, -0.09, 0.03]], **options)
-    return root @ root.T / torch.linalg.matrix_norm(root, 2) ** 2 + 1e-3 * torch.eye(3, **options)
+    root = torch.tensor([[0.26, 0.09, 0.02], [0.27, 0.00, -0.05], [0.27, -0.09, 0.03]], **FLOAT32_ON_CPU)
+    return root @ root.T / torch.linalg.matrix_norm(root, 2) ** 2 + 1e-3 * torch.eye(3, **FLOAT32_ON_CPU)
 
 
 def relative_frequencies(shape: Shape) -> Tensor:
@@ -48,8 +48,7 @@ def relative_frequencies(shape: Shape) -> Tensor:
 
 def frequencies(shape: Shape) -> tuple[Tensor, Tensor]:
     """The frequencies of a real Fourier transform of `shape` along each side, in cycles per pixel."""
-    options = {"dtype": torch.float32, "device": "cpu"}
-    return torch.fft.fftfreq(shape[0], **options), torch.fft.rfftfreq(shape[1], **options)
+    return torch.fft.fftfreq(shape[0], **FLOAT32_ON_CPU), torch.fft.rfftfreq(shape[1], **FLOAT32_ON_CPU)
 
 
 def draw_noise(shape: Shape, seed: int, device: torch.device, deviation: float = START_DEVIATION) -> Tensor:
@@ -59,7 +58,7 @@ def draw_noise(shape: Shape, seed: int, device: torch.device, deviation: float =
     deep layer does not see of it remains in the result.
     """
     generator = torch.Generator().manual_seed(seed)
-    white = torch.randn(3, *shape, generator=generator, dtype=torch.float32, device="cpu")
+    white = torch.randn(3, *shape, generator=generator, **FLOAT32_ON_CPU)
     soft = torch.fft.irfft2(torch.fft.rfft2(white) / relative_frequencies(shape), s=shape)
     noise = torch.einsum("ij,jhw->ihw", torch.linalg.cholesky(colour_covariance()), soft)
     return (0.5 + deviation * noise / noise.std()).clamp(0, 1)[None].to(device)

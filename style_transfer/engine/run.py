@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import Shape, UserError, as_memory, as_shape, as_start, as_whole
+from .checks import Shape, UserError, as_shape, as_start, as_whole
 from .evaluation import RELATIVE_TOLERANCE, Evaluator, default_modes, pick_precisions, threads
 from .images import resize
 from .memory import budget_of, divide_budget, fitting, keep_freed_memory
@@ -91,7 +91,7 @@ class Run:
         self.vgg = load_vgg19(device=self.device) if vgg is None else vgg
         check_network(self.vgg)
         self.weights = self.task.weights
-        self.budget_bytes = all_reduce_min(budget_of(self.device, as_memory(memory), world_size()), self.device)
+        self.budget_bytes = all_reduce_min(budget_of(self.device, memory, world_size()), self.device)
         self._cut = functools.lru_cache(maxsize=2)(self.vgg.cut)  # for each precision, the network that is in use
         self._evaluators, self._optimiser = {}, None  # {precision: Evaluator}, and both for the present scale
         with self._fitting():
@@ -100,7 +100,8 @@ class Run:
                 self.init, smallest = init.to(self.device), max(MIN_SIDE_FROM_IMAGE, smallest)
             scales = plan_scales(self.shape, smallest) if coarse_to_fine else [self.shape]
             image = draw_noise(scales[0], self.seed, self.device) if init is None else resize(self.init, scales[0])
-            self._state = self._start(scales, limit_evaluations(scales, self.evaluations), self.evaluations, image)
+            limits = limit_evaluations(scales, self.evaluations)
+            self._state = self._start(scales, limits, self.evaluations, image, image)
 
     @property
     @default_modes()
@@ -216,7 +217,7 @@ class Run:
         """
         if state.get("version") != STATE_VERSION:
             raise UserError("the state was saved by another version of this project: begin the run again")
-        scales = tuple(map(tuple, state["scales"]))
+        scales = state["scales"]
         if scales[-1] != self.shape:
             raise UserError(f"the state is of an image of shape {scales[-1]}: this run's is {self.shape}")
         self.budget_bytes = min(self.budget_bytes, state["budget_bytes"])
@@ -224,21 +225,20 @@ class Run:
         self._evaluators, self._optimiser = {}, None
         with self._fitting():
             iterate = self._optimiser_at(scales[0]).load_state_dict(state)
-        image, step, gradient, window = state["image"].to(self.device), None, None, Window()
-        if "step" in state:
-            shape, *rest = state["step"]
-            step, gradient = Step(tuple(shape), *rest), state["image_gradient"].to(self.device)
-        if "window" in state:
-            images = state["window"].to(self.device).split(1)
-            window = Window(state["first_total"], tuple(state["totals"]), images)
-        counters = tuple(state["limits"]), state["left"], state["stage"], state["precision"]
-        self._state = State(scales, *counters, image, iterate, step, gradient, window, state.get("ended"))
+        fields = {name: state[name] for name in State._fields if name in state}
+        for name, value in fields.items():
+            if torch.is_tensor(value):
+                fields[name] = value.to(self.device)
+        if "step" in fields:
+            fields["step"] = Step(*fields["step"])
+        if "window" in fields:
+            fields["window"] = Window(state["first_total"], state["totals"], fields["window"].split(1))
+        self._state = State(iterate=iterate, **fields)
 
-    def _start(self, scales, limits, left, image, x=None):
-        """The state before the first evaluation of a scale, at `x`, by default `image`."""
+    def _start(self, scales, limits, left, image, x):
+        """The state before the first evaluation of a scale, at `x`."""
         stage = "coarse" if len(scales) > 1 else "fast" if len(self.precisions) > 1 else "fine"
-        iterate = Iterate((image if x is None else x).flatten())
-        return State(tuple(scales), tuple(limits), left, stage, self.precisions[0], image, iterate)
+        return State(tuple(scales), tuple(limits), left, stage, self.precisions[0], image, Iterate(x.flatten()))
 
     def _count(self, state, **changes):
         """Replace the state after an evaluation; returns the best image's `Step`."""
@@ -309,7 +309,7 @@ class Run:
 
     def _optimiser_at(self, scale):
         """The optimiser for a scale and the present task."""
-        prior_weight = PRIOR_WEIGHTS[min(map(block, self.task.layers))]
+        prior_weight = PRIOR_WEIGHTS.get(min(map(block, self.task.layers)), math.inf)
         made = self._optimiser and self._optimiser.precondition
         if not made or (made.shape, made.weight) != (scale, prior_weight):
             self._optimiser = None  # frees its memory first

@@ -44,11 +44,11 @@ def write_new(path: Path, content: bytes) -> None:
             raise
 
 
-def write_numbered(folder: Path, stem: str, suffix: str, content: bytes) -> Path:
-    """Write STEM_001 or the first free number after it, and return the path. Safe beside other writers."""
+def write_numbered(folder: Path, stem: str, content: bytes) -> Path:
+    """Write STEM_001.png or the first free number after it, and return the path. Safe beside other writers."""
     folder.mkdir(exist_ok=True)
     for number in itertools.count(1):
-        path = folder / f"{stem}_{number:03}{suffix}"
+        path = folder / f"{stem}_{number:03}.png"
         with contextlib.suppress(FileExistsError):
             write_new(path, content)
             return path
@@ -101,7 +101,7 @@ def write_state(path: Path, state: Mapping, settings: Mapping) -> None:
 
 
 def read_state(path: Path) -> tuple[dict, dict] | None:
-    """(state, settings) from `write_state`, with JSON's lists for tuples; None if there is no file.
+    """(state with tuples for lists, settings with lists for tuples) from `write_state`; None if there is no file.
 
     Raises UserError if the file is not a run's.
     """
@@ -111,9 +111,14 @@ def read_state(path: Path) -> tuple[dict, dict] | None:
         with safe_open(path, "pt") as file:
             about = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        return tensors | json.loads(about["state"]), json.loads(about["settings"])
+        plain = {name: _as_tuples(value) for name, value in json.loads(about["state"]).items()}
+        return tensors | plain, json.loads(about["settings"])
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{str(path)!r} is damaged, or not a run: move it away to begin anew") from error
+
+
+def _as_tuples(value):
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
 # --- A saved image -------------------------------------------------------------------------------
@@ -127,7 +132,7 @@ STARTS = ("noise", "content", "present")  # present: an image that was not kept
 def as_png(image: Tensor, settings: Mapping) -> bytes:
     """A PNG file of an image (1, 3, H, W) in [0, 1] that contains its settings: those in `CHECKS`, and any others."""
     text, buffer = PngInfo(), io.BytesIO()
-    text.add_text(TEXT_FIELD, json.dumps(settings, default=str))
+    text.add_text(TEXT_FIELD, json.dumps(settings))
     to_pil(image).save(buffer, "png", pnginfo=text)
     return buffer.getvalue()
 

@@ -190,7 +190,7 @@ class VGG(nn.Sequential):
 
 
 def build_vgg19(convolutions: dict, mean: Tensor) -> VGG:
-    """torchvision's VGG-19 layers under the papers' names, with copies of these weights.
+    """torchvision's VGG-19 layers under the papers' names, with these weights.
 
     convolutions: {name: (weight (O, I, 3, 3), bias (O,))}; mean: RGB in [0, 1], three numbers.
     """
@@ -200,13 +200,12 @@ def build_vgg19(convolutions: dict, mean: Tensor) -> VGG:
         vgg.get_submodule(name).inplace = False  # in place it would overwrite the convolution's output
     weights = {}
     for name, (weight, bias) in convolutions.items():
-        weights[f"{name}.weight"] = weight.to(torch.float32, copy=True)
-        weights[f"{name}.bias"] = bias.to(torch.float32, copy=True)
+        weights |= {f"{name}.weight": weight.float(), f"{name}.bias": bias.float()}
     vgg.load_state_dict(weights, assign=True)
     # Unlike Gatys et al.: padding with zeros, as in training, draws a frame around every result.
     vgg.conv1_1.padding_mode = "replicate"
     # Subtracted from the image rather than folded into conv1_1's bias: bfloat16 is finer near zero.
-    vgg.register_buffer("mean", mean.view(1, 3, 1, 1).clone())
+    vgg.register_buffer("mean", mean.view(1, 3, 1, 1))
     return vgg.eval().requires_grad_(False)
 
 
@@ -251,21 +250,20 @@ def load_vgg19(weights: str | Path = "oxford", device: str | torch.device | None
     """
     named = isinstance(weights, str) and weights in NAMED_WEIGHTS
     source = weights if named else os.path.abspath(as_file(weights, "weights", WEIGHTS_ADVICE))
-    return build_vgg19(*_read(source, file_version(source))).to(pick_device(device))
+    return copy.deepcopy(_read(source, file_version(source))).to(pick_device(device))
 
 
 @functools.lru_cache(maxsize=4)
-def _read(weights: str, version: tuple | None) -> tuple[dict, Tensor]:
-    """The arguments of `build_vgg19`; each version of a file is read and checked once."""
+def _read(weights: str, version: tuple | None) -> VGG:
+    """The network with these weights; each version of a file is read and checked once."""
     place = str(cached_file() if weights == "torchvision" else weights)
     try:
-        convolutions, mean = convolutions_of(read_weights(weights))
-        vgg = build_vgg19(convolutions, mean)
+        vgg = build_vgg19(*convolutions_of(read_weights(weights)))
     except (KeyError, RuntimeError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"the weights {place!r} are not VGG-19's: {WEIGHTS_ADVICE}") from error
     if not all(parameter.isfinite().all() and parameter.any() for parameter in vgg.parameters()):
         raise UserError(f"the weights {place!r} are damaged: some are not finite, or a layer is all zeros")
-    return convolutions, mean
+    return vgg
 
 
 def read_weights(weights: str) -> dict:

@@ -62,11 +62,6 @@ STYLE_SHEET = """<style>
 </style>"""
 
 
-def stored(kind: str) -> list[Path]:
-    """The images in images/content or images/style."""
-    return [path for path in sorted((IMAGES / kind.split()[-1]).glob("*")) if is_picture(path)]
-
-
 def labelled_once(paths: list[Path | str]) -> list[tuple[str, Path | str]]:
     """[(label, path), ...] for a Dropdown, where "" is no image, since None would be a blank.
 
@@ -140,7 +135,9 @@ class Controls:
         style = next(iter(opening.styles), None)
         for kind, path in (("content", opening.content), ("style", style), (SECOND, style and "")):
             if path is not None:
-                self.choices[kind] = widgets.Dropdown(description=kind, options=labelled_once(stored(kind)))
+                folder = IMAGES / kind.split()[-1]  # images/content or images/style
+                stored = [path for path in sorted(folder.glob("*")) if is_picture(path)]
+                self.choices[kind] = widgets.Dropdown(description=kind, options=labelled_once(stored))
                 self.uploaders[kind] = widgets.FileUpload(accept="image/*", tooltip=f"Upload an image as {kind}")
                 self.offer(kind, path)
         self.kinds = [kind for kind in self.choices if kind != SECOND]
@@ -167,11 +164,14 @@ class Controls:
         widgets.dlink((self.unfold, "value"), (self.folded.layout, "display"), lambda shown: "" if shown else "none")
         if opening.styles:
             widgets.dlink((self.choices[SECOND], "value"), (self.blend, "disabled"), lambda path: not path)
-        of_both = [self.content_weight, self.style_weight]
-        self.weights = [self.blend, *of_both, self.content_layer]
-        unused = [] if len(self.kinds) == 2 else [*of_both, self.keep_colours]
-        unused += [] if opening.styles else [self.blend, self.unfold]
-        unused += [] if opening.content else [self.content_layer]
+        self.weights = [self.blend, self.content_weight, self.style_weight, self.content_layer]
+        unused = []
+        if len(self.kinds) == 1:
+            unused += [self.content_weight, self.style_weight, self.keep_colours]
+        if not opening.styles:
+            unused += [self.blend, self.unfold]
+        if not opening.content:
+            unused.append(self.content_layer)
         for control in unused:
             control.layout.display = "none"
         # What changes the result:

@@ -128,13 +128,10 @@ class Painter:
         def read(path):
             return self.read(path, file_version(path), settings.size, self.vgg.mean.device)
 
-        content, content_layers = None, ()
-        if settings.content:
-            content, content_layers = read(settings.content), (settings.content_layer,)
-        styles, style_layers = None, {}
-        if settings.styles:
-            styles = [Style(read(path), weight) for path, weight in settings.styles.items()]
-            style_layers = dict.fromkeys(layers, 0.0) | settings.layer_weights
+        content = settings.content and read(settings.content)
+        content_layers = settings.content_layer if settings.content else ()
+        styles = [Style(read(path), weight) for path, weight in settings.styles.items()] or None
+        style_layers = dict.fromkeys(layers, 0.0) | settings.layer_weights
         return Task(content, styles, content_layers, style_layers, settings.content_weight, settings.style_weight)
 
     def make_frame(

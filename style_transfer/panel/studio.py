@@ -189,7 +189,7 @@ class Studio:
         stem = joint_stem(*filter(None, (settings.content, next(iter(settings.styles), None))))
         image = as_png(self.image_shown(), about)
         try:
-            path = write_numbered(Path("saved"), stem, ".png", image)
+            path = write_numbered(Path("saved"), stem, image)
         except OSError as error:
             problem = f"the image cannot be saved in {os.path.abspath('saved')!r}: {error.strerror}"
             raise UserError(problem) from error
