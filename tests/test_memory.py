@@ -131,7 +131,6 @@ def test_in_tiles_no_block_larger_than_a_tiles_feature_map_is_kept(budget_bytes,
     """64 float32 per pixel of its window, here 16 pixels wide and one more on each side."""
     asked = []
     monkeypatch.setattr(run_module, "keep_freed_memory", lambda below=None: asked.append(below))
-    monkeypatch.setattr(run_module, "FULL_LIMIT_PIXELS", 0)
     run_with(budget_bytes).step()
     assert asked == [None, *blocks]
 

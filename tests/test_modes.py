@@ -7,7 +7,7 @@ import torch
 
 from nst_utils import load_vgg19, transfer_style
 from style_transfer.engine.evaluation import default_modes, threads
-from style_transfer.engine.vgg import CONVOLUTIONS, convolutions_of
+from style_transfer.engine.vgg import CONVOLUTIONS, weights_of
 
 
 @contextlib.contextmanager
@@ -63,9 +63,9 @@ def test_weights_of_either_format_are_float32_whatever_the_default_is():
     for k in range(36):
         torchvision |= {f"features.{k}.weight": torch.rand(2, 3, 1, 1), f"features.{k}.bias": torch.rand(2)}
     for state in (oxford, torchvision):
-        expected = convolutions_of(state)
+        expected = weights_of(state)
         with MODES["float64"]():
-            torch.testing.assert_close(convolutions_of(state), expected, rtol=0, atol=0)
+            torch.testing.assert_close(weights_of(state), expected, rtol=0, atol=0)
 
 
 def test_modes_and_threads_come_back_after_an_error():

@@ -28,11 +28,11 @@ from style_transfer.engine.vgg import (
     PACKAGED_FILE,
     RELUS,
     build_vgg19,
-    convolutions_of,
     features,
     layer_name,
     load_vgg19,
     read_weights,
+    weights_of,
 )
 
 CPU = torch.device("cpu")
@@ -235,7 +235,7 @@ def cached(tmp_path, monkeypatch):
 
 def read_again(weights):
     """`load_vgg19` without what it remembers of named weights."""
-    return build_vgg19(*convolutions_of(read_weights(weights)))
+    return build_vgg19(weights_of(read_weights(weights)))
 
 
 def test_torchvisions_weights_from_a_path_from_the_cache_or_without_the_package(state, cached, image, monkeypatch):

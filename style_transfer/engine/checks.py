@@ -49,8 +49,9 @@ def as_file(path, what: str, advice: str = "give the path of a file") -> Path:
     """
     if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
         raise UserError(f"no {what} at {shown(path)}: {advice}, as a str or a Path")
-    if re.match(r"\w{2,}:/", os.fspath(path)):
-        address = re.sub(r"^(?!file|data)(\w+):/(?!/)", r"\1://", os.fspath(path))  # a Path has lost one slash
+    name = os.fspath(path)
+    if re.match(r"\w{2,}:/", name):
+        address = re.sub(r"^(?!file|data)(\w+):/(?!/)", r"\1://", name)  # a Path has lost one slash
         raise UserError(f"no {what} at {address!r}, which is an address: download the file and give its path")
     try:
         mode = os.stat(path).st_mode

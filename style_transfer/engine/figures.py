@@ -227,16 +227,13 @@ def plot_losses(curves: Mapping[str, list], ylabel: str = "loss", seconds: Mappi
     drawn. Where a run goes on at a finer scale its loss jumps, since there is new detail to match. Raises UserError for
     other curves, and where `seconds` has not one for each loss.
     """
-    curves = as_curves(curves, "curves")
-    if seconds:
-        seconds = as_curves(seconds, "seconds")
-    for label, losses in curves.items():
-        if seconds and len(seconds.get(label, ())) != len(losses):
-            raise UserError(f"{label!r} has {len(losses)} losses: `seconds` must have as many")
+    curves, seconds = as_curves(curves, "curves"), as_curves(seconds or {}, "seconds")
     figure = Figure(figsize=(7.5, 3.2), layout="constrained")
     axes = figure.subplots()
     for (label, losses), line in zip(curves.items(), itertools.cycle(("-", "--", "-."))):
-        x = seconds[label] if seconds else range(1, len(losses) + 1)
+        x = seconds.get(label, ()) if seconds else range(1, len(losses) + 1)
+        if len(x) != len(losses):
+            raise UserError(f"{label!r} has {len(losses)} losses: `seconds` must have as many")
         axes.semilogy(x, losses, line, label=label, linewidth=1.4)
     axes.set(xlabel="seconds" if seconds else "evaluations of the network", ylabel=ylabel)
     axes.spines[["top", "right"]].set_visible(False)

@@ -28,8 +28,7 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
     "cuda" becomes "cuda:0", so that each device has one name. The default skips, with a warning, a GPU that is too old
     for the installed torch or has no free memory. Raises UserError if torch cannot compute on `device`.
     """
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    here = [kind for kind, available in present.items() if available]
+    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     if device is None:
         while problem := problem_of(here[0]):
             warnings.warn(f"{here.pop(0)!r} {problem}: skipped", stacklevel=2)

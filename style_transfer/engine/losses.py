@@ -78,18 +78,11 @@ def zero_halo(x: Tensor, halo: Iterable[tuple]) -> Tensor:
     return x
 
 
-def square_sum(x: Tensor) -> Tensor:
-    """The sum of squares, in float32 or finer."""
-    return _SquareSum.apply(x)
+class SquareSum(torch.autograd.Function):
+    """The sum of squares, in float32 or finer.
 
-
-def gram_sum(feature_map: Tensor, halo: list[tuple], mask: Mask | None) -> Tensor:
-    """F F^T of a feature map (1, C, h, w) without the strips `halo`, or F diag(m) F^T with a mask: (C, C)."""
-    return _GramSum.apply(feature_map, halo, mask)
-
-
-class _SquareSum(torch.autograd.Function):
-    """Without a float32 copy of a bfloat16 feature map, the largest array of a run."""
+    Without a float32 copy of a bfloat16 feature map, the largest array of a run.
+    """
 
     @staticmethod
     def forward(ctx, error):
@@ -102,11 +95,12 @@ class _SquareSum(torch.autograd.Function):
         return error * (2 * gradient).to(error.dtype)
 
 
-class _GramSum(torch.autograd.Function):
-    """With its gradient by hand: autograd would compute both halves of a symmetric gradient, at twice the cost, and lay
-    it out by channels where the network works by pixels, which costs more still.
+class GramSum(torch.autograd.Function):
+    """F F^T of a feature map (1, C, h, w) without the strips `halo`, or F diag(m) F^T with a mask: (C, C).
 
-    The halo's products are subtracted: to cut it off, the rest would have to be copied.
+    With its gradient by hand: autograd would compute both halves of a symmetric gradient, at twice the cost, and lay it
+    out by channels where the network works by pixels, which costs more still. The halo's products are subtracted: to
+    cut it off, the rest would have to be copied.
     """
 
     @staticmethod
@@ -128,6 +122,9 @@ class _GramSum(torch.autograd.Function):
         whole = torch.zeros_like(feature_map)
         whole[mask.box] = found.mul_(mask.root)
         return whole, None, None
+
+
+square_sum, gram_sum = SquareSum.apply, GramSum.apply
 
 
 def _products(feature_map):

@@ -197,7 +197,7 @@ def keep_newest(iterate: Iterate, count: int) -> Iterate:
     if iterate.curvature is None:
         return iterate
     ages = iterate.curvature.ages
-    newest = torch.where(ages > 0, (ages - ages.amax() + count).clamp(min=0), 0)
+    newest = (ages - (ages.amax() - count).clamp(min=0)).clamp(min=0)
     return iterate._replace(curvature=iterate.curvature._replace(ages=newest))
 
 

@@ -94,23 +94,27 @@ class SpectralPreconditioner:
         self.shape, self.weight, self.device = tuple(shape), weight, torch.device(device)
         self.here = torch.device("cpu") if self.device.type == "mps" else self.device  # MPS lacks complex arithmetic
         self.padded = [side + 2 * PADDING_PIXELS for side in shape]
-        overlaps = F.conv2d(kernels, kernels, padding=4).to(self.here, torch.complex64)  # (3, 3, 9, 9): A as a kernel
+
+        # A as a kernel, (3, 3, 9, 9), and the waves that transform it, along rows and columns.
+        overlaps = F.conv2d(kernels, kernels, padding=4).to(self.here, torch.complex64)
         offsets = torch.arange(-4, 5, device="cpu")
-        rows, columns = (
-            torch.exp(-2j * math.pi * sides[:, None] * offsets).to(self.here) for sides in frequencies(self.padded)
-        )
-        inverse = torch.linalg.inv(colour_covariance()).to(self.here)
+        phases = [-2j * math.pi * side[:, None] * offsets for side in frequencies(self.padded)]
+        row_waves, column_waves = (torch.exp(phase).to(self.here) for phase in phases)
+
+        # 1 / P, but for a factor, is the product of these two.
         squares = relative_frequencies(self.padded)[..., None, None].to(self.here) ** 2
-        rows_at_once = max(1, MAX_MATRICES // len(columns))
-        bands = list(zip(rows.split(rows_at_once), squares.split(rows_at_once)))
+        inverse_colours = torch.linalg.inv(colour_covariance()).to(self.here)
 
-        def curvature(rows):
-            return torch.einsum("ijab,ha,wb->hwij", overlaps, rows, columns)
+        def curvature(waves):
+            """A at the frequencies of some rows, (rows, columns, 3, 3)."""
+            return torch.einsum("ijab,ha,wb->hwij", overlaps, waves, column_waves)
 
-        largest = max(torch.linalg.eigvalsh(curvature(rows)).max() for rows, _ in bands)
+        rows_at_once = max(1, MAX_MATRICES // len(column_waves))
+        bands = list(zip(row_waves.split(rows_at_once), squares.split(rows_at_once)))
+        largest = max(torch.linalg.eigvalsh(curvature(waves)).max() for waves, _ in bands)
         self.filters = torch.empty(3, 3, *squares.shape[:2], dtype=torch.complex64, device=self.here)
-        for place, (rows, squares) in zip(self.filters.split(rows_at_once, dim=2), bands):
-            matrices = curvature(rows) / (weight * largest) + squares * inverse
+        for place, (waves, squares) in zip(self.filters.split(rows_at_once, dim=2), bands):
+            matrices = curvature(waves) / (weight * largest) + squares * inverse_colours
             place.copy_(torch.linalg.inv(matrices).permute(2, 3, 0, 1))
 
     def __call__(self, gradient: Tensor) -> Tensor:

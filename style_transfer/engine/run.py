@@ -17,14 +17,7 @@ from .memory import budget_of, divide_budget, fitting, keep_freed_memory
 from .objective import Task, as_task, min_evaluation_bytes, objective_of, tiling_of
 from .optimiser import Iterate, ProjectedLBFGS, begin, gradient_cosine, keep_newest
 from .prior import PRIOR_WEIGHTS, SpectralPreconditioner, draw_noise, enlarge, enlarge_change
-from .schedule import (
-    EVALUATIONS,
-    FULL_LIMIT_PIXELS,
-    MIN_SIDE_FROM_IMAGE,
-    Window,
-    limit_evaluations,
-    plan_scales,
-)
+from .schedule import EVALUATIONS, MIN_SIDE_FROM_IMAGE, Window, limit_evaluations, plan_scales
 from .tiles import all_reduce_min, world_size
 from .vgg import VGG, block, check_network, check_size, deepest, first_kernels, load_vgg19
 
@@ -226,9 +219,7 @@ class Run:
         with self._fitting():
             iterate = self._optimiser_at(scales[0]).load_state_dict(state)
         fields = {name: state[name] for name in State._fields if name in state}
-        for name, value in fields.items():
-            if torch.is_tensor(value):
-                fields[name] = value.to(self.device)
+        fields |= {name: value.to(self.device) for name, value in fields.items() if torch.is_tensor(value)}
         if "step" in fields:
             fields["step"] = Step(*fields["step"])
         if "window" in fields:
@@ -314,10 +305,9 @@ class Run:
         if not made or (made.shape, made.weight) != (scale, prior_weight):
             self._optimiser = None  # frees its memory first
             history_size, budget_bytes = divide_budget(self.budget_bytes, scale)
-            if math.prod(scale) > FULL_LIMIT_PIXELS:
-                tiling = tiling_of(self._network(self.precisions[-1]), scale, budget_bytes)
-                if len(tiling.tiles) > 1:  # the feature maps of tiles, of up to 64 float32 per pixel
-                    keep_freed_memory(below=257 * tiling.largest_window_pixels)
+            tiling = tiling_of(self._network(self.precisions[-1]), scale, budget_bytes)
+            if len(tiling.tiles) > 1:  # the feature maps of tiles, of up to 64 float32 per pixel
+                keep_freed_memory(below=257 * tiling.largest_window_pixels)
             precondition = SpectralPreconditioner(first_kernels(self.vgg), scale, prior_weight, self.device)
             x = torch.empty(3 * math.prod(scale), dtype=torch.float32, device=self.device)
             self._optimiser = ProjectedLBFGS(x, precondition, history_size)

@@ -63,8 +63,7 @@ class Tiling(NamedTuple):
 
     @property
     def largest_window_pixels(self) -> int:
-        sizes = ((bottom - top) * (right - left) for _, _, (top, bottom), (left, right) in self.tiles)
-        return max(sizes)
+        return max(math.prod(end - first for first, end in tile[2:]) for tile in self.tiles)
 
 
 def cut_tiles(shape: Shape, side: int, halo: int, stride: int) -> list[Tile]:

@@ -189,23 +189,17 @@ class VGG(nn.Sequential):
         return {given: maps[name] for given, name in zip(layers, names)}
 
 
-def build_vgg19(convolutions: dict, mean: Tensor) -> VGG:
-    """torchvision's VGG-19 layers under the papers' names, with these weights.
-
-    convolutions: {name: (weight (O, I, 3, 3), bias (O,))}; mean: RGB in [0, 1], three numbers.
-    """
+def build_vgg19(weights: dict) -> VGG:
+    """torchvision's VGG-19 layers under the papers' names, with weights from `weights_of`."""
     with torch.device("meta"):  # without memory or initial values, which the weights replace
         vgg = VGG(OrderedDict(zip(MODULES, make_layers(ARCHITECTURE, batch_norm=False))))
+        # Subtracted from the image rather than folded into conv1_1's bias: bfloat16 is finer near zero.
+        vgg.register_buffer("mean", torch.empty(1, 3, 1, 1))
     for name in RELUS:
         vgg.get_submodule(name).inplace = False  # in place it would overwrite the convolution's output
-    weights = {}
-    for name, (weight, bias) in convolutions.items():
-        weights |= {f"{name}.weight": weight.float(), f"{name}.bias": bias.float()}
-    vgg.load_state_dict(weights, assign=True)
+    vgg.load_state_dict({name: value.float() for name, value in weights.items()}, assign=True)
     # Unlike Gatys et al.: padding with zeros, as in training, draws a frame around every result.
     vgg.conv1_1.padding_mode = "replicate"
-    # Subtracted from the image rather than folded into conv1_1's bias: bfloat16 is finer near zero.
-    vgg.register_buffer("mean", mean.view(1, 3, 1, 1))
     return vgg.eval().requires_grad_(False)
 
 
@@ -258,7 +252,7 @@ def _read(weights: str, version: tuple | None) -> VGG:
     """The network with these weights; each version of a file is read and checked once."""
     place = str(cached_file() if weights == "torchvision" else weights)
     try:
-        vgg = build_vgg19(*convolutions_of(read_weights(weights)))
+        vgg = build_vgg19(weights_of(read_weights(weights)))
     except (KeyError, RuntimeError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"the weights {place!r} are not VGG-19's: {WEIGHTS_ADVICE}") from error
     if not all(parameter.isfinite().all() and parameter.any() for parameter in vgg.parameters()):
@@ -334,23 +328,24 @@ def _torchvision_weights():
         raise UserError(f"torchvision's weights could not be downloaded: {problem}: {advice}") from error
 
 
-def convolutions_of(state: dict) -> tuple[dict, Tensor]:
-    """A state dict in either format -> ({conv: (weight (O, I, 3, 3), bias (O,))}, mean (3,)) for RGB in [0, 1]."""
-    constants, convolutions = PRETRAINED.transforms(), {}
+def weights_of(state: dict) -> dict:
+    """A state dict in either format -> that of a `VGG`, with its `mean`: for RGB in [0, 1]."""
+    constants, weights = PRETRAINED.transforms(), {}
     if "block1_conv1_b" not in state:  # torchvision's, for (RGB - mean) / std
         for name in CONVOLUTIONS:
-            key = f"features.{MODULES.index(name)}"
-            convolutions[name] = state[f"{key}.weight"], state[f"{key}.bias"]
-        weight, bias = convolutions["conv1_1"]
-        convolutions["conv1_1"] = weight / torch.tensor(constants.std, dtype=torch.float32).view(1, 3, 1, 1), bias
-        return convolutions, torch.tensor(constants.mean, dtype=torch.float32)
-    # Oxford's, codebooks for BGR in 0 ... 255 minus a mean. Activations are divided by one number, the mean of
-    # torchvision's three standard deviations, so that a style weight means about the same for both networks.
-    deviation = sum(constants.std) / 3  # 0.226, of colours in [0, 1]
-    for name in CONVOLUTIONS:
-        key = "block{}_conv{}".format(*name.removeprefix("conv").split("_"))
-        weight = state[f"{key}_W_table"][state[f"{key}_W_q"].long()]
-        convolutions[name] = weight, state[f"{key}_b"] / (255 * deviation)
-    weight, bias = convolutions["conv1_1"]
-    convolutions["conv1_1"] = weight.flip(1) / deviation, bias
-    return convolutions, torch.tensor([123.68, 116.779, 103.939], dtype=torch.float32) / 255
+            for part in ("weight", "bias"):
+                weights[f"{name}.{part}"] = state[f"features.{MODULES.index(name)}.{part}"]
+        deviation = torch.tensor(constants.std, dtype=torch.float32).view(1, 3, 1, 1)
+        mean = torch.tensor(constants.mean, dtype=torch.float32)
+    else:
+        # Oxford's, codebooks for BGR in 0 ... 255 minus a mean. Activations are divided by one number, the mean of
+        # torchvision's three standard deviations, so that a style weight means about the same for both networks.
+        deviation = sum(constants.std) / 3  # 0.226, of colours in [0, 1]
+        for name in CONVOLUTIONS:
+            key = name.replace("conv", "block").replace("_", "_conv")  # block1_conv1
+            weights[f"{name}.weight"] = state[f"{key}_W_table"][state[f"{key}_W_q"].long()]
+            weights[f"{name}.bias"] = state[f"{key}_b"] / (255 * deviation)
+        weights["conv1_1.weight"] = weights["conv1_1.weight"].flip(1)
+        mean = torch.tensor([123.68, 116.779, 103.939], dtype=torch.float32) / 255
+    weights["conv1_1.weight"] = weights["conv1_1.weight"] / deviation
+    return weights | {"mean": mean.view(1, 3, 1, 1)}
