@@ -28,14 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from style_transfer.engine.checks import UserError, as_mask, check_feature_map
-from style_transfer.engine.figures import (
-    Recorder,
-    filmstrip,
-    image_grid,
-    image_table,
-    plot_losses,
-    show,
-)
+from style_transfer.engine.figures import Recorder, filmstrip, image_grid, image_table, plot_losses, show
 from style_transfer.engine.images import (
     IMAGES,
     difference_map,
@@ -46,14 +39,7 @@ from style_transfer.engine.images import (
     resize,
     to_pil,
 )
-from style_transfer.engine.objective import (
-    CONTENT_LAYER,
-    CONTENT_WEIGHT,
-    STYLE_LAYERS,
-    STYLE_WEIGHT,
-    Style,
-    Task,
-)
+from style_transfer.engine.objective import CONTENT_LAYER, CONTENT_WEIGHT, STYLE_LAYERS, STYLE_WEIGHT, Style, Task
 from style_transfer.engine.run import Run, Step
 from style_transfer.engine.vgg import CONVOLUTIONS, FIRST_FIVE, RELUS, features, layer_name, load_vgg19
 
@@ -193,7 +179,7 @@ def optimise(
     input, and for a size that the device has no memory for.
     """
     global last_result
-    if not (callback is None or callable(callback)):
+    if callback and not callable(callback):
         raise UserError(f"callback is {callback!r}: give a function of an image and a Step")
     run = Run(task, shape, **options)
     history, times, start = [], [], time.perf_counter()

@@ -135,9 +135,7 @@ def make(options: Namespace, first: bool = True) -> None:
     options.output = options.output or free_output(options, settings)
     options.state = options.output.with_suffix(".safetensors")
     with locked(options.output, options.state) if first else contextlib.nullcontext():
-        state, problem = find_run(options.output, settings)
-        if problem:
-            raise UserError(problem)
+        state = find_run(options.output, settings)
         if state is None and options.output.exists():
             if first:
                 tqdm.write(f"{options.output} is already made, with the same settings")
@@ -167,21 +165,26 @@ def free_output(options: Namespace, settings: dict) -> Path:
     stem = joint_stem(Path(options.content), *map(Path, options.style))
     for number in itertools.count(1):
         output = Path(f"{stem}_{number:03}.png" if number > 1 else f"{stem}.png")
-        _, problem = find_run(output, settings)
-        if not problem:
+        with contextlib.suppress(TakenError):
+            find_run(output, settings)
             return output
 
 
-def find_run(output: Path, settings: dict) -> tuple[dict | None, str | None]:
-    """The state of an unfinished run, and why an image with these settings cannot be made there, as a sentence.
+class TakenError(UserError):
+    """An image of other settings has this name, or an unfinished run."""
 
-    The state is empty before the first evaluation. It is None without a run, and if the image is finished.
+
+def find_run(output: Path, settings: dict) -> dict | None:
+    """The state of an unfinished run; None without one, and if the image is finished. Raises TakenError.
+
+    The state is empty before the first evaluation.
     """
     path = output.with_suffix(".safetensors")
     found = read_state(path)
     if not found:
-        taken = output.exists() and not is_made(output, settings)
-        return None, f"{str(output)!r} is there already: give another name with --output" if taken else None
+        if output.exists() and not is_made(output, settings):
+            raise TakenError(f"{str(output)!r} is there already: give another name with --output")
+        return None
     state, before = found
     words = {"content": "another content image", "styles": "other styles, blend or masks"}
     others = []
@@ -189,8 +192,8 @@ def find_run(output: Path, settings: dict) -> tuple[dict | None, str | None]:
         if before.get(name) != value:
             others.append(words.get(name, f"{name.replace('_', ' ')} {before.get(name)}"))
     if others:
-        return None, f"{str(path)!r} is a run with {' and '.join(others)}: give the same again, or move it away"
-    return state, None
+        raise TakenError(f"{str(path)!r} is a run with {' and '.join(others)}: give the same again, or move it away")
+    return state
 
 
 def is_made(output: Path, settings: dict) -> bool:

@@ -90,9 +90,10 @@ def container_processors() -> float:
     """How many processors' time the container lets this process use; infinite without a limit."""
     share = math.inf
     for group in control_groups("cpu"):
-        for files in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
-            with contextlib.suppress(ValueError, ZeroDivisionError):  # without such a limit
-                quota, period = read_numbers(*(group / name for name in files))
-                if quota > 0:  # -1 means no limit
-                    share = min(share, quota / period)
+        numbers = read_numbers(group / "cpu.max")
+        numbers = numbers or read_numbers(group / "cpu.cfs_quota_us", group / "cpu.cfs_period_us")
+        with contextlib.suppress(ValueError, ZeroDivisionError):  # without such a limit
+            quota, period = numbers
+            if quota > 0:  # -1 means no limit
+                share = min(share, quota / period)
     return share

@@ -13,7 +13,7 @@ from style_transfer.engine import tiles
 from style_transfer.engine.losses import Statistics
 from style_transfer.engine.objective import Style, Task, objective_of, style_grams
 from style_transfer.engine.run import Run
-from style_transfer.engine.tiles import Tiling, cut_tiles, losses_and_gradient, plan_tiles, smallest_tile_pixels
+from style_transfer.engine.tiles import Tiling, cut_tiles, losses_and_gradient, plan_tiles
 from style_transfer.engine.vgg import load_vgg19
 
 CPU = torch.device("cpu")
@@ -35,7 +35,6 @@ def test_tiles_cover_each_pixel_once_and_windows_reach_a_halo_further(shape, sid
 
 
 def test_a_window_has_a_halo_on_all_sides():
-    assert smallest_tile_pixels(12, 4) == (12 + 4 + 12) ** 2
     assert Tiling(cut_tiles((100, 100), 32, 8, 4), 0).largest_window_pixels == (28 + 16) ** 2
 
 
@@ -55,7 +54,7 @@ def test_memory_decides_on_the_tiles():
 @pytest.mark.parametrize("halo, stride", [(2, 1), (12, 4), (56, 8), (80, 16), (96, 16), (128, 16)])
 def test_every_planned_tile_has_pixels_and_fits(halo, stride):
     """pixels: that memory has space for, a little less than the whole image, and less and less."""
-    least = smallest_tile_pixels(halo, stride)
+    least = (stride + 2 * halo) ** 2
     for pixels in (0.9 * 200 * 300, 0.5 * 200 * 300, least):
         tiling = plan_tiles((200, 300), pixels, 1.0, halo, stride)
         assert all(first < end for tile in tiling.tiles for first, end in tile[:2])

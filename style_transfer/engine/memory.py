@@ -73,8 +73,8 @@ def fitting(shape: Shape, budget_bytes: float, constant: float, device: torch.de
     for the smallest tile.
     """
     height, width = shape
-    bytes_per_pixel = UPDATE_BYTES + MIN_HISTORY_SIZE * PAIR_BYTES
-    share = (budget_bytes - constant) / (bytes_per_pixel * height * width)
+    needed = (UPDATE_BYTES + MIN_HISTORY_SIZE * PAIR_BYTES) * height * width
+    share = (budget_bytes - constant) / needed
 
     def advice(share):
         """What to do if this share of the needed memory is there."""
@@ -85,8 +85,8 @@ def fitting(shape: Shape, budget_bytes: float, constant: float, device: torch.de
             f"{budget_bytes / 2**20:.1f} MiB of memory is too little: at least {constant / 2**20:.1f} are needed"
         )
     if share < 1:
-        needed = bytes_per_pixel * height * width + constant
-        raise UserError(f"an image of {height} x {width} needs about {needed / 2**30:.1f} GiB: {advice(share)}")
+        gib = (needed + constant) / 2**30
+        raise UserError(f"an image of {height} x {width} needs about {gib:.1f} GiB: {advice(share)}")
     try:
         yield
     except RuntimeError as error:  # on CUDA torch.OutOfMemoryError, a subclass; elsewhere it has no class of its own

@@ -21,7 +21,7 @@ from .losses import (
     tile_mask,
     zero_halo,
 )
-from .tiles import Tile, Tiling, plan_tiles, smallest_tile_pixels, sum_statistics, tiles_of_rank
+from .tiles import Tile, Tiling, plan_tiles, sum_statistics, tiles_of_rank
 from .vgg import FIRST_FIVE, VGG, as_layers, check_size, stride
 
 CONTENT_LAYER, STYLE_LAYERS = "conv1_2", FIRST_FIVE
@@ -105,7 +105,7 @@ class Task(NamedTuple):
         """Whether another task has the same images, masks and layers."""
         layers, tensors = [], []
         for task in (self, other):
-            layers.append([[*task.content_layers], [*task.style_layers]])
+            layers.append((task.content_layers, [*task.style_layers]))
             tensors.append([task.content, *(part for style in task.styles for part in (style.image, *style[2:]))])
         return layers[0] == layers[1] and len(tensors[0]) == len(tensors[1]) and all(map(equal, *tensors))
 
@@ -237,8 +237,7 @@ def objective_of(network: VGG, task: Task, shape: Shape, full_size: Shape, budge
     """The `Objective` of a checked task for images of `shape`, a scale of `full_size`, within a memory budget."""
     regions, task = regions_of(task.styles), task.at_scale(shape, full_size)  # two masks may become equal when scaled
     check_size(shape, task.layers)
-    itemsize = network.dtype.itemsize
-    target_bytes = sum(network.map_size(name, shape) for name in task.content_layers) * itemsize
+    target_bytes = sum(network.map_size(name, shape) for name in task.content_layers) * network.dtype.itemsize
     stored = target_bytes <= budget_bytes / 4
     masks = [task.styles[region[0]].mask for region in regions if task.style_layers]
     tiling = tiling_of(network, shape, budget_bytes - target_bytes * stored - mask_bytes(masks, shape))
@@ -272,5 +271,5 @@ def mask_bytes(masks: list, shape: Shape) -> int:
 
 def min_evaluation_bytes(network: VGG, task: Task, shape: Shape) -> float:
     """How many bytes the masks and the evaluation of the smallest tile take."""
-    smallest = network.bytes_per_pixel * smallest_tile_pixels(network.halo, network.stride)
+    smallest = network.bytes_per_pixel * (network.stride + 2 * network.halo) ** 2
     return smallest + mask_bytes([task.styles[region[0]].mask for region in regions_of(task.styles)], shape)

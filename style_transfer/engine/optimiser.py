@@ -177,8 +177,7 @@ def begin(iterate: Iterate, losses: Tensor, gradient: Tensor) -> Iterate:
     """The iterate after its first evaluation. Raises UserError if the loss is not finite."""
     if not losses[0].isfinite():
         raise UserError(f"the loss of the first image is {losses[0]:g}: use smaller weights")
-    halvings = losses.new_zeros((), dtype=torch.int64)
-    return iterate._replace(losses=losses, gradient=gradient, halvings=halvings)
+    return iterate._replace(losses=losses, gradient=gradient, halvings=losses.new_zeros((), dtype=torch.int64))
 
 
 def accept(iterate: Iterate, trial: Tensor, losses: Tensor, gradient: Tensor, relative_tolerance: float) -> Iterate:

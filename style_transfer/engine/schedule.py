@@ -62,7 +62,11 @@ class Window(NamedTuple):
     def extend(self, image: Tensor, total: float) -> "Window":
         """The window one evaluation later."""
         first = total if self.first is None else self.first
-        totals, images = (*self.totals, total), (*self.images, subsample(image))
+        # Of a large image only every second or third row and column, and so on: eleven whole ones take memory.
+        spacing = max(1, math.isqrt(image[0, 0].numel() // MAX_COMPARED_PIXELS))
+        if spacing > 1:
+            image = image[..., ::spacing, ::spacing].clone()
+        totals, images = (*self.totals, total), (*self.images, image)
         return Window(first, totals[-WINDOW_LENGTH:], images[-WINDOW_LENGTH:])
 
     def converged(self, stage: str) -> str | None:
@@ -78,9 +82,3 @@ class Window(NamedTuple):
         if stage != "fast" and slow and F.mse_loss(self.images[-1], self.images[0]).item() < UNSEEN_MEAN_SQUARE:
             return f"the image changed by less than 0.5% in {WINDOW_LENGTH - 1} evaluations"
         return None
-
-
-def subsample(image: Tensor) -> Tensor:
-    """The image, or of a large one every second or third row and column and so on: eleven whole ones take memory."""
-    spacing = max(1, math.isqrt(image[0, 0].numel() // MAX_COMPARED_PIXELS))
-    return image[..., ::spacing, ::spacing].clone() if spacing > 1 else image

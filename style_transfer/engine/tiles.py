@@ -90,7 +90,8 @@ def plan_tiles(shape: Shape, budget_bytes: float, bytes_per_pixel: float, halo: 
     """The `Tiling` of an image of `shape` within a memory budget. Raises UserError for fewer tiles than ranks."""
     ranks = world_size()
     if bytes_per_pixel * math.prod(shape) <= budget_bytes and ranks == 1:
-        return Tiling(cut_tiles(shape, math.ceil(max(shape) / stride) * stride, halo, stride), 1)
+        sides = [(0, side) for side in shape]
+        return Tiling([Tile(*sides, *sides)], 1)
     side = 2 * max(TILE_SIDE_PIXELS, MIN_TILE_SIDE_HALOS * halo)
     tiles, fitting = [], 0  # how many fit in the budget at once
     while side > stride and (fitting < 1 or len(tiles) < ranks):
@@ -100,11 +101,6 @@ def plan_tiles(shape: Shape, budget_bytes: float, bytes_per_pixel: float, halo: 
     if len(tiles) < ranks:
         raise UserError(f"an image of {shape[0]} x {shape[1]} is too small to share among {ranks} processes")
     return Tiling(tiles, max(0, fitting - 1))  # one more is being evaluated
-
-
-def smallest_tile_pixels(halo: int, stride: int) -> int:
-    """How many pixels the window of the smallest tile has."""
-    return (stride + 2 * halo) ** 2
 
 
 def statistics_at(objective, image: Tensor, tile: Tile, with_graph: bool) -> tuple[Tensor, Statistics]:

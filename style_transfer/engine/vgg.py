@@ -68,8 +68,7 @@ def layer_name(name: str) -> str:
     Raises UserError for a layer that VGG-19 does not have.
     """
     if not isinstance(name, str) or name not in (*LAYERS, *COUNTED):
-        last, count = CONVOLUTIONS[-1], len(CONVOLUTIONS)
-        allowed = f"conv1_1 ... {last}, relu1_1 ... {RELUS[-1]} or conv_1 ... conv_{count}"
+        allowed = f"conv1_1 ... {CONVOLUTIONS[-1]}, relu1_1 ... {RELUS[-1]} or conv_1 ... conv_{len(CONVOLUTIONS)}"
         raise UserError(f"unknown layer {name!r}: use {allowed}")
     return COUNTED.get(name, name)
 
@@ -242,8 +241,7 @@ def load_vgg19(weights: str | Path = "oxford", device: str | torch.device | None
     then Apple's MPS, then the CPU. Raises MissingFileError if the weights cannot be had, UserError if they are not
     VGG-19's.
     """
-    named = isinstance(weights, str) and weights in NAMED_WEIGHTS
-    source = weights if named else os.path.abspath(as_file(weights, "weights", WEIGHTS_ADVICE))
+    source = weights if weights in NAMED_WEIGHTS else os.path.abspath(as_file(weights, "weights", WEIGHTS_ADVICE))
     return copy.deepcopy(_read(source, file_version(source))).to(pick_device(device))
 
 

@@ -257,8 +257,8 @@ class Display:
             self.captions[name] = widgets.Label()
             # For screen readers: ipywidgets has no alternative text.
             speech = widgets.HTML(TEXTS.get(name, f"The {name} image.")).add_class("studio-speech")
-            self.boxes[name] = widgets.VBox([self.captions[name], self.images[name], speech])
-            self.boxes[name].add_class(f"studio-{name.split()[0]}")
+            box = widgets.VBox([self.captions[name], self.images[name], speech])
+            self.boxes[name] = box.add_class(f"studio-{name.split()[0]}")
             self.show_image(name, None)
         self.chart = widgets.HTML().add_class("studio-chart")
         self.status = widgets.HTML().add_class("studio-status")

@@ -158,7 +158,7 @@ class Painter:
             error = difference_map(image, resize(reference, image.shape[-2:]))
             difference = jpeg(error)
             mean = error.mean().item()
-        ended = None if step else self.run.ended
-        about = image, self.last, settings, self.start, len(self.curves), moments
-        drawn = difference, mean, draw_curves(self.curves)
-        return PanelFrame(*about, *drawn, self.run.task.content, self.run.shape, ended)
+        return PanelFrame(
+            image, self.last, settings, self.start, len(self.curves), moments, difference, mean,
+            draw_curves(self.curves), self.run.task.content, self.run.shape, None if step else self.run.ended,
+        )  # fmt: skip

@@ -191,8 +191,7 @@ class Studio:
         try:
             path = write_numbered(Path("saved"), stem, image)
         except OSError as error:
-            problem = f"the image cannot be saved in {os.path.abspath('saved')!r}: {error.strerror}"
-            raise UserError(problem) from error
+            raise UserError(f"the image cannot be saved in {os.path.abspath('saved')!r}: {error.strerror}") from error
         self.set_status(note=f"saved as {path}")
         link = ""
         if len(image) <= self.link_bytes:
@@ -351,8 +350,10 @@ class Studio:
         self.restarting = False
         self.answered = self.presses
         self.draw_inputs()
-        asked = controls.settings(), start, controls.compare.value, self.snapshot, self.single, moments
-        self.frame = self.worker.submit(self.painter.make_frame, *asked)
+        self.frame = self.worker.submit(
+            self.painter.make_frame,
+            controls.settings(), start, controls.compare.value, self.snapshot, self.single, moments,
+        )  # fmt: skip
 
     def show(self, frame: PanelFrame) -> None:
         """Show a frame, unless it is no longer wanted: the panel is paused, or a button was pressed in the meantime."""
