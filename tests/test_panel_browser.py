@@ -187,7 +187,7 @@ def test_a_large_file_may_be_uploaded_and_a_damaged_one_is_named(browser, server
 
 def test_what_a_deep_layer_loses_comes_back(browser, server):
     book = Notebook(browser, server, "1_content_reconstruction.ipynb")
-    book.open_panel(160)
+    book.open_panel(128)
     book.button("Start").click()
     book.finish()
     assert book.losses()["loss"] < 0.02
@@ -211,7 +211,7 @@ print(nst.content_loss(*maps).item())
 
 def test_another_seed_is_another_piece(browser, server):
     book = Notebook(browser, server, "2_texture_synthesis.ipynb")
-    book.open_panel(160)
+    book.open_panel(128)
     book.button("Start").click()
     book.finish()
     loss = book.losses()["loss"]
