@@ -171,15 +171,15 @@ def optimise(
     task: Task, shape: tuple[int, int] | None = None, *, progress: bool = True,
     callback: Callable[[Tensor, Step], None] | None = None, **options,
 ) -> Result:  # fmt: skip
-    """Minimise the loss of a `Task` over images of `shape` (H, W), by default the content's, or a texture's style's.
+    """Minimise a `Task`'s loss over images of `shape` (H, W), by default the content's, or the style's without one.
 
     progress: show a bar. callback(image, step): called after each evaluation with a copy of the best image so far, at
     its scale, and the `Step`. The other options are those of `Run`, which documents them. An interrupt (the notebook's
-    stop button) is passed on, after the result so far was kept as `nst_utils.last_result`. Raises UserError for bad
-    input, and for a size that the device has no memory for.
+    stop button) is re-raised once `nst_utils.last_result` holds the result so far. Raises UserError for bad input, and
+    for a size that the device has no memory for.
     """
     global last_result
-    if callback and not callable(callback):
+    if callback is not None and not callable(callback):
         raise UserError(f"callback is {callback!r}: give a function of an image and a Step")
     run = Run(task, shape, **options)
     history, times, start = [], [], time.perf_counter()

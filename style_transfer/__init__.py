@@ -1,4 +1,4 @@
-"""What stands behind `nst_utils`: the engine, the interactive panel, and the program `stylise`."""
+"""Neural style transfer: the engine, the interactive panel, and the program `stylise`."""
 
 from .machine import limit_spinning
 

@@ -161,7 +161,7 @@ def make(options: Namespace, first: bool = True) -> None:
 
 
 def free_output(options: Namespace, settings: dict) -> Path:
-    """CONTENT_STYLE.png, or with the first number that is not taken by an image of other settings."""
+    """CONTENT_STYLE.png, or with the first number not taken by an image with other settings."""
     stem = joint_stem(Path(options.content), *map(Path, options.style))
     for number in itertools.count(1):
         output = Path(f"{stem}_{number:03}.png" if number > 1 else f"{stem}.png")
@@ -236,7 +236,7 @@ class Job:
                 self.write_film()
             options.state.unlink(missing_ok=True)
             tqdm.write(f"{options.output}: {run.shape[1]} x {run.shape[0]} pixels, finished because {run.ended}")
-        except UserError:  # it counts, and not that the run cannot be saved either
+        except UserError:  # report this one, even if saving fails as well
             with contextlib.suppress(UserError):
                 self.save()
             raise

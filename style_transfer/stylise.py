@@ -127,7 +127,7 @@ def check(options, error):
         if path and path.suffix not in suffixes.split(" or "):
             error(f"--{name} is {str(path)!r}: give a name that ends in {suffixes}")
         if path and not os.access(path.parent, os.W_OK):
-            error(f"--{name} is {str(path)!r}: there is no folder {str(path.parent)!r} that can be written")
+            error(f"--{name} is {str(path)!r}: folder {str(path.parent)!r} is missing or not writable")
 
 
 def stop(*_):
@@ -137,7 +137,7 @@ def stop(*_):
 
 
 def handle_signals(handler):
-    """Have those signals that end a process call `handler`, unless they are ignored, as by nohup."""
+    """Install `handler` for the signals that end a process, unless they are ignored, as by nohup."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number and signal.getsignal(number) != signal.SIG_IGN:
@@ -152,7 +152,7 @@ def main() -> None:
     options = parse(arguments)
     if os.environ.get("RANK", "0") == "0":
         print("loading ...", file=sys.stderr)
-    from . import job  # takes seconds, to import torch
+    from . import job  # importing torch takes seconds
     from .engine.checks import UserError
 
     try:

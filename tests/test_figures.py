@@ -113,7 +113,7 @@ FILM(RED, 1.0)
 @pytest.mark.parametrize(
     "draw, arguments, words",
     [
-        (plot_losses, [[1.0]], "curves is [1.0]: it must be {label: numbers, one an evaluation}"),
+        (plot_losses, [[1.0]], "curves is [1.0]: it must be {label: numbers, one per evaluation}"),
         (plot_losses, [{"a": "xy"}], "curves is {'a': 'xy'}: it must be"),
         (plot_losses, [LOSSES, "", [2.0]], "seconds is [2.0]: it must be"),
         (plot_losses, [LOSSES, "", {"fast": [1, 2]}], "'fast' has 3 losses: `seconds` must have as many"),

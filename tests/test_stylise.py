@@ -381,10 +381,10 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_work(run, as_nobody
         ([*THREE, "--masks", "left.png", "absent.png"], "no picture at 'absent.png'"),
         ([*THREE, "--blend", "2", "-1"], "--blend is 2.0 -1.0: give numbers from 0 to 1e12, not all of them 0"),
         *(([*THREE, "--blend", "0", weight], f"--blend is 0.0 {weight}: give num") for weight in ("0.0", "nan", "inf")),
-        (["--output=absent/a.png"], "--output is 'absent/a.png': there is no folder 'absent' that can be written"),
+        (["--output=absent/a.png"], "--output is 'absent/a.png': folder 'absent' is missing or not writable"),
         *((["-o", name], f"--output is {str(Path(name))!r}: give a name that ends in .png") for name in ("a.PNG", ".")),
         (["--film=film.mp4"], "--film is 'film.mp4': give a name that ends in .gif or .webp"),
-        (["--film=absent/film.gif"], "--film is 'absent/film.gif': there is no folder 'absent' that can be written"),
+        (["--film=absent/film.gif"], "--film is 'absent/film.gif': folder 'absent' is missing or not writable"),
         (["--like=absent.png"], "no picture at 'absent.png': give a PNG file that was saved by the panel or"),
     ],
 )  # fmt: skip

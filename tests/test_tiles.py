@@ -176,7 +176,7 @@ def test_a_run_shared_by_two_processes_is_that_of_one(tmp_path):
     agreed, description, steps, image = share_run(0, tmp_path)
     other.join()
     found = torch.load(tmp_path / "found.pt")
-    assert agreed == found[0] <= 0.9 * 60 * 2**30 and "in 3 tiles, the graphs of 0 kept" in description == found[1]
+    assert agreed == found[0] <= 0.9 * 60 * 2**30 and "in 3 tiles, graphs kept for 0" in description == found[1]
     assert steps == found[2] and torch.equal(image, found[3])
     _, description, alone, expected = run_of(0, 1e12)
     assert "whole" in description and alone[0][2] > alone[1][2] > alone[2][2]

@@ -200,7 +200,7 @@ def as_curves(curves, name: str) -> dict[str, list[float]]:
     try:
         return {label: [float(number) for number in values] for label, values in curves.items()}
     except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{name} is {shown(curves)}: it must be {{label: numbers, one an evaluation}}") from error
+        raise UserError(f"{name} is {shown(curves)}: it must be {{label: numbers, one per evaluation}}") from error
 
 
 def as_weight(value, name: str) -> float:

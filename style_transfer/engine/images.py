@@ -68,7 +68,7 @@ def load_image(
     Applies EXIF's rotation, converts every colour mode to RGB and colour profiles to sRGB, and lays transparent images
     over the colour `background`: an HTML name, or "#rrggbb" and the like, whose own alpha is ignored. Raises
     MissingFileError if there is no such file, UserError if it cannot be read as an image, if the result would have more
-    than 180 million pixels, and for other arguments.
+    than 180 million pixels, and for bad arguments.
     """
     path = as_file(path, "picture")
     device = pick_device(device)
@@ -102,7 +102,7 @@ def load_mask(path: str | Path, size: int = 256, device: str | torch.device | No
 
 def readable_formats() -> list[str]:
     """The `READ_FORMATS` that the installed Pillow can read."""
-    with contextlib.suppress(ImportError):  # an optional package, for photographs of iPhones
+    with contextlib.suppress(ImportError):  # an optional package, for iPhone photographs
         from pillow_heif import register_heif_opener
 
         register_heif_opener()
@@ -255,7 +255,7 @@ def keep_colours(image: Tensor, content: Tensor) -> Tensor:
 def difference_map(a: Tensor, b: Tensor) -> Tensor:
     """Absolute difference of two images per pixel and channel, (1, 3, H, W) in [0, 1].
 
-    Values from -1 to 2 are clamped to [0, 1] first. Raises UserError for other values, for two shapes and two devices.
+    Values from -1 to 2 are clamped to [0, 1] first. Raises UserError for other values, and unequal shapes or devices.
     """
     check_shown(a, "the first image")
     check_shown(b, "the second image")

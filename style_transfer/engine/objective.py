@@ -153,7 +153,7 @@ def as_task(task) -> Task:
     images = [content, *(each.image for each in style or ())]
     devices = {str(image.device): None for image in images if image is not None}
     if len(devices) > 1:
-        raise UserError(f"the images are on {' and '.join(devices)}: bring all to one device")
+        raise UserError(f"the images are on {' and '.join(devices)}: use one device")
     content_layers = as_layers(task.content_layers)
     layer_weights = task.style_layers if isinstance(task.style_layers, Mapping) else {}
     style_layers = {
@@ -260,7 +260,7 @@ def style_grams(network: VGG, style: Style, layers: Iterable[str], budget_bytes:
 
 
 def tiling_of(network: VGG, shape: Shape, budget_bytes: float) -> Tiling:
-    """How an image of `shape` is evaluated within a memory budget."""
+    """The `Tiling` of an image of `shape` within a memory budget."""
     return plan_tiles(shape, budget_bytes, network.bytes_per_pixel, network.halo, network.stride)
 
 

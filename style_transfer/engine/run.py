@@ -86,7 +86,7 @@ class Run:
         self.weights = self.task.weights
         self.budget_bytes = all_reduce_min(budget_of(self.device, memory, world_size()), self.device)
         self._cut = functools.lru_cache(maxsize=2)(self.vgg.cut)  # for each precision, the network that is in use
-        self._evaluators, self._optimiser = {}, None  # {precision: Evaluator}, and both for the present scale
+        self._evaluators, self._optimiser = {}, None  # {precision: Evaluator}; both for the present scale
         with self._fitting():
             self.init, smallest = init, self.task.smallest_side
             if init is not None:
@@ -109,7 +109,7 @@ class Run:
 
     @property
     def ended(self) -> str | None:
-        """Why the run is over, as part of a sentence; None while it is not."""
+        """Why the run ended, as part of a sentence; None until then."""
         return self._state.ended
 
     @property
@@ -134,7 +134,7 @@ class Run:
     def describe(self) -> str:
         """What the memory budget allows at the present scale, in a line."""
         tiles, kept = self._evaluator(self._state.precision).objective.tiling
-        parts = "whole" if len(tiles) == 1 else f"in {len(tiles)} tiles, the graphs of {min(kept, len(tiles))} kept"
+        parts = "whole" if len(tiles) == 1 else f"in {len(tiles)} tiles, graphs kept for {min(kept, len(tiles))}"
         height, width = self.scales[0]
         history_size, _ = divide_budget(self.budget_bytes, self.scales[0])
         return f"{width} x {height} pixels {parts}, history size {history_size}"
@@ -173,7 +173,7 @@ class Run:
         """
         task, before, state = as_task(task), self.task, self._state
         if task.reference.device != self.device:
-            raise UserError(f"the task is on {task.reference.device} and the run on {self.device}: bring both to one")
+            raise UserError(f"the task is on {task.reference.device} and the run on {self.device}: use one device")
         check_size(self.scales[0], task.layers)
         if not task.differs_by_weights_alone(before):
             self._evaluators = {}

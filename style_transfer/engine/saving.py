@@ -101,7 +101,7 @@ def write_state(path: Path, state: Mapping, settings: Mapping) -> None:
 
 
 def read_state(path: Path) -> tuple[dict, dict] | None:
-    """(state with tuples for lists, settings with lists for tuples) from `write_state`; None if there is no file.
+    """(state, its lists now tuples; settings, their tuples now lists) from `write_state`; None if there is no file.
 
     Raises UserError if the file is not a run's.
     """

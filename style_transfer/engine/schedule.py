@@ -19,11 +19,11 @@ CONVERGED = {
     "fine": (10, 0.005),  # at full size
 }
 # Except in the fast stage, it has also converged when ten evaluations changed the image by under 0.5 % RMS (46 dB) and
-# the loss is still above 45 % of its value then.
+# the loss is still above 45 % of its value before.
 UNSEEN_MEAN_SQUARE = 10**-4.6
 UNSEEN_LOSS_SHARE = 0.45
 MAX_COMPARED_PIXELS = 2**18
-WINDOW_LENGTH = 11  # images and totals, so ten evaluations apart
+WINDOW_LENGTH = 11  # images and totals, so ten evaluations apart; above every count in CONVERGED
 # A coarse scale also ends when its total is below this share of its first: the next one starts far above that.
 COARSE_LOSS_SHARE = 0.004
 

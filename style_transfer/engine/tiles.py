@@ -22,7 +22,7 @@ from .checks import Shape, UserError
 from .losses import Statistics, Weights
 from .memory import release_freed_memory
 
-# Where memory allows. A tile twice as wide costs a tenth less time and takes nearly four times the memory.
+# If memory allows. Twice as wide, a tile takes a tenth less time and nearly four times the memory.
 TILE_SIDE_PIXELS = 256
 MIN_TILE_SIDE_HALOS = 4
 

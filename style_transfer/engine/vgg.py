@@ -218,7 +218,7 @@ def features(vgg: VGG, image: Tensor, layers: str | Iterable[str]) -> dict[str, 
     """
     check_network(vgg)
     if torch.is_tensor(image) and image.device != vgg.mean.device:
-        raise UserError(f"the image is on {image.device} and the network on {vgg.mean.device}: bring both to one")
+        raise UserError(f"the image is on {image.device} and the network on {vgg.mean.device}: use one device")
     check_shown(image, "image")
     return vgg.feature_maps(image, layers)
 

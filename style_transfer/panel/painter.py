@@ -17,7 +17,7 @@ from ..engine.schedule import EVALUATIONS
 
 FRAME_SECONDS = 1 / 30  # the evaluations of one frame take about this long, or one evaluation if that takes longer
 CURVES = ("total", "content × its weight", "style × its weight")
-CURVE_POINTS = 300  # about the most that are drawn of a curve
+CURVE_POINTS = 300  # about how many are drawn per curve
 RATE_EVALUATIONS = 20  # the rate on display is measured over this many
 
 
@@ -51,7 +51,7 @@ class PanelFrame(NamedTuple):
 
 
 def draw_curves(curves: list[tuple]) -> str:
-    """Loss curves in a log scale, as HTML in the colours of the page; curves: for each evaluation, a loss per curve."""
+    """Loss curves on a log scale, as HTML in the colours of the page; curves: for each evaluation, a loss per curve."""
     named = dict(zip(CURVES, zip(*curves)))
     if not all(any(curve) for curve in named.values()):  # with one loss alone, its curve would hide the total's
         named = {"total": named["total"]}
@@ -88,7 +88,7 @@ class Painter:
         self.curves = []  # for each evaluation since the start (total, weighted content loss, weighted style loss)
 
     def step(self, settings: Settings, start: tuple | None = None) -> Step | None:
-        """Evaluate the network once and return the `Step`, or None when the run is over; the next step then goes on.
+        """Evaluate the network once and return the `Step`, or None when the run is over; the next call resumes it.
 
         start: None to go on from the present image, or ("noise", seed), ("content", 0) or ("present", 0) to begin
         again. Raises UserError for bad input.

@@ -70,7 +70,7 @@ def preview(path: Path, version: tuple | None) -> bytes:
 
 
 def data_url(kind: str, content: bytes) -> str:
-    """A file as an address; kind: its MIME type."""
+    """A file as a data URL; kind: its MIME type."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
@@ -95,7 +95,7 @@ def action(method: Callable) -> Callable:
 
 
 class Studio:
-    """The panel: it has frame after frame made of what the controls say, and shows them. Made by `style_studio`.
+    """The panel: has frames made from the controls' settings and shows them. Made by `style_studio`.
 
     painter: used only on the worker's thread. pull: show a frame when the browser asks for it. state: a key of
     `STATES`.
@@ -281,7 +281,7 @@ class Studio:
     # One frame after another
 
     def set_going(self, single: bool) -> None:
-        """Have frames made, of one evaluation or without end. A loop that is under way takes this over."""
+        """Make one frame, or frames until paused. A running loop picks this up."""
         self.single = single
         self.presses += 1
         self.set_status("running")
@@ -289,7 +289,7 @@ class Studio:
         self.loop.call_soon_threadsafe(self.keep_going)  # a button may be heard on another thread than the loop's
 
     def keep_going(self) -> None:
-        """Have the tasks run that the state "running" needs."""
+        """Start the tasks that the state "running" needs."""
         if not self.pull and (self.working is None or self.working.done()):
             self.working = self.loop.create_task(self.work())
         if self.watching is None or self.watching.done():
