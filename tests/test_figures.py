@@ -42,6 +42,7 @@ def test_columns_have_titles_and_rows_labels():
     figure = image_grid([RED] * 6, ["left", "right"], columns=2, rows=["1", "2", "3"])
     assert titles(figure) == ["left", "right", "", "", "", ""]
     assert [[text.get_text() for text in axes.texts] for axes in figure.axes[::2]] == [["1"], ["2"], ["3"]]
+    assert figure.get_size_inches()[0] == pytest.approx(5.4)
 
 
 SIZES = [

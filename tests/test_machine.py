@@ -48,7 +48,7 @@ V1 = {
 V1_UNLIMITED = {"memory/memory.limit_in_bytes": 2**62, "cpu/cpu.cfs_quota_us": -1, "cpu/cpu.cfs_period_us": 100000}
 V1_UNLIMITED |= {"memory/memory.usage_in_bytes": 0}
 V1_JOINED = {name.replace("cpu/", "cpu,cpuacct/"): content for name, content in V1.items()}
-V1_ROOT = "5:cpu,cpuacct:/\n4:memory:/\n3:cpuset:/\n1:name=systemd:/x\n0::/\n"
+V1_ROOT = "5:cpu,cpuacct:/\n4:memory:/\n3:cpuset:/other\n1:name=systemd:/x\n0::/\n"
 V1_DOCKER = V1_ROOT.replace(":/\n", ":/docker/0123\n")
 NONSENSE = {"memory.max": "lots", "cpu.max": "", "memory.stat": "a b c"}
 
@@ -68,7 +68,7 @@ GROUPS = {  # {what is special: (membership, files, GiB free, processors)}
     "more in use than allowed": ("0::/", V2 | {"memory.current": 9 * GIB}, 0, 2.5),
     "version 1": (V1_DOCKER, below("docker/0123", V1), 4, 3.5),
     "version 1, a path seen from outside": (V1_DOCKER, V1, 4, 3.5),
-    "version 1 without limits": (V1_ROOT, V1_UNLIMITED, 2**32, inf),
+    "version 1 without limits": (V1_ROOT, V1_UNLIMITED | below("other", V1), 2**32, inf),
     "version 1, a folder for two controllers": (V1_ROOT, V1_JOINED, 4, 3.5),
     "both versions": ("3:cpu:/\n0::/\n", below("unified", V2), 3, 2.5),
     "a soft limit": ("0::/", V2 | {"memory.high": 5 * GIB}, 2, 2.5),

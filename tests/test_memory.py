@@ -56,8 +56,8 @@ def test_the_size_that_fits_is_named(run_with, vgg, refuses):
     "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("can't allocate memory")]
 )
 def test_memory_that_runs_out_is_answered_in_one_sentence(error, refuses):
-    with refuses("out of memory for an image of 100 x 200: cpu has memory for about 70 pixels"):
-        with fitting((100, 200), 1e12, 0.0, CPU):
+    with refuses("out of memory for an image of 200 x 100: cpu has memory for about 70 pixels"):
+        with fitting((200, 100), 1e12, 0.0, CPU):
             raise error
     with pytest.raises(RuntimeError, match="^something else$"), fitting((100, 200), 1e12, 0.0, CPU):
         raise RuntimeError("something else")

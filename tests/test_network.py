@@ -312,7 +312,7 @@ BAD_FILES = {
     "text": (b"not a weight file", DAMAGED),
     "cut off": (SMALL[: len(SMALL) // 2], DAMAGED),
     "code": (saved({"features.0.weight": Bomb()}), DAMAGED),
-    "a web page": (b" \n<!DOCTYPE html><title>Log in</title>", "a web page, such as one to log in"),
+    "a web page": (b"\xef\xbb\xbf \n<!DOCTYPE html><title>Log in</title>", "a web page, such as one to log in"),
     "another network": (SMALL, ANOTHER),
     "a list": (saved([1, 2, 3]), ANOTHER),
 }

@@ -110,6 +110,7 @@ def test_a_resumed_run_has_no_more_threads_than_before_nor_than_now_and_a_small_
         run = Run(Task(torch.ones(1, 3, *shape), None, "conv1_1"), coarse_to_fine=False, vgg=vgg)
         run.load_state_dict(run.state_dict() | {"threads": before})
         run.step()
+        assert run.state_dict()["threads"] == min(before, now)
         assert found[-1] == expected and torch.get_num_threads() == now
 
 

@@ -152,8 +152,8 @@ def test_an_unfinished_image_without_its_run_is_not_taken_for_a_finished_one(run
 
 
 def test_the_time_that_is_left_is_known_from_the_second_scale_on(run, clock, monkeypatch, capsys):
-    """An evaluation takes 3 seconds at the first scale and 12 at the second; the first one of each takes longer."""
-    shown, seconds = [], [9, *[3] * 11, 30, *[12] * 23]
+    """An evaluation takes 3 seconds at the first scale, then 12, then 48; the first one of each takes longer."""
+    shown, seconds = [], [9, *[3] * 8, 30, *[12] * 8, 99, *[48] * 17]
 
     class Bar(job.tqdm):
         def set_postfix_str(self, text):
@@ -163,9 +163,10 @@ def test_the_time_that_is_left_is_known_from_the_second_scale_on(run, clock, mon
         clock.now += seconds.pop(0)
 
     monkeypatch.setattr(job, "tqdm", Bar)
-    run("--evaluations=36", at=dict.fromkeys(range(37), tick))
-    assert shown == ["?"] * 12 + [f"{12 * left // 60:02}:{12 * left % 60:02}" for left in range(23, -1, -1)]
-    assert "48 x 32 pixels have more detail to match: the loss starts higher" in capsys.readouterr().out
+    run("--evaluations=36", "--size=64", at=dict.fromkeys(range(37), tick))
+    left = *range(960, 864, -12), *range(864, -1, -48)
+    assert shown == ["?"] * 9 + [f"{each // 60:02}:{each % 60:02}" for each in left]
+    assert "96 x 64 pixels have more detail to match: the loss starts higher" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("start, stops", [("noise", (1, 1, 2)), ("content", (3, 3))])
@@ -339,7 +340,7 @@ def test_a_run_that_cannot_be_read_or_saved_is_kept(run):
         run(stop=2)
     path, kept = Path(MADE[1]), content_of(MADE[1])
     save_file({"a": torch.ones(1)}, "other.safetensors")
-    for content in (kept[:1000], b"nonsense", b"", content_of("other.safetensors")):
+    for content in (kept[:1000], b"nonsense", b"", kept.replace(b"state", b"stale"), content_of("other.safetensors")):
         path.write_bytes(content)
         with ends(f"^error: '{path}' is damaged, or not a run: move it away to begin anew"):
             run()
@@ -453,7 +454,7 @@ def test_options_are_read_before_torch_is_imported():
     """Which takes seconds, and may be interrupted; by a stand-in for torch that swallows exceptions."""
     Path("torch.py").write_text("import signal\ntry:\n signal.raise_signal(2)\nfinally:\n raise ValueError")
     for words, output, error in (
-        (["--help"], "-o, --output OUTPUT ", "^$"),
+        (["--help"], r"(?s)-o, --output OUTPUT .*at most \(80\)", "^$"),
         (["--version"], r"^\d+\.\d+\.\d+\n$", "^$"),
         (["--sise=5"], "^$", "^error: unrecognized arguments: --sise=5\n$"),
         ([*PAIR, "--size=big"], "^$", "^error: argument --size: invalid int value: 'big'\n$"),
@@ -483,21 +484,23 @@ def test_a_saved_image_is_made_again(run):
     """With its settings, where no others are given; its images are looked for beside it and among the project's."""
     mask = str(nst.IMAGES / "masks" / "chenonceau_sky.png")
     words = ("--masks", "rest", mask, "--blend", "2", "0.5", "--keep-colours", "--seed=3", "--init=content")
-    run(*THREE, *words, "--style-size=40", "--style-weight=2e3", "--evaluations=5", "-o", "one.png")
-    saved = read_settings("one.png")
+    Path("new").mkdir()
+    photo = Path("photo.jpg").rename("new/photo.jpg")
+    run(str(photo), *THREE[1:], *words, "--style-size=40", "--style-weight=2e3", "--evaluations=5", "-o", "new/one.png")
+    saved = read_settings("new/one.png")
     assert saved["styles"] == [["painting.jpg", 2.0, "rest"], ["wave.jpg", 0.5, "chenonceau_sky.png"]]
     names = "content", "keep_colours", "start", "seed", "style_size", "style_weight", "evaluations"
     assert [saved[name] for name in names] == ["photo.jpg", True, "content", 3, 40, 2000, 5]
-    again("one.png", "two.png")
-    assert content_of("two.png") == content_of("one.png")
-    Path("photo.jpg").rename("moved.jpg")
+    again("new/one.png", "two.png")
+    assert content_of("two.png") == content_of("new/one.png")
+    photo.rename("moved.jpg")
     with ends("^error: no picture at 'photo.jpg'"):
-        again("one.png", "three.png")
-    again("one.png", "three.png", "moved.jpg", "painting.jpg", "--no-keep-colours", "--seed=4", "--init=noise")
+        again("new/one.png", "three.png")
+    again("new/one.png", "three.png", "moved.jpg", "painting.jpg", "--no-keep-colours", "--seed=4", "--init=noise")
     changed = {"content": "moved.jpg", "keep_colours": False, "seed": 4, "start": "noise"}
     changed |= {"styles": [["painting.jpg", 1.0, None]], "fingerprint": mock.ANY}
     assert read_settings("three.png") == saved | changed
-    again("one.png", "four.png", "moved.jpg", "wave.jpg", "--seed=4", "painting.jpg")
+    again("new/one.png", "four.png", "moved.jpg", "wave.jpg", "--seed=4", "painting.jpg")
     assert [weight for _, weight, _ in read_settings("four.png")["styles"]] == [2.0, 0.5]
 
 
@@ -529,7 +532,7 @@ def test_an_image_that_cannot_be_made_again_is_refused(run):
         ({"styles": []}, "was made without a content or style image"),
         ({"content": None}, "was made without a content or style image"),
         ({"start": "present"}, "or began with an image that was not kept: open its settings in the panel"),
-        ({"size": -3}, "are damaged, size is -3"),
+        ({"style_weight": -3}, "are damaged, style_weight is -3"),
     ):
         Path("other.png").write_bytes(as_png(torch.zeros(1, 3, 2, 2), read_settings("one.png") | change))
         with ends(f"^error: .*'other.png' .*{problem}"):
