@@ -137,6 +137,10 @@ WEIGHTED = "CONTENT_WEIGHT * content_part + STYLE_WEIGHT"
 SWAPPED = "STYLE_WEIGHT * content_part + CONTENT_WEIGHT"
 FUNCTIONAL = "import torch.nn.functional as F"
 MEAN = "((grams[name] - target) ** 2).mean()"
+SQUARED = ("return (a - b).abs()", "return (a - b) ** 2"), ("gap = difference_map(a, b)", "gap = (a - b).abs()")
+STYLE_SUM = f"sum({MEAN} for name, target in targets.items())"
+CUT_SUM = (STYLE_SUM, f"torch.tensor({STYLE_SUM})")
+CUT_PART = ("STYLE_WEIGHT * style_part", "STYLE_WEIGHT * style_part.item()")
 HELPERS = [(NUMBERS, "return nst.difference_numbers(a, b)"), (LOSS, "return nst.content_loss({0: F}, {0: P})")]
 
 
@@ -183,6 +187,9 @@ def honest(released):
         "memory without end": ([hungry], {}),
         "signed": ([answered(one, ("return (a - b).abs()", "return a - b"))], {"difference": 0}),
         "swapped": ([answered(three, (WEIGHTED, SWAPPED))], {"objective": 3}),
+        "squared map": ([answered(one, *SQUARED)], {"difference": 0}),
+        "cut loss": ([answered(two, CUT_SUM)], {"style-loss": 0}),
+        "cut total": ([answered(three, CUT_PART)], {"objective": 3}),
     }
 
 
