@@ -137,6 +137,35 @@ WEIGHTED = "CONTENT_WEIGHT * content_part + STYLE_WEIGHT"
 SWAPPED = "STYLE_WEIGHT * content_part + CONTENT_WEIGHT"
 FUNCTIONAL = "import torch.nn.functional as F"
 MEAN = "((grams[name] - target) ** 2).mean()"
+SQUARED = ("return (a - b).abs()", "return (a - b) ** 2"), ("gap = difference_map(a, b)", "gap = (a - b).abs()")
+STYLE_SUM = f"sum({MEAN} for name, target in targets.items())"
+CUT_SUM = (STYLE_SUM, f"torch.tensor({STYLE_SUM})")
+CUT_PART = ("STYLE_WEIGHT * style_part", "STYLE_WEIGHT * style_part.item()")
+SETTINGS = """
+from __future__ import annotations
+import gc, os, sys
+import nst_utils as nst  # the helper
+os.environ["KMP_DUPLICATE_LIB_OK"] = "TRUE"
+torch.backends.cudnn.benchmark = False
+print(torch.__version__, sys.version, gc.collect())
+# inspect what nst_utils.content_loss gives
+print(nst.layer_name("conv_4"), isinstance(CONTENT, torch.Tensor))
+def mine(image): return nst.to_pil(nst.reconstruct_content(image, "conv1_1").image)
+"""
+TRICKS = """
+from unittest import mock
+pytest.MonkeyPatch().setattr(torch, "allclose", print)
+torch.allclose, other = print, 0
+torch.allclose: object = print
+x = 0; torch.Tensor.max = print
+h = nst
+T = torch
+from sys import modules
+InteractiveShell.instance().events
+for source in In: print(source)
+linecache.cache
+runpy.run_path("images.py")
+"""
 HELPERS = [(NUMBERS, "return nst.difference_numbers(a, b)"), (LOSS, "return nst.content_loss({0: F}, {0: P})")]
 
 
@@ -183,6 +212,10 @@ def honest(released):
         "memory without end": ([hungry], {}),
         "signed": ([answered(one, ("return (a - b).abs()", "return a - b"))], {"difference": 0}),
         "swapped": ([answered(three, (WEIGHTED, SWAPPED))], {"objective": 3}),
+        "squared map": ([answered(one, *SQUARED)], {"difference": 0}),
+        "cut loss": ([answered(two, CUT_SUM)], {"style-loss": 0}),
+        "cut total": ([answered(three, CUT_PART)], {"objective": 3}),
+        "settings": ([with_cell(answered(one), SETTINGS, "descent")], {}),
     }
 
 
@@ -210,6 +243,7 @@ def cheats(released):
         "faked": [faked],
         "custom exception": [blank(one, quiet)],
         "transformer": [blank(one, f"{tree}get_ipython().ast_transformers.append(T())")],
+        "tricks": [blank(one, TRICKS)],
         "prints": [blank(one, "print('passed')\ndef content_loss(F, P):\n    print('passed')\n    raise SystemExit")],
         "helpers": [answered(one, *HELPERS)],
         "dies": [answered(one, (LOSS, "import os; os._exit(0)"))],
@@ -325,7 +359,7 @@ def test_honest_work_gets_its_points(graded, handed_in, student):
 @pytest.mark.parametrize("student", CHEATS)
 def test_a_cheat_gets_no_points_from_the_machine(graded, student):
     row = graded.row(student)
-    if student in ("custom exception", "transformer", "helpers", "dies", "patched"):  # a person decides
+    if student in ("custom exception", "transformer", "tricks", "helpers", "dies", "patched"):  # a person decides
         assert "is held" in graded.report(student) or "held for a look" in graded.report(student)
         assert all(row[name] in ("", "0") for name in MACHINES) and "" in row.values()
     else:
@@ -338,6 +372,8 @@ def test_the_report_says_what_was_odd(graded):
     said = graded.report("@SUM(1)")
     assert "@SUM(1)/work.rar was ignored" in said and "no notebook that can be read" in said
     assert "which-layers was left blank" in graded.report("copied tests")
+    said = graded.report("tricks").splitlines()
+    assert not {f"held for a look: {line}" for line in TRICKS.strip().splitlines()} - {*said}, said
     assert graded.row("'@SUM(1)")["total"] == "0" and graded.row("split")["style-layers"] == ""
     assert graded.row("copied tests")["which-layers"] == "0"
 

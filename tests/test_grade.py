@@ -68,6 +68,8 @@ def test_zips_belong_to_the_outermost_name_and_a_folder_around_all_to_nobody():
         "week 7/annab_12_34_work.zip": work, "week 7/carl/all/work.zip": work, f"week 7/dora/{TWO}.ipynb": TEXTS[TWO],
     })  # fmt: skip
     assert sorted(chosen) == ["annab_12", "carl", "dora"] and all([*own] == [TWO] for own in chosen.values())
+    chosen, _ = collected({f"week 7/{name}_9_{TWO}.ipynb": TEXTS[TWO] for name in ("annab_12", "carl_LATE_13")})
+    assert sorted(chosen) == ["annab_12", "carl_13"]
 
 
 def test_of_two_the_newer_counts_by_the_times_in_the_zip():
@@ -87,12 +89,13 @@ def test_a_notebook_is_recognised_by_its_questions_in_whatever_form_it_comes():
     other = json.loads(TEXTS[ONE])
     for cell in other["cells"]:
         del cell["id"]
-        cell["source"] = "\r\n".join("".join(cell["source"]).splitlines())
+        cell["source"] = "\r\n".join("".join(cell["source"]).splitlines()) + "\ud83d"
     other["nbformat_minor"] = 0
     chosen, remarks = collected({
         "anna/only ids.ipynb": json.dumps(bare), "anna/no ids.ipynb": b"\xef\xbb\xbf" + json.dumps(other).encode()
     })  # fmt: skip
     assert {*chosen["anna"]} == {ONE, TWO} and not remarks["anna"] and "\\r\\n" not in chosen["anna"][ONE]
+    assert all("\ud83d" not in cell.source for cell in nbformat.reads(chosen["anna"][ONE], 4).cells)
 
 
 def test_what_is_no_notebook_of_ours_is_named_and_its_student_has_a_row(tmp_path):

@@ -66,11 +66,12 @@ def student_of(path, notebooks):
 
 
 def without_wrapping(files, notebooks):
-    """The files without a folder around all: one within which several students have a file of one name."""
+    """The files without a folder around all: around Canvas's names, or students who have a file of one name."""
     inner = [(path[1:], *rest) for path, *rest in files]
     students = {student_of(path[:-1], notebooks)[0] for path, *_ in inner} - {"unknown"}
     doubles = len({path[-1:] for path, *_ in inner}) < len(inner)
-    if len({path[:1] for path, *_ in files}) != 1 or len(students) < 2 or not doubles:
+    canvas = all(path and CANVAS.fullmatch(path[0]) for path, *_ in inner)
+    if len({path[:1] for path, *_ in files}) != 1 or not canvas and (len(students) < 2 or not doubles):
         return files
     return without_wrapping(inner, notebooks)
 
@@ -85,7 +86,7 @@ def recognised(notebook, sources):
 def collect(files, sources):
     """({student: {notebook: its text}}, {student: sentences on the files})."""
     chosen, newest, remarks = {}, {}, {}
-    files = [file for file in files if not any(name.startswith((".", "__MACOSX")) for name in file[0])]
+    files = [file for file in files if not re.search(r"(^|/)(\.|__MACOSX)", "/".join(file[0]))]
     for path, when, read in without_wrapping(files, sources):
         student, late, number = student_of(path, sources)
         said, where = remarks.setdefault(student, []), "/".join(path)
@@ -96,7 +97,8 @@ def collect(files, sources):
             said.append(f"{where} was ignored")
         else:
             try:
-                content = read().decode("utf-8-sig").replace("\\r\\n", "\\n")
+                # Without Windows's ends of lines, and halves of characters, which cannot be written.
+                content = re.sub(r"(?i)(?<!\\)\\(r(?=\\n)|ud[89a-f]..)", "", read().decode("utf-8-sig"))
                 name = recognised(nbformat.reads(content, 4), sources)
             except Exception as error:  # whatever a file can be that is no notebook
                 said.append(f"{where} cannot be read as a notebook: {str(error)[:80]}")

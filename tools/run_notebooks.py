@@ -55,7 +55,7 @@ for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         notebook.metadata = nbformat.read(path, 4).metadata  # without the version of this Python
         nbformat.write(notebook, path)
     make_readable(notebook)
-    page = ROOT / "rendered" / f"{path.stem}.html"
+    page = ROOT / f"rendered/{path.stem}.html"
     page.write_text(HTMLExporter().from_notebook_node(notebook)[0], "utf-8")
     tqdm.write(f"To read: {page.relative_to(ROOT)}")
 print(f"Open the .html files in {ROOT / 'rendered'}, or the notebooks themselves with: make lab")

@@ -84,7 +84,7 @@ def attempt(python, home):
     before = versions()
     run("-m", "pip", "install", "--quiet", f"git+{address}@v{version}")
     assert versions() == before, f"pip has changed {before} to {versions()}"
-    pair = ROOT / "images" / "content" / "chenonceau.jpg", ROOT / "images" / "style" / "starry_night.jpg"
+    pair = ROOT / "images/content/chenonceau.jpg", ROOT / "images/style/starry_night.jpg"
     whole = run(*STYLISE, *pair, *"--size 64 --evaluations 10 -o whole.png".split())
     tiles = run(*STYLISE, *pair, *"--size 512 --evaluations 2 --memory 1.4 -o tiles.png".split())
     assert " whole," in whole and re.search(r"in \d+ tiles", tiles), whole + tiles
@@ -93,7 +93,7 @@ def attempt(python, home):
     run("-m", "pip", "uninstall", "--quiet", "--yes", "neural-style-transfer-notebooks")
 
     run("-m", "ipykernel", "install", "--prefix", home, "--name", "tried")
-    os.environ |= {"JUPYTER_PATH": str(home / "share" / "jupyter"), "TQDM_DISABLE": "1"}
+    os.environ |= {"JUPYTER_PATH": str(home / "share/jupyter"), "TQDM_DISABLE": "1"}
     notebooks = []
     for path in NOTEBOOKS:
         notebook = made_small(nbformat.read(path, 4))
