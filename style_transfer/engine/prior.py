@@ -28,7 +28,7 @@ MAX_MATRICES = 2**15  # inverted at a time: they take much memory, and cuSOLVER 
 
 # How much the prior counts against the network's curvature, by the first block in use. The curvature is that of the
 # first two convolutions; deeper blocks see the image differently, so for them the prior counts alone (infinitely).
-PRIOR_WEIGHTS = {1: 0.01, 2: 0.1}
+PRIOR_WEIGHTS = {1: 0.01, 2: 0.1, 3: math.inf, 4: math.inf, 5: math.inf}
 
 
 def colour_covariance() -> Tensor:

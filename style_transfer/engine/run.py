@@ -300,7 +300,7 @@ class Run:
 
     def _optimiser_at(self, scale):
         """The optimiser for a scale and the present task."""
-        prior_weight = PRIOR_WEIGHTS.get(min(map(block, self.task.layers)), math.inf)
+        prior_weight = PRIOR_WEIGHTS[min(map(block, self.task.layers))]
         made = self._optimiser and self._optimiser.precondition
         if not made or (made.shape, made.weight) != (scale, prior_weight):
             self._optimiser = None  # frees its memory first
