@@ -59,7 +59,7 @@ def student_of(path, notebooks):
         if found := is_file and CANVAS.fullmatch(stem) or MOODLE.fullmatch(stem):
             found = found.groupdict()
             return f"{found['name']}_{found['id']}", bool(found.get("late")), int(found.get("number") or 0)
-        stem = stem[:LONGEST_NAME].strip(" _-().")
+        stem = stem[:LONGEST_NAME].strip(" _-.")
         if stem and stem.lower() not in OTHERS and (k < len(path) - 1 or re.search(r"[^\W\d_]", stem)):
             return stem, False, 0
     return "unknown", False, 0
