@@ -373,7 +373,7 @@ def test_the_report_says_what_was_odd(graded):
     assert "@SUM(1)/work.rar was ignored" in said and "no notebook that can be read" in said
     assert "which-layers was left blank" in graded.report("copied tests")
     said = graded.report("tricks").splitlines()
-    assert not {f"held for a look: {line}" for line in TRICKS.strip().splitlines()} - {*said}, said
+    assert not {f"{ONE}: held for a look: {line}" for line in TRICKS.strip().splitlines()} - {*said}, said
     assert graded.row("'@SUM(1)")["total"] == "0" and graded.row("split")["style-layers"] == ""
     assert graded.row("copied tests")["which-layers"] == "0"
 
