@@ -52,12 +52,12 @@ for pull in (False, True):
     seven = {"wave.jpg": {"metadata": about, "content": content}}
     eight = ({"name": "wave.jpg", "type": "", "size": 1, "content": memoryview(content), "last_modified": now},)
     assert controls.uploaded_files(seven) == controls.uploaded_files(eight) == [("wave.jpg", content)]
-    uploader = panel.uploaders["style"]
+    uploader = panel.controls.uploaders["style"]
     uploader.set_trait("value", seven if isinstance(uploader.value, dict) else eight)
-    assert panel.choices["style"].value.name == "wave.jpg", panel.status.value
+    assert panel.controls.choices["style"].value.name == "wave.jpg", panel.display.status.value
     panel.buttons["Step"].click()
     await until(lambda: panel.state == "paused")
-    assert panel.shown.settings.style.name == "wave.jpg"
+    assert [path.name for path in panel.shown.settings.styles] == ["wave.jpg"]
     panel.close()
     await asyncio.sleep(0.2)
     assert panel.state == "closed"
