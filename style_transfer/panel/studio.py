@@ -56,7 +56,7 @@ STATES = {
 }
 
 
-# JupyterLab shows an error in place of a panel that was saved and has no kernel: this has it show the still.
+# JupyterLab shows an error where a saved panel has no kernel. This style shows the still instead.
 RESCUE = """<style>
 .jp-OutputArea-child:has(.studio-still) + * > .jp-OutputArea-output.jupyter-widgets { display: none; }
 .jp-OutputArea-child:has(+ * > .jp-OutputArea-output.jupyter-widgets) .studio-still { display: block !important; }
