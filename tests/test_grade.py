@@ -44,8 +44,9 @@ def collected(files):
         (f"jane/final_{ONE}.ipynb", "jane"),
         (f"2024_001_anna/{ONE}.ipynb", "2024_001_anna"),
         (f"group_12_3/{ONE}.ipynb", "group_12_3"),
-        (f"<img src=x>/{ONE}.ipynb", "3cimg src_3dx_3e"),
-        (f"{'long ' * 40}/{ONE}.ipynb", ("long " * 16).strip()),
+        (f"<img src=x>/{ONE}.ipynb", "_3cimg src_3dx_3e"),
+        (f"{'long ' * 40}/{ONE}.ipynb", "long " * 12 + "long " * 4),
+        (f"Hans Mu\u0308ller/{ONE}.ipynb", "Hans Müller"),
         (f"{ONE}.IPYNB", "unknown"),
     ],
 )
@@ -56,10 +57,12 @@ def test_the_outermost_name_is_the_student(path, student):
 
 
 def test_namesakes_and_similar_folders_are_not_merged():
-    names = ["Jane/", "jane/", "a<b/", "a>b/", "smithjohn_11_9_", "smithjohn_21_9_"]
+    names = ["Jane/", "jane/", "-jane/", "jane_/", "a<b/", "a>b/", "smithjohn_11_9_", "smithjohn_21_9_"]
+    names += [f"{'long ' * 30}{k}/" for k in (1, 2)]
     paths = [f"{name}{ONE}.ipynb" for name in names]
     chosen, _ = collected({path: TEXTS[ONE] for path in paths})
-    assert sorted(chosen) == ["Jane", "a_3cb", "a_3eb", "jane", "smithjohn_11", "smithjohn_21"]
+    others = [f"{'long ' * 12}ong {'long ' * 3}{k}" for k in (1, 2)]  # 60 characters of the beginning, 20 of the end
+    assert {*chosen} == {"Jane", "jane", "-jane", "jane_", "a_3cb", "a_3eb", "smithjohn_11", "smithjohn_21", *others}
 
 
 def test_zips_belong_to_the_outermost_name_and_a_folder_around_all_to_nobody():

@@ -7,6 +7,7 @@ or a folder. Nothing is unpacked onto the disk.
 import io
 import re
 import time
+import unicodedata
 import zipfile
 from functools import partial
 from pathlib import PurePosixPath
@@ -15,10 +16,9 @@ import nbformat
 from homework import NAME, grade_id
 
 MOST_BYTES = 1_000_000_000  # of a zip when unpacked
-LONGEST_NAME = 80
 OTHERS = {NAME, "assignment", "notebooks", "submitted", "submissions", "release"}  # folders that are no student's
 CANVAS = re.compile(r"(?P<name>[^_]+)_(?P<late>LATE_)?(?P<id>\d+)_\d+_.*?(-(?P<number>\d+))?")
-MOODLE = re.compile(r"(?P<name>.+?)_(?P<id>\d+)_assignsubmission.*")
+MOODLE = re.compile(r"(?P<name>.+?)_(?P<late>)(?P<id>\d+)_assignsubmission.*(?P<number>)")
 
 
 def files_in(folder, path=()):
@@ -52,16 +52,17 @@ def opened(path, when, read):
 def student_of(path, notebooks):
     """(Student, whether Canvas says late, Canvas's number) by the outermost name that says so; notebooks: ours."""
     for k, part in enumerate(path):
+        part = unicodedata.normalize("NFC", part)  # a Mac's umlauts are two characters
         is_file = k == len(path) - 1 or part.lower().endswith(".zip")
         stem = re.sub(r"(\.\w{1,5})+$", "", part) if is_file else part
         stem = re.sub(rf"({'|'.join(notebooks)})( \(\d+\))?", "", stem)
+        joined = stem != part  # to something that is gone
         stem = re.sub(r"[^\w .,()@-]", lambda found: f"_{ord(found[0]):x}", stem)
         if found := is_file and CANVAS.fullmatch(stem) or MOODLE.fullmatch(stem):
-            found = found.groupdict()
-            return f"{found['name']}_{found['id']}", bool(found.get("late")), int(found.get("number") or 0)
-        stem = stem[:LONGEST_NAME].strip(" _-.")
+            return f"{found['name']}_{found['id']}", bool(found["late"]), int(found["number"] or 0)
+        stem = stem.strip(" _-.") if joined else stem
         if stem and stem.lower() not in OTHERS and (k < len(path) - 1 or re.search(r"[^\W\d_]", stem)):
-            return stem, False, 0
+            return stem[:60] + stem[60:][-20:], False, 0  # of a long one, the beginning and the end
     return "unknown", False, 0
 
 

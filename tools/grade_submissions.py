@@ -60,9 +60,9 @@ def grade(course, sources):
     students = sorted({*os.listdir("submitted")} - {*os.listdir("autograded")})
     jobs = [(student, name) for student in students for name in sources]
     pool = ThreadPoolExecutor(os.cpu_count())
-    found = pool.map(graded, (Path("submitted", student, NAME, f"{name}.ipynb") for student, name in jobs))
-    for student, name in jobs:
-        Judge.ready[student, name] = next(found)
+    paths = [Path("submitted", student, NAME, f"{name}.ipynb") for student, name in jobs]
+    for (student, name), result in zip(jobs, pool.map(graded, paths)):
+        Judge.ready[student, name] = result
         if name == list(sources)[-1]:
             print(f"{student}: {course.autograde(NAME, student).get('error', 'graded')}", flush=True)
 

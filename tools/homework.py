@@ -8,8 +8,8 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "style-transfer"  # the assignment's, in nbgrader's folders and gradebook
-CODE_BLANK = 'raise NotImplementedError("yours to write, in place of this line")'
-TEXT_BLANK = "*Your answer, in place of this line.*"
+CODE_BLANK = 'raise NotImplementedError("Replace this line with your code.")'
+TEXT_BLANK = "*Replace this line with your answer.*"
 
 
 def read_notebooks(folder):

@@ -14,12 +14,14 @@ import tempfile
 from pathlib import Path
 
 import nbformat
-from address import NOTEBOOKS, ROOT, first_cell, known
+from address import NOTEBOOKS, ROOT, first_cell
 from nbclient import NotebookClient
 from small_notebooks import made_small
 from tqdm import tqdm
 
-COLUMNS = ["torch", "torchvision", "numpy", "pillow", "matplotlib", "ipywidgets", "ipython", "ipykernel"]
+import style_transfer
+
+COLUMNS = "torch torchvision numpy pillow matplotlib ipywidgets ipython ipykernel".split()
 STYLISE = ["-m", "style_transfer.stylise"]
 VERSIONS = """
 import importlib.metadata, json, platform
@@ -69,7 +71,7 @@ def attempt(python, home):
     """Try all of it; returns {package: version}. Raises where something fails."""
     folder, clone = home / "empty földer", home / "clone.git"
     folder.mkdir()
-    address, version = clone.as_uri(), known((ROOT / "pyproject.toml").read_text("utf-8"))[1]
+    address, version = clone.as_uri(), style_transfer.__version__
     subprocess.run(["git", "clone", "--quiet", "--bare", ROOT, clone], check=True)
     subprocess.run(["git", "-C", clone, "tag", "--force", f"v{version}"], check=True, stdout=subprocess.DEVNULL)
 
