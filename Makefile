@@ -4,7 +4,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.14 pyth
 VENV ?= .venv
 BIN = $(VENV)/bin
 NBGRADER ?= .venv-nbgrader
-# Its configuration and its kernel, which is the notebooks' Python, are in tools/; it warns of its database's library.
+# nbgrader's configuration and its kernel, the notebooks' Python, are in tools/; its database library warns, so not here.
 FOR_NBGRADER = PATH="$(abspath $(NBGRADER))/bin:$$PATH" NOTEBOOKS_PYTHON="$(abspath $(BIN))/python" \
 	JUPYTER_PATH="$(CURDIR)/tools" JUPYTER_CONFIG_PATH="$(CURDIR)/tools" PYTHONWARNINGS=ignore
 PIP_OPTIONS ?=
@@ -45,13 +45,13 @@ $(ENVIRONMENTS)/%/installed: environments/%.txt
 	$(ENVIRONMENTS)/$*/bin/python -m pip install $(PIP_OPTIONS) -r $<
 	touch $@
 
-address: $(VENV)/installed  ## ADDRESS=https://... of this repository, into all that name it
+address: $(VENV)/installed  ## write ADDRESS=https://... of this repository, and the version, wherever they appear
 	$(BIN)/python tools/address.py $(ADDRESS)
 
 lab: $(VENV)/installed  ## open JupyterLab, which takes uploads of up to 200 MB
 	$(BIN)/jupyter lab --ServerApp.tornado_settings='{"websocket_max_message_size": 300000000}' --LabApp.default_url=/lab/tree/notebooks .
 
-# A tab that is closed leaves its kernel behind: one without a connection ends after five minutes.
+# A closed tab leaves its kernel running: kernels without a connection end after five minutes.
 panel: $(VENV)/for-panel  ## the panel alone, as a web page; each visitor has a kernel of two gigabytes
 	$(BIN)/voila tools/panel.ipynb --show_tracebacks=True --Voila.tornado_settings='{"websocket_max_message_size": 300000000}' \
 		--MappingKernelManager.cull_idle_timeout=300 --MappingKernelManager.cull_interval=60 \
@@ -66,17 +66,17 @@ assignment: $(NBGRADER)/installed  ## the notebooks as homework, without solutio
 grade: $(VENV)/installed $(NBGRADER)/installed  ## SUBMISSIONS=folder or zip, into grading/; STUDENT=name, SEED=word: see INSTRUCTORS.md
 	$(FOR_NBGRADER) python tools/grade_submissions.py "$(SUBMISSIONS)" grading "$(STUDENT)" "$(SEED)"
 
-# nbgrader's pages alone would set a cookie that holds for one of their folders only.
-mark: $(NBGRADER)/installed  ## the texts to be marked by hand, in the browser
-	@test -d grading || { echo "There is nothing to mark: say make grade SUBMISSIONS=folder-or-zip first."; exit 1; }
+# By default nbgrader's pages would set a cookie for only one of their folders.
+mark: $(NBGRADER)/installed  ## mark the texts by hand, in the browser
+	@test -d grading || { echo "There is nothing to mark: run make grade SUBMISSIONS=folder-or-zip first."; exit 1; }
 	cd grading && $(FOR_NBGRADER) jupyter lab --LabApp.default_url=/formgrader/gradebook/style-transfer \
 		--IdentityProvider.cookie_options='{"path": "/"}'
 
-test-assignment: $(VENV)/for-developers $(NBGRADER)/installed  ## make the release, and grade honest and other submissions
+test-assignment: $(VENV)/for-developers $(NBGRADER)/installed  ## make the release, and grade honest and cheating submissions
 	$(BIN)/pytest -m assignment tests/test_assignment.py
 
 $(VENV)/installed: requirements.txt pyproject.toml
-	@test -n "$(PYTHON)" || { echo "No Python of 3.11 or newer was found: install one, or say make PYTHON=..."; exit 1; }
+	@test -n "$(PYTHON)" || { echo "No Python of 3.11 or newer was found: install one, or run make PYTHON=..."; exit 1; }
 	@echo "Installing into $(VENV): a few minutes and 6 GB, most of it torch for NVIDIA GPUs; without one, see environments/README.md."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(PIP_OPTIONS) -r requirements.txt -e .
@@ -90,9 +90,9 @@ $(VENV)/for-panel: $(VENV)/installed
 	$(BIN)/python -m pip install $(PIP_OPTIONS) "voila>=0.5"
 	touch $@
 
-# nbgrader has an environment of its own, which only those who give the homework need.
+# nbgrader has its own environment, which only instructors need.
 $(NBGRADER)/installed: tools/nbgrader.txt
-	@test -n "$(PYTHON)" || { echo "No Python of 3.11 or newer was found: install one, or say make PYTHON=..."; exit 1; }
+	@test -n "$(PYTHON)" || { echo "No Python of 3.11 or newer was found: install one, or run make PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(NBGRADER)
 	$(NBGRADER)/bin/python -m pip install $(PIP_OPTIONS) -r tools/nbgrader.txt
 	touch $@

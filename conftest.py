@@ -1,4 +1,4 @@
-"""For every pytest run: no progress bars in the kernels that nbval starts, since it compares what they print."""
+"""Turn off progress bars in the kernels that nbval starts: it compares what they print."""
 
 import os
 

@@ -1,8 +1,8 @@
 """Neural style transfer by optimisation: what the notebooks call, in reading order.
 
-An image is a float32 tensor of shape (1, 3, H, W), RGB, with values in [0, 1]. First the losses, as the papers write
-them. Then the optimisation of an image that makes them small, and the three tasks: content reconstruction, texture
-synthesis, style transfer. The package `style_transfer.engine` computes the same losses faster; tests hold both equal.
+An image is a float32 tensor of shape (1, 3, H, W), RGB, with values in [0, 1]. First come the losses, as the papers
+write them, then the optimisation that minimises them, then the three tasks: content reconstruction, texture synthesis
+and style transfer. The package `style_transfer.engine` computes the same losses faster; tests check that both agree.
 
 Papers named in the docstrings
     [VGG]      Simonyan & Zisserman 2014, Very Deep Convolutional Networks
@@ -57,11 +57,11 @@ __all__ = [
 
 
 def gram_matrix(feature_map: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Gram matrix of a feature map (1, C, h, w): (C, C), `F F^T / (C h w)` with F the (C, h w) rows.
+    """Gram matrix (C, C) of a feature map (1, C, h, w): `F F^T / (C h w)`, where F is the map as a (C, h w) matrix.
 
-    Which channels are active together, averaged over positions. Unlike Gatys et al. ([texture], equation 1), who sum.
-    With a mask m (h, w) in [0, 1] the average is weighted: `F diag(m) F^T / (C sum m)`. Raises UserError for anything
-    but one image's feature map, and for a mask of another shape, with other values or 0 everywhere.
+    It says which channels are active together. Unlike Gatys et al. ([texture], equation 1), we average over positions
+    instead of summing. With a mask m (h, w) in [0, 1] the average is weighted: `F diag(m) F^T / (C sum m)`. Raises
+    UserError unless the map is that of one image, and for a mask of another shape, outside [0, 1] or all zeros.
     """
     check_feature_map(feature_map)
     rows = feature_map[0].flatten(1)
@@ -70,7 +70,7 @@ def gram_matrix(feature_map: Tensor, mask: Tensor | None = None) -> Tensor:
     mask = as_mask(mask, "the mask", feature_map.device).to(feature_map.dtype)
     if mask.shape != feature_map.shape[-2:]:
         shape = tuple(feature_map.shape[-2:])
-        raise UserError(f"the mask is {tuple(mask.shape)} and the feature map {shape}: give one of that shape")
+        raise UserError(f"the mask is {tuple(mask.shape)} and the feature map {shape}: give a mask of that shape")
     return rows * mask.flatten() @ rows.T / (len(rows) * mask.sum())
 
 
@@ -80,10 +80,10 @@ def gram_matrices(maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def content_loss(maps: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Tensor:
-    """Mean squared error of two images' feature maps, summed over layers.
+    """Mean squared error between two images' feature maps, summed over layers.
 
-    Unlike Gatys et al. ([style], equation 1), who take half the sum of squares. maps, targets: {layer: (1, C, h, w)} as
-    `features` gives them, of equal shapes.
+    Unlike Gatys et al. ([style], equation 1), we do not take half the sum of squares. maps, targets: {layer: (1, C, h,
+    w)} as returned by `features`, with equal shapes.
     """
     errors = [(maps[name] - target).square().mean() for name, target in targets.items()]
     return sum(errors, torch.zeros(()))
@@ -92,11 +92,11 @@ def content_loss(maps: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> T
 def style_loss(
     maps: Mapping[str, Tensor], targets: Mapping[str, Tensor], layer_weights: Mapping[str, float] | None = None
 ) -> Tensor:
-    """Mean squared error of Gram matrices, summed over layers ([style], equations 4 and 5).
+    """Mean squared error between Gram matrices, summed over layers ([style], equations 4 and 5).
 
     maps: {layer: (1, C, h, w)}; targets: {layer: (C, C)}, the Gram matrices to match; layer_weights: {layer: number},
-    the paper's w_l, by default 1 each. Unlike Gatys et al., who divide the sum of squares by 4 where we divide by C^2,
-    and so give wide layers more weight.
+    the paper's w_l, by default 1 each. Unlike Gatys et al., we divide each layer's sum of squares by C^2, not by 4,
+    which would give wide layers more weight.
     """
     weights = layer_weights or dict.fromkeys(targets, 1.0)
     errors = [weights[name] * (gram_matrix(maps[name]) - gram).square().mean() for name, gram in targets.items()]
@@ -107,10 +107,10 @@ def make_objective(
     vgg: nn.Sequential, content: Tensor | None, style: Tensor | None, content_layers: Iterable[str],
     style_layers: Iterable[str] | Mapping[str, float], content_weight: float, style_weight: float,
 ) -> Callable[[Tensor], Tensor]:  # fmt: skip
-    """What a style transfer minimises ([style], equation 7): the function image -> tensor (total, content, style).
+    """Return the loss of a style transfer ([style], equation 7): a function image -> tensor (total, content, style).
 
-    content and style: (1, 3, H, W), or None without layers. style_layers: names, or {name: w_l}. The targets are
-    computed here, once.
+    content and style: (1, 3, H, W), or None if there are no layers for it. style_layers: names, or {name: w_l}. The
+    targets are computed once, here.
     """
     layer_weights = style_layers if isinstance(style_layers, Mapping) else None
     with torch.no_grad():
@@ -131,21 +131,21 @@ def make_objective(
 
 
 class Result(NamedTuple):
-    """What an optimisation gives back."""
+    """The result of an optimisation."""
 
     image: Tensor  # (1, 3, H, W) in [0, 1]
-    history: list[Step]  # one for each evaluation
+    history: list[Step]  # one per evaluation
     evaluations: int
-    seconds: float  # of optimisation alone
-    times: list[float]  # seconds after each evaluation
-    ended: str | None  # why, as part of a sentence
+    seconds: float  # wall time from the first step on; loading the network is not included, callbacks are
+    times: list[float]  # seconds from the first step to the end of each evaluation
+    ended: str | None  # why it ended, as part of a sentence; None if it was interrupted
 
 
-last_result: Result | None = None  # of the latest optimisation that was interrupted
+last_result: Result | None = None  # of the last interrupted optimisation
 
 
 def _with_options(source: Callable) -> Callable:
-    """Show the options of `source` in a function's signature instead of `**options`, and refuse all others."""
+    """Show the options of `source` in a function's signature instead of `**options`, and reject all others."""
     options = [each for each in inspect.signature(source).parameters.values() if each.kind is each.KEYWORD_ONLY]
 
     def decorate(function):
@@ -171,12 +171,12 @@ def optimise(
     task: Task, shape: tuple[int, int] | None = None, *, progress: bool = True,
     callback: Callable[[Tensor, Step], None] | None = None, **options,
 ) -> Result:  # fmt: skip
-    """Minimise a `Task`'s loss over images of `shape` (H, W), by default the content's, or the style's without one.
+    """Minimise the loss of a `Task` over images of `shape` (H, W), by default that of the content, else of the style.
 
-    progress: show a bar. callback(image, step): called after each evaluation with a copy of the best image so far, at
-    its scale, and the `Step`. The other options are those of `Run`, which documents them. An interrupt (the notebook's
-    stop button) is re-raised once `nst_utils.last_result` holds the result so far. Raises UserError for bad input, and
-    for a size that the device has no memory for.
+    progress: show a progress bar. callback(image, step): called after each evaluation with a copy of the best image so
+    far, at the current scale, and the `Step`. `Run` documents the other options. An interrupt (the notebook's stop
+    button) stores the result so far in `nst_utils.last_result` and is re-raised. Raises UserError for bad input and
+    for sizes that do not fit in memory.
     """
     global last_result
     if callback is not None and not callable(callback):
@@ -227,8 +227,9 @@ def synthesize_texture(
 ) -> Result:  # fmt: skip
     """Optimise an image to match the Gram matrices of `style` at `layers` ([texture]).
 
-    style: (1, 3, H, W) in [0, 1], or several as in `transfer_style`; shape: (H, W) of the result, by default the first
-    style's. options: those of `optimise` and `Run`. `history`'s total is 1e4 * style loss, as in a transfer.
+    style: (1, 3, H, W) in [0, 1], or several as in `transfer_style`; shape: (H, W) of the result, by default that of
+    the first style. options: those of `optimise` and `Run`. The total in `history` is 1e4 * style loss, as in a
+    transfer.
     """
     return optimise(Task(None, style, (), layers, content_weight=0.0), shape, **options)
 
@@ -241,8 +242,8 @@ def transfer_style(
 ) -> Result:  # fmt: skip
     """Optimise an image to match the feature maps of `content` and the Gram matrices of `style` ([style], eq. 7).
 
-    content, style: (1, 3, H, W) in [0, 1], of any two sizes; the result has the content's. Several styles are blended,
-    or each keeps to its mask: [Style(sky, mask=m), Style(sea, mask=1 - m)]. style_layers: names, or {name: w_l}.
+    content, style: (1, 3, H, W) in [0, 1], of any sizes; the result has the size of the content. Several styles are
+    blended, or each fills its mask: [Style(sky, mask=m), Style(sea, mask=1 - m)]. style_layers: names, or {name: w_l}.
     options: those of `optimise` and `Run`, such as init="noise" or "content", seed, evaluations.
     """
     return optimise(Task(content, style, content_layers, style_layers, content_weight, style_weight), **options)

@@ -1,7 +1,7 @@
 """Compare the recipes people copy with ours: displayed loss against time, on the same objective.
 
-Each rival runs as its author publishes it: as many iterations, without a time limit, on the tasks and from the start
-that its author shows; PyTorch's tutorial runs on all four. Ours runs with its defaults and ends by itself. All minimise
+Each rival runs as its author publishes it: the same iterations, tasks and start, without a time limit; PyTorch's
+tutorial runs on the first four tasks. Ours runs with its defaults and stops by itself. All minimise
 the same loss of the same images on the same network, in one process, one after another. The rivals compute the loss by
 the plain formulas of nst_utils, in float32; ours uses the engine. The clock includes the targets, and for ours also the
 preconditioner and its copy of the network. Kept images are evaluated afterwards, as a viewer would see them: clamped to
@@ -66,7 +66,7 @@ class Cell(NamedTuple):
 
 
 class Trace:
-    """A run's images and the seconds after which each was shown, ever more sparsely, and the last."""
+    """Images of a run with the seconds after which each was shown, at intervals that grow by 5 %, and the last."""
 
     def __init__(self):
         self.kept = []
@@ -99,7 +99,7 @@ def as_displayed(image, shape):
 
 
 def feature_maps(network, image, layers):
-    """`nst.features` without its check of the image, which rivals let leave [-1, 2] or become nan."""
+    """`nst.features` without its check: rivals' images may leave [-1, 2] or become nan."""
     x = (image - network.mean).to(network.dtype)
     x = x.contiguous(memory_format=torch.channels_last)
     maps = {}
@@ -128,7 +128,7 @@ def plain_objective(network, content, style, problem):
 
 
 def objective_maker(network, content, style, problem):
-    """The function: shape -> the objective at that size, which a recipe with several scales calls for each."""
+    """The function: shape -> the objective at that size. A multi-scale recipe calls it once per scale."""
 
     def make(shape):
         ratio = min(shape) / min(content.shape[-2:])
@@ -347,7 +347,7 @@ def run_cell(cell, rivals, vgg):
 
 
 def number_after(run, seconds):
-    """Which of a run's kept images is on display after so many seconds."""
+    """Index of the kept image that is on display after this many seconds."""
     return max(0, sum(elapsed <= seconds for elapsed in run["times"]) - 1)
 
 
@@ -387,7 +387,7 @@ def level_of(rival, our):
 
 
 def ratio_in(runs, precision):
-    """The time of the fastest rival over ours, to the loss that ours and the best rival both reach."""
+    """Fastest rival's time / our time, to the loss that ours and the best rival both reach."""
     our = our_run(runs, precision)
     level = level_of(best_rival(runs), our)
     return min(time_to(rival, level) for rival in rivals_in(runs)) / time_to(our, level)
@@ -413,7 +413,7 @@ def report(runs, about):
     lines = [
         f"{about}\n",
         "Loss (seconds). *Ratio*: the rival's time to its best over our time to the same; SPST's to its end.",
-        "`*`: ours ends above that, because nobody sees a change any more; the times are to our end.\n",
+        "`*`: ours ends above that loss, having converged; the times are to our end.\n",
     ]
     columns = ["task", "pair, seed, size", "rival", "evaluations", "its best", "its end"]
     columns += [f"ours, {precision}: {what}" for precision in precisions for what in ("to the same", "ratio", "end")]
@@ -449,7 +449,7 @@ def strip(runs, images):
 
 
 def plot(runs):
-    """Displayed loss against time, one panel a task, its cell with the most rivals."""
+    """Displayed loss against time: one panel per task, for its cell with the most rivals."""
     shown = {}
     for cell, found in by_cell(runs).items():
         shown[cell.task] = max(shown.get(cell.task, []), found, key=len)

@@ -3,9 +3,9 @@
 Objective, images and starts are those of compare_recipes.py. The tutorial runs in IEEE float32, in TF32 (torch's
 default) and in bfloat16; SPST's schedule, from 512 pixels up, in TF32. Ten evaluations load the kernels before the
 clock starts; ours runs twice and the second run is measured. The clock includes the targets, and for ours the capture
-of CUDA graphs. The loss is that of the displayed image, in IEEE float32. `-`: the run does not reach that loss.
-`warnings`: above all of a graph that could not be captured. Writes results/NAME.md. `--device cpu --sizes 64` tries the
-program itself.
+of CUDA graphs. The loss is that of the displayed image, in IEEE float32. `-`: the run does not reach the
+tutorial's best. `warnings` mostly tells of a CUDA graph that could not be captured. Writes results/NAME.md. Try the
+script itself with `--device cpu --sizes 64`.
 """
 
 import argparse

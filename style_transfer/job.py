@@ -1,4 +1,4 @@
-"""A job of the program `stylise`: one image, saved as it is made, resumed after an interruption, never overwritten."""
+"""A job of `stylise`: it makes one image, saves it as it goes, can be resumed, and overwrites no other image."""
 
 import contextlib
 import hashlib
@@ -35,7 +35,7 @@ from .engine.saving import (
     write_state,
 )
 
-# Settings without an option; those of a saved image may differ.
+# Settings that no option sets; with --like they may differ.
 FIXED = {
     "content_layer": CONTENT_LAYER,
     "layer_weights": dict.fromkeys(STYLE_LAYERS, 1.0),
@@ -50,8 +50,8 @@ BAR = "{percentage:3.0f} % |{bar}| {elapsed}{postfix}"
 def defaults_for(options: Namespace) -> dict:
     """Defaults for `stylise.parse`: the fixed settings, and with --like those of the saved image.
 
-    Its images are looked for beside it, in the current folder, and among the project's. If another number of styles
-    is given, its blend and masks are left out. Raises UserError if the image cannot be made again.
+    Looks for its images beside it, in the current folder, and among the project's. Drops its blend and masks if the
+    command line gives a different number of styles. Raises UserError if the image cannot be made again.
     """
     if not options.like:
         return FIXED
@@ -73,7 +73,7 @@ def defaults_for(options: Namespace) -> dict:
 
 
 def settings_of(options: Namespace, identify) -> dict:
-    """What the image depends on, in the form of `read_settings`. identify: a function of a file's path."""
+    """The settings that determine the image, as `read_settings` returns them. identify: path -> name or digest."""
     settings = {name: getattr(options, name) for name in SETTINGS}
     styles = []
     for style, weight, mask in zip(options.style, options.blend, options.masks):
@@ -90,7 +90,7 @@ def digest(content: bytes) -> str:
 
 
 def fingerprint(settings: dict) -> str:
-    """Equal for equal images, whatever their names."""
+    """A hash of the settings, without the film; files count by content, not by name."""
     return digest(json.dumps(settings | {"film": None}, sort_keys=True).encode())
 
 
@@ -123,7 +123,7 @@ def run_alone_or_shared(options: Namespace) -> None:
         dist.init_process_group(backend)
         make(options, first=dist.get_rank() == 0)
     except RuntimeError as error:
-        sys.exit(f"another process has ended, and so does this one; the same command resumes: {error}")
+        sys.exit(f"another process has ended, so this one stops too; run the same command to resume: {error}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -141,7 +141,7 @@ def make(options: Namespace, first: bool = True) -> None:
                 tqdm.write(f"{options.output} is already made, with the same settings")
             return
         if options.film and options.film.exists():
-            raise UserError(f"{str(options.film)!r} is there already: give another name with --film")
+            raise UserError(f"{str(options.film)!r} already exists: give another name with --film")
         run = Run(
             task_of(options),
             init=options.start,
@@ -161,7 +161,7 @@ def make(options: Namespace, first: bool = True) -> None:
 
 
 def free_output(options: Namespace, settings: dict) -> Path:
-    """CONTENT_STYLE.png, or with the first number not taken by an image with other settings."""
+    """CONTENT_STYLE.png, CONTENT_STYLE_002.png, ...: the first name that no image or run with other settings has."""
     stem = joint_stem(Path(options.content), *map(Path, options.style))
     for number in itertools.count(1):
         output = Path(f"{stem}_{number:03}.png" if number > 1 else f"{stem}.png")
@@ -171,19 +171,19 @@ def free_output(options: Namespace, settings: dict) -> Path:
 
 
 class TakenError(UserError):
-    """An image of other settings has this name, or an unfinished run."""
+    """An image or an unfinished run with other settings has this name."""
 
 
 def find_run(output: Path, settings: dict) -> dict | None:
-    """The state of an unfinished run; None without one, and if the image is finished. Raises TakenError.
+    """The state of the unfinished run; None if there is none or the image is finished. Raises TakenError.
 
-    The state is empty before the first evaluation.
+    The state is {} until the run is first saved.
     """
     path = output.with_suffix(".safetensors")
     found = read_state(path)
     if not found:
         if output.exists() and not is_made(output, settings):
-            raise TakenError(f"{str(output)!r} is there already: give another name with --output")
+            raise TakenError(f"{str(output)!r} already exists: give another name with --output")
         return None
     state, before = found
     words = {"content": "another content image", "styles": "other styles, blend or masks"}
@@ -229,7 +229,7 @@ class Job:
             if side < options.size:
                 tqdm.write(f"{options.content} is {side} pixels wide or high: enlarged, it gains no detail")
             if transparent:
-                tqdm.write(f"{options.content} has transparency, which is laid on white")
+                tqdm.write(f"{options.content} has transparent parts, which become white")
             self.compute()
             self.write_image(resize(run.image, run.shape), fingerprint=fingerprint(self.settings))
             if self.film:
@@ -245,10 +245,10 @@ class Job:
             raise
 
     def compute(self) -> None:
-        """Step after step, with a progress bar and a save every half minute, or less often if that takes long."""
+        """Run all steps with a progress bar; save every half minute, or less often if saving is slow."""
         run, previous, rate, scales = self.run, None, None, len(self.run.scales)
         saved, pause = time.monotonic(), SECONDS_BETWEEN_SAVES
-        start = done = 0  # seconds, and pixels since then
+        start = done = 0  # when timing of the present scale began, and pixels since
         with tqdm(total=run.pixels_left, bar_format=BAR, dynamic_ncols=True) as bar:
             while step := run.step():
                 if self.film:
@@ -258,10 +258,10 @@ class Job:
                 if previous and step.shape == previous.shape:
                     done += pixels
                     rate = (now - start) / done
-                else:  # the first evaluation at a scale includes its preparation
+                else:  # the first evaluation at a scale includes setup, so it is not timed
                     start, done = now, 0
                     if previous and step.total > previous.total:
-                        tqdm.write(f"{width} x {height} pixels have more detail to match: the loss starts higher")
+                        tqdm.write(f"{width} x {height} pixels: more detail to match, so the loss starts higher")
                     if step.shape == run.shape:
                         tqdm.write(run.describe())
                 previous, left = step, "?"
@@ -276,7 +276,7 @@ class Job:
                     except UserError as error:
                         tqdm.write(f"warning: {error}; the run goes on")
                     saved = time.monotonic()
-                    pause = max(SECONDS_BETWEEN_SAVES, 100 * (saved - now))  # saves take a hundredth of the time
+                    pause = max(SECONDS_BETWEEN_SAVES, 100 * (saved - now))  # saving takes at most 1 % of the time
 
     def save(self) -> None:
         """Save the run, its film, and its present image; before the first evaluation, remove the run's file."""
@@ -304,7 +304,7 @@ class Job:
         write_over(self.options.output, lambda path: path.write_bytes(content))
 
     def write_film(self) -> None:
-        """Write the film, unless another file has taken its name in the meantime."""
+        """Write the film. Raises UserError if another file has taken its name in the meantime."""
         path = self.options.film
         try:
             write_new(path, film_of(self.film.frames, path.suffix[1:]))
@@ -313,7 +313,7 @@ class Job:
 
 
 def limit_cuda_memory(memory: float | None, device: torch.device) -> None:
-    """Make CUDA refuse more than `memory` GiB. It holds for the process, so the program sets it, not the engine."""
+    """Make CUDA refuse more than `memory` GiB. The limit is process-wide, so the program sets it, not the engine."""
     if memory and device.type == "cuda":
         share = memory * 2**30 / torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)

@@ -1,4 +1,4 @@
-"""What this process may use of the machine: a container's memory and processors, and how OpenMP's threads wait.
+"""The container's limits on memory and processors, the machine's load, and how OpenMP's threads wait.
 
 It does not import torch, since `limit_spinning` must run before torch is imported.
 """
@@ -19,11 +19,11 @@ SHARED = ("JUPYTERHUB_USER", "COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE", "CI"
 
 
 def limit_spinning(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Let OpenMP's threads sleep soon while they wait for each other, if the processors are shared.
+    """Make waiting OpenMP threads sleep sooner, if the processors are shared.
 
     By default they spin for milliseconds, which makes an evaluation beside other processes up to twenty times slower.
-    To wake them costs an idle machine a tenth, so there the default stays, as does what the user has set. Without
-    effect once torch is imported.
+    Waking them makes an idle machine a tenth slower, so there the default stays, and so do the user's own settings.
+    Has no effect once torch is imported.
     """
     chosen = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & environment.keys()
     shared = set(SHARED) & environment.keys() or container_processors() < (os.cpu_count() or 1)
@@ -32,12 +32,12 @@ def limit_spinning(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 def running_tasks() -> int:
-    """How many tasks of the machine keep wanting a processor, this one included; 0 where Linux does not say."""
+    """The number of runnable tasks on the machine, this one included; 0 where it is unknown."""
     running = []
     with contextlib.suppress(OSError, ValueError, IndexError):
         for _ in range(5):
             running.append(int(LOAD.read_text().split()[3].split("/")[0]))
-            time.sleep(0.005)  # so that one that wakes for a moment does not count
+            time.sleep(0.005)  # the minimum leaves out tasks that run for a moment only
     return min(running, default=0)
 
 
@@ -56,14 +56,14 @@ def control_groups(controller: str) -> Iterator[Path]:
 
 
 def read_numbers(*files: Path) -> list[float]:
-    """The numbers in files; infinite for "max", which means no limit; none if one of the files cannot be read."""
+    """The numbers in files; inf for "max", which means no limit; [] if one of the files cannot be read."""
     with contextlib.suppress(OSError, ValueError):
         return [float(word.replace("max", "inf")) for file in files for word in file.read_text().split()]
     return []
 
 
 def container_memory() -> float:
-    """How many bytes the container lets this process allocate; memory that caches files counts as free."""
+    """The bytes that the container still lets this process allocate; page cache counts as free."""
     free = math.inf
     for group in control_groups("memory"):
         for limit, used in (
@@ -78,16 +78,16 @@ def container_memory() -> float:
 
 
 def cached_bytes(file: Path) -> float:
-    """How much of a group's memory caches files, from lines "name number"."""
+    """Bytes of page cache in a group, from the lines "name number" of its memory.stat."""
     with contextlib.suppress(OSError, ValueError):
         found = dict(line.split() for line in file.read_text().splitlines())
         names = "inactive_file", "active_file"
-        return sum(float(found.get(f"total_{name}", found.get(name, 0))) for name in names)  # total: with groups inside
+        return sum(float(found.get(f"total_{name}", found.get(name, 0))) for name in names)  # total: nested groups too
     return 0.0
 
 
 def container_processors() -> float:
-    """How many processors' time the container lets this process use; infinite without a limit."""
+    """The container's CPU limit, in processors; infinite without one."""
     share = math.inf
     for group in control_groups("cpu"):
         numbers = read_numbers(group / "cpu.max")

@@ -1,6 +1,6 @@
 """Make one image in the style of another, at any size, in bounded memory: stylise photo.jpg painting.jpg
 
-The image is saved every half minute, and beside it the run, a .safetensors file of the same name. After an
+Every half minute it saves the image and, beside it, the run: a .safetensors file of the same name. After an
 interruption, the same command resumes the run. To share the work among devices or processes:
     torchrun --nproc-per-node 2 -m style_transfer.stylise ...
 An image saved by this program or the panel contains its settings: stylise --like saved.png makes it again.
@@ -62,7 +62,7 @@ class Output:
 def parse(arguments: list[str], defaults: dict | None = None) -> argparse.Namespace:
     """The options on a command line.
 
-    defaults: those that `job.defaults_for` adds to this parser's own; only with them is --like complete, and checked.
+    defaults: more of them, from `job.defaults_for`. Without these, options with --like are not checked.
     """
     usage = "%(prog)s content style [style ...] [options]"
     parser = Parser("stylise", usage, __doc__, formatter_class=Help)
@@ -73,18 +73,18 @@ def parse(arguments: list[str], defaults: dict | None = None) -> argparse.Namesp
     add(
         "--masks",
         nargs="+",
-        help="for each style, an image that is white where it goes, or 'rest' for where the other masks are not",
+        help="for each style, an image that is white where it goes, or 'rest' for everywhere else",
     )
     add(
         "--keep-colours",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="keep the photograph's colours, and change only light and dark",
+        help="keep the photograph's colours, and change only lightness",
     )
-    add("--like", type=Path, help="a saved PNG file, whose settings are used unless others are given")
+    add("--like", type=Path, help="a saved PNG file; its settings are the defaults of the other options")
     add("-o", "--output", type=Path, help="a PNG file (CONTENT_STYLE.png in this folder, or numbered)")
     add("--size", type=int, default=256, help="of the shorter side, in pixels (%(default)s)")
-    add("--style-size", type=int, help="the same for the style image: a larger one has larger strokes (--size)")
+    add("--style-size", type=int, help="the same for the style image: a larger one gives larger strokes (--size)")
     add("--style-weight", type=float, default=1e4, help="relative to the content's (%(default)g)")
     add(
         "--init",
@@ -109,7 +109,7 @@ def parse(arguments: list[str], defaults: dict | None = None) -> argparse.Namesp
 
 
 def check(options, error):
-    """Call `error` with a sentence if options do not fit each other, or a file cannot be written where they say."""
+    """Call `error` with a sentence if options are invalid or contradict each other, or a folder is not writable."""
     if not options.content or not options.style:
         error("give two images, content and style, and after them any --blend and --masks")
     count = len(options.style)
@@ -131,7 +131,7 @@ def check(options, error):
 
 
 def stop(*_):
-    """End the process at once. While torch is imported, libraries may swallow a KeyboardInterrupt."""
+    """End the process at once. While torch is being imported, libraries may swallow a KeyboardInterrupt."""
     sys.stderr.write(f"{INTERRUPTED} starts again, nothing is saved\n")
     os._exit(1)
 

@@ -370,7 +370,7 @@ def test_the_report_says_what_was_odd(graded):
     assert "test-gram-matrix was missing" in graded.report("merged")
     assert "test-gram-matrix was doubled" in graded.report("edited copies")
     said = graded.report("@SUM(1)")
-    assert "@SUM(1)/work.rar was ignored" in said and "no notebook that can be read" in said
+    assert "@SUM(1)/work.rar was ignored" in said and "no readable notebook" in said
     assert "which-layers was left blank" in graded.report("copied tests")
     said = graded.report("tricks").splitlines()
     assert not {f"{ONE}: held for a look: {line}" for line in TRICKS.strip().splitlines()} - {*said}, said

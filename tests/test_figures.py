@@ -118,7 +118,7 @@ FILM(RED, 1.0)
         (plot_losses, [{"a": "xy"}], "curves is {'a': 'xy'}: it must be"),
         (plot_losses, [LOSSES, "", [2.0]], "seconds is [2.0]: it must be"),
         (plot_losses, [LOSSES, "", {"fast": [1, 2]}], "'fast' has 3 losses: `seconds` must have as many"),
-        (filmstrip, [[RED]], "recorder is a list without images: give a Recorder to a task"),
+        (filmstrip, [[RED]], "recorder is a list without images: give a Recorder that was"),
         (filmstrip, [FILM, 2, -1], "width is -1: it must be a finite number of inches, 0.1 to 100"),
         (image_table, [[RED], [RED], [RED]], ": give {title: image}"),
         (image_table, [[RED], {"": RED}, [RED], 0], "width is 0: it must be"),

@@ -69,7 +69,7 @@ def test_a_file_is_written_whole_or_not_at_all(length, tmp_path):
     write_new(path, b"mine")
     with pytest.raises(FileExistsError):
         write_new(path, b"another's")
-    with full_disk(), pytest.raises(UserError, match=f"{path.name}' cannot be written, and is as it was: .*large"):
+    with full_disk(), pytest.raises(UserError, match=f"{path.name}' cannot be written, and is unchanged: .*large"):
         write_over(path, lambda aside: aside.write_bytes(bytes(length)))
     assert path.read_bytes() == b"mine" and [*tmp_path.iterdir()] == [path]
     with open(path, "rb") as reader:

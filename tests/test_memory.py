@@ -65,7 +65,7 @@ def test_memory_that_runs_out_is_answered_in_one_sentence(error, refuses):
 
 def test_a_budget_is_of_the_whole_process_or_a_share_of_what_is_free(refuses, settings, content):
     for use in (lambda: budget_of(CPU, 0.01), lambda: reconstruct_content(content, memory=0.01, **settings)):
-        with refuses("memory is 0.01: that is too few GiB, since"):
+        with refuses("memory is 0.01: give more GiB, since"):
             use()
     assert 1e7 < used_memory(CPU) < 1e11
     assert budget_of(CPU, used_memory(CPU) / GIB + 1) == pytest.approx(0.9 * GIB, rel=0.05)
@@ -81,7 +81,7 @@ def test_on_cuda_a_budget_counts_what_is_reserved(monkeypatch, refuses):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
     assert budget_of(device, 10) == int(0.9 * (10 - 3) * GIB) and emptied
     assert budget_of(device, processes=4) == int(0.8 * (5 + 3 - 1) * GIB)
-    with refuses("memory is 1.5: that is too few GiB, since 3.00 are in use already"):
+    with refuses("memory is 1.5: give more GiB, since 3.00 are already in use"):
         budget_of(device, 1.5)
 
 

@@ -264,7 +264,7 @@ def test_a_weight_file_that_has_changed_is_read_again(state, tmp_path):
 
 
 LOGIN_PAGE = mock.MagicMock(**{"read.side_effect": [b"<html>", b""], "info.return_value.get_all.return_value": None})
-UNREACHABLE = "they need the internet once, and it cannot be reached ("
+UNREACHABLE = "they must be downloaded once, and the server cannot be reached ("
 DOWNLOADS = [  # (what happens, what is said)
     (urllib.error.URLError("Name or service not known"), f"{UNREACHABLE}Name or service not known)"),
     (TimeoutError("timed out"), f"{UNREACHABLE}timed out)"),
@@ -272,7 +272,7 @@ DOWNLOADS = [  # (what happens, what is said)
     (http.client.IncompleteRead(b""), f"{UNREACHABLE}IncompleteRead(0 bytes read))"),
     (urllib.error.HTTPError("https://x", 407, "no", {}, None), "the server refused torchvision's weights with 407"),
     (OSError(28, "No space left on device"), "cannot be stored in {!r}: No space left on device"),
-    ([LOGIN_PAGE], "the download was cut off, or is another file, such as a page to log in"),
+    ([LOGIN_PAGE], "the download was cut off, or is another file, such as a login page"),
 ]
 
 
@@ -312,7 +312,7 @@ BAD_FILES = {
     "text": (b"not a weight file", DAMAGED),
     "cut off": (SMALL[: len(SMALL) // 2], DAMAGED),
     "code": (saved({"features.0.weight": Bomb()}), DAMAGED),
-    "a web page": (b"\xef\xbb\xbf \n<!DOCTYPE html><title>Log in</title>", "a web page, such as one to log in"),
+    "a web page": (b"\xef\xbb\xbf \n<!DOCTYPE html><title>Log in</title>", "a web page, such as a login page"),
     "another network": (SMALL, ANOTHER),
     "a list": (saved([1, 2, 3]), ANOTHER),
 }

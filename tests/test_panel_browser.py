@@ -284,5 +284,5 @@ def test_frames_that_are_sent_and_frames_that_the_browser_asks_for(pull, browser
     book.wait_for(lost.exists)
     state, note, before, after = json.loads(lost.read_text())
     lost.unlink()
-    assert (state, note) == ("paused", "no browser has shown this panel for 2 seconds: Start goes on")
+    assert (state, note) == ("paused", "no browser has shown this panel for 2 seconds: press Start to continue")
     assert before == after > 0

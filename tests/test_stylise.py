@@ -115,7 +115,7 @@ def test_an_image_is_made_and_never_overwritten(run, capsys):
     assert printed.err == "loading ...\n" and not re.search("photo.jpg|starts higher", printed.out)
     assert "48 x 32 pixels whole, history size 20" in printed.out
     assert f"{MADE[0]}: 48 x 32 pixels, finished because the limit of 6 evaluations" in printed.out
-    with ends(f"^error: '{MADE[0]}' is there already: give another name with --output"):
+    with ends(f"^error: '{MADE[0]}' already exists: give another name with --output"):
         run("--seed=1", "-o", MADE[0])
     assert content_of(MADE[0]) == made
     Image.open("photo.jpg").convert("RGBA").save("photo.png")
@@ -146,7 +146,7 @@ def test_an_unfinished_image_without_its_run_is_not_taken_for_a_finished_one(run
     with ends("resumes"):
         run(stop=4)
     Path(MADE[1]).unlink()
-    with ends("is there already"):
+    with ends("already exists"):
         run("-o", MADE[0])
     assert len(run()) == 6 and new_files() == [MADE[0], "photo_painting_002.png"]
 
@@ -166,7 +166,7 @@ def test_the_time_that_is_left_is_known_from_the_second_scale_on(run, clock, mon
     run("--evaluations=36", "--size=64", at=dict.fromkeys(range(37), tick))
     left = *range(960, 864, -12), *range(864, -1, -48)
     assert shown == ["?"] * 9 + [f"{each // 60:02}:{each % 60:02}" for each in left]
-    assert "96 x 64 pixels have more detail to match: the loss starts higher" in capsys.readouterr().out
+    assert "96 x 64 pixels: more detail to match, so the loss starts higher" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("start, stops", [("noise", (1, 1, 2)), ("content", (3, 3))])
@@ -258,9 +258,9 @@ def test_a_run_goes_on_when_a_save_fails(run, clock, capsys):
         at = {number: functools.partial(tick, number) for number in range(1, 11)}
         run("--evaluations=10", at=at)
     printed = capsys.readouterr().out
-    assert printed.count(f"warning: '{MADE[1]}' cannot be written, and is as it was: ") == 2
+    assert printed.count(f"warning: '{MADE[1]}' cannot be written, and is unchanged: ") == 2
     assert "10 evaluations is reached" in printed and new_files() == [MADE[0]]
-    with contextlib.ExitStack() as disk, ends("^error: 'a.png' cannot be written, and is as it was: "):
+    with contextlib.ExitStack() as disk, ends("^error: 'a.png' cannot be written, and is unchanged: "):
         run("-o", "a.png", at={6: lambda: disk.enter_context(full_disk())})
     assert new_files() == ["a.safetensors", MADE[0]]
     assert run("-o", "a.png")
@@ -273,7 +273,7 @@ def test_an_image_that_another_run_is_making_is_left_alone(run):
         before = {name: content_of(name) for name in new_files()}
         assert f".{MADE[1]}.lock" in before
         for words in ((), ("-o", MADE[0], "--seed=7")):
-            with ends(f"^error: '{MADE[0]}': another run is making it: give another name with --output"):
+            with ends(f"^error: '{MADE[0]}': another run is writing it: give another name with --output"):
                 run(*words)
         assert {name: content_of(name) for name in new_files()} == before
 
@@ -342,11 +342,11 @@ def test_a_run_that_cannot_be_read_or_saved_is_kept(run):
     save_file({"a": torch.ones(1)}, "other.safetensors")
     for content in (kept[:1000], b"nonsense", b"", kept.replace(b"state", b"stale"), content_of("other.safetensors")):
         path.write_bytes(content)
-        with ends(f"^error: '{path}' is damaged, or not a run: move it away to begin anew"):
+        with ends(f"^error: '{path}' is damaged, or not a saved run: move it away to start afresh"):
             run()
         assert content_of(path) == content
     path.write_bytes(kept)
-    with full_disk(), ends(f"^error: '{path}' cannot be written, and is as it was: .*too large"):
+    with full_disk(), ends(f"^error: '{path}' cannot be written, and is unchanged: .*too large"):
         run(stop=1)
     assert content_of(path) == kept and new_files() == ["other.safetensors", *MADE]
     assert len(run()) == 4
@@ -367,7 +367,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_work(run, as_nobody
     "arguments, message",
     [
         (["--memory=-1"], "memory is -1.0: it must be a finite number of GiB above 0"),
-        (["--memory=0.001"], "memory is 0.001: that is too few GiB"),
+        (["--memory=0.001"], "memory is 0.001: give more GiB"),
         (["--evaluations=0"], "evaluations is 0: it must be a whole number, 1 or more"),
         (["--size=0"], "size is 0"),
         (["--size=2"], "a 2x3 image is too small for conv3_1"),
@@ -587,7 +587,7 @@ def test_a_film_that_someone_else_made_meanwhile_is_not_overwritten(run):
     with ends("^error: 'film.gif' cannot be written, move it away: File exists"):
         run(*words, at={5: lambda: Path("film.gif").write_bytes(b"mine")})
     assert content_of("film.gif") == b"mine"
-    with ends("'film.gif' is there already: give another name with --film"):
+    with ends("'film.gif' already exists: give another name with --film"):
         run(*words)
     Path("film.gif").unlink()
     assert not run(*words) and new_files() == ["film.gif", "made.png"]

@@ -235,7 +235,7 @@ BAD_IMAGES = {
     "not finite": noise() * math.nan, "outside [0, 1]": 1.1 + noise(), "is str": "chenonceau.jpg",
     "outside [0, 1] or not finite, -0.5 to 1.75:": torch.linspace(-0.5, 1.75, 60).view(1, 3, 4, 5),
 }  # fmt: skip
-TWICE, UNKNOWN, NONE = "conv1_2 is among them twice", "unknown layer 'conv_17'", "no layers given"
+TWICE, UNKNOWN, NONE = "conv1_2 is named twice", "unknown layer 'conv_17'", "no layers given"
 LAYERS = {TWICE: ["conv1_1", "conv1_2", "conv_2"], UNKNOWN: "conv_17"}
 REFUSED = [  # (task, option, {what is said: value})
     *[(task, option, {f"{option} is {value!r}": value}) for task, option, values in VALUES for value in values],
@@ -253,7 +253,7 @@ REFUSED = [  # (task, option, {what is said: value})
     (synthesize, "layers", {"weight of conv2_1 is -1.0": {"conv1_1": 1.0, "conv2_1": -1.0}}),
     (transfer, "content_layers", LAYERS),
     (transfer, "style_layers", LAYERS | {"weight of conv2_1 is '1'": {"conv1_1": 1.0, "conv2_1": "1"}}),
-    (synthesize, "memory", {"memory is 1e-12: that is too few GiB": 1e-12}),
+    (synthesize, "memory", {"memory is 1e-12: give more GiB": 1e-12}),
     *[(transfer, option, {f"{option} is 1000": 10**400}) for option in ("memory", "content_weight", "evaluations")],
     (transfer, "callback", {"callback is 5: give a function of an image and a Step": 5}),
     (nst.optimise, "task", {"... (Tensor): give a Task": noise()}),  # a long value is shown by its beginning

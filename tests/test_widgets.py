@@ -936,7 +936,7 @@ def test_the_controls_open_at_the_parameters_and_reset_goes_back_to_them(given, 
     [
         ({"content_layer": "conv6_1"}, "unknown layer 'conv6_1'"),
         ({"content_weight": -1}, "content_weight is -1"),
-        ({"style_weight": 0}, "style_weight is 0: the panel's slider begins above 0"),
+        ({"style_weight": 0}, "style_weight is 0: the panel's slider starts above 0"),
         ({"content": None, "style_layers": ()}, "no layers given"),
         ({"style": None, "content_weight": 0}, "every layer named has weight 0"),
         ({"content": None, "style": None}, "content and style are both None"),

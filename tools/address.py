@@ -1,7 +1,7 @@
-"""The project's address, from pyproject.toml, and version, into all that names them: make address ADDRESS=https://...
+"""Write the project's address and version into every file that names them: make address ADDRESS=https://...
 
-Those are the notebooks' first cell, the badges and the clone command of README.md, and CITATION.cff. Without an
-ADDRESS the address stays as it is, and a new version is brought into all of them.
+They are in the notebooks' first cell, README.md's badges and clone command, and CITATION.cff. ADDRESS is stored in
+pyproject.toml; without it the stored address stays, and only a new version is written.
 """
 
 import re
@@ -31,7 +31,7 @@ import style_transfer  # before torch: lets waiting threads sleep where others s
 
 
 def known(pyproject):
-    """(address, or "" where none is set; version) of the project, from the text of pyproject.toml."""
+    """(address, version) of the project. pyproject: the text of pyproject.toml; without an address in it, ""."""
     return tomllib.loads(pyproject)["project"].get("urls", {}).get("Repository", ""), style_transfer.__version__
 
 
@@ -78,7 +78,7 @@ def main(address=None):
         notebook = nbformat.read(path, 4)
         next(cell for cell in notebook.cells if cell.cell_type == "code").source = first_cell(address, version)
         nbformat.write(notebook, path)
-    print(f"version {version}, at {address or 'no address: say make address ADDRESS=https://...'}")
+    print(f"version {version}, at {address or 'no address: run make address ADDRESS=https://...'}")
 
 
 if __name__ == "__main__":

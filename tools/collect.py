@@ -1,7 +1,7 @@
 """Who handed in what: the notebooks in a folder or a zip, as Canvas, Moodle, nbgrader or people make them.
 
-A notebook is recognised by its questions, whatever its file is called; the student by the outermost name of a platform
-or a folder. Nothing is unpacked onto the disk.
+A notebook is recognised by its questions, whatever its file is called. The student is named by the outermost folder,
+or by the file name that a platform gives. Nothing is unpacked to disk.
 """
 
 import io
@@ -16,13 +16,13 @@ import nbformat
 from homework import NAME, grade_id
 
 MOST_BYTES = 1_000_000_000  # of a zip when unpacked
-OTHERS = {NAME, "assignment", "notebooks", "submitted", "submissions", "release"}  # folders that are no student's
+OTHERS = {NAME, "assignment", "notebooks", "submitted", "submissions", "release"}  # names that are not students'
 CANVAS = re.compile(r"(?P<name>[^_]+)_(?P<late>LATE_)?(?P<id>\d+)_\d+_.*?(-(?P<number>\d+))?")
 MOODLE = re.compile(r"(?P<name>.+?)_(?P<late>)(?P<id>\d+)_assignsubmission.*(?P<number>)")
 
 
 def files_in(folder, path=()):
-    """(Names of its folders and zips and its own, time, what reads it or the error) of each file of a folder."""
+    """Yield (path, as names of folders, zips and file; time; function that reads it, or an error) for each file."""
     for entry in sorted(folder.iterdir()):
         below = (*path, entry.name.encode("utf-8", "replace").decode())
         if entry.is_dir():
@@ -32,7 +32,7 @@ def files_in(folder, path=()):
 
 
 def opened(path, when, read):
-    """A file, or those in it if it is a zip, as in `files_in`."""
+    """Yield a file, or the files in it if it is a zip, as `files_in` does."""
     if path and not path[-1].lower().endswith(".zip"):
         yield path, when, read
         return
@@ -45,29 +45,29 @@ def opened(path, when, read):
             inner = PurePosixPath(entry.filename.replace("\\", "/")).parts
             if not entry.is_dir():
                 yield from opened((*path, *inner), entry.date_time, partial(archive.read, entry))
-    except Exception as error:  # whatever a file can be that is no zip
+    except Exception as error:  # a broken zip can raise anything
         yield path, when, error
 
 
 def student_of(path, notebooks):
-    """(Student, whether Canvas says late, Canvas's number) by the outermost name that says so; notebooks: ours."""
+    """(Student, late, resubmission number) by the outermost name that tells; the last two are Canvas's only."""
     for k, part in enumerate(path):
         part = unicodedata.normalize("NFC", part)  # a Mac's umlauts are two characters
         is_file = k == len(path) - 1 or part.lower().endswith(".zip")
         stem = re.sub(r"(\.\w{1,5})+$", "", part) if is_file else part
         stem = re.sub(rf"({'|'.join(notebooks)})( \(\d+\))?", "", stem)
-        joined = stem != part  # to something that is gone
+        joined = stem != part  # an extension or a notebook's name was removed
         stem = re.sub(r"[^\w .,()@-]", lambda found: f"_{ord(found[0]):x}", stem)
         if found := is_file and CANVAS.fullmatch(stem) or MOODLE.fullmatch(stem):
             return f"{found['name']}_{found['id']}", bool(found["late"]), int(found["number"] or 0)
         stem = stem.strip(" _-.") if joined else stem
         if stem and stem.lower() not in OTHERS and (k < len(path) - 1 or re.search(r"[^\W\d_]", stem)):
-            return stem[:60] + stem[60:][-20:], False, 0  # of a long one, the beginning and the end
+            return stem[:60] + stem[60:][-20:], False, 0  # a long name keeps its beginning and end
     return "unknown", False, 0
 
 
 def without_wrapping(files, notebooks):
-    """The files without a folder around all: around Canvas's names, or students who have a file of one name."""
+    """Drop a folder around all files if it holds Canvas's names, or files of one name from several students."""
     inner = [(path[1:], *rest) for path, *rest in files]
     students = {student_of(path[:-1], notebooks)[0] for path, *_ in inner} - {"unknown"}
     doubles = len({path[-1:] for path, *_ in inner}) < len(inner)
@@ -78,7 +78,7 @@ def without_wrapping(files, notebooks):
 
 
 def recognised(notebook, sources):
-    """The name of our notebook that has most questions and tests in common with this one, or nothing."""
+    """The name of our notebook that shares the most questions and tests with this one; None if none does."""
     keys = {grade_id(cell) or cell.get("id") for cell in notebook.cells} - {None}
     common = {name: len(keys & set(map(grade_id, ours.cells))) for name, ours in sources.items()}
     return max(common, key=common.get) if any(common.values()) else None
@@ -98,10 +98,10 @@ def collect(files, sources):
             said.append(f"{where} was ignored")
         else:
             try:
-                # Without Windows's ends of lines, and halves of characters, which cannot be written.
+                # Drop the \r of Windows line ends, and surrogate escapes, which cannot be encoded.
                 content = re.sub(r"(?i)(?<!\\)\\(r(?=\\n)|ud[89a-f]..)", "", read().decode("utf-8-sig"))
                 name = recognised(nbformat.reads(content, 4), sources)
-            except Exception as error:  # whatever a file can be that is no notebook
+            except Exception as error:  # a broken notebook can raise anything
                 said.append(f"{where} cannot be read as a notebook: {str(error)[:80]}")
                 continue
             rank = number, when, where

@@ -1,7 +1,7 @@
 """Grade submitted notebooks with nbgrader: a gradebook, grades.csv, a page of feedback for each student, a report.
 
-Everything goes into one folder, which is a course of nbgrader's. A second call grades what has changed since, and puts
-the marks given by hand meanwhile into grades.csv and feedback.
+Everything goes into one folder, an nbgrader course. A second call grades only what has changed, and adds the marks
+given by hand in the meantime to grades.csv and feedback.
 """
 
 import csv
@@ -26,7 +26,7 @@ TOOLS = ROOT / "tools"
 
 
 def with_other_numbers(notebook, seed):
-    """Our notebook with the seeds in the hidden part of its tests moved by a word."""
+    """Our notebook, with the seeds in its hidden tests shifted by a hash of the word `seed`."""
     shift = zlib.crc32(seed.encode())  # 0 for no word
     for cell in filter(is_test, notebook.cells):
         shown, mark, hidden = cell.source.partition("### BEGIN HIDDEN TESTS")
@@ -35,7 +35,7 @@ def with_other_numbers(notebook, seed):
 
 
 def store(chosen, remarks, sources):
-    """Copy what was collected into the course, and forget what was graded of those who handed in something new."""
+    """Copy what was collected into the course; delete the results of students who handed in something new."""
     for student, said in remarks.items():
         folder = Path("submitted", student)
         (folder / NAME).mkdir(parents=True, exist_ok=True)
@@ -50,13 +50,13 @@ def store(chosen, remarks, sources):
 def graded(path):
     try:
         return judged(nbformat.read(path, 4), path.stem)
-    except Exception as error:  # whatever a notebook can have that is no cell
+    except Exception as error:  # a broken notebook can raise anything
         print(f"{path} cannot be graded: {type(error).__name__}: {error}")
         return judged(new_notebook(), path.stem)
 
 
 def grade(course, sources):
-    """Grade the notebooks that are not graded yet on all processors, and store each student's points at once."""
+    """Grade what is not graded yet, on all processors; store each student's points as soon as they are ready."""
     students = sorted({*os.listdir("submitted")} - {*os.listdir("autograded")})
     jobs = [(student, name) for student in students for name in sources]
     pool = ThreadPoolExecutor(os.cpu_count())
@@ -68,7 +68,7 @@ def grade(course, sources):
 
 
 def account(gradebook, student, asked):
-    """([question, its points or "", what is to be said of it], sentences for the report, all points) of a student."""
+    """A student's ([(question, points or "" if not marked yet, remarks), ...], lines for the report, total points)."""
     notebooks = gradebook.find_submission(NAME, student).notebooks
     grades = {grade.name: grade for notebook in notebooks for grade in notebook.grades}
     comments = {one.name: one.comment for notebook in notebooks for one in notebook.comments}
@@ -96,7 +96,7 @@ def write_all(course, sources):
     with course.gradebook as gradebook:
         for student in sorted(os.listdir("autograded")):
             results, said, total = account(gradebook, student, asked)
-            # A name that begins so is no formula.
+            # Keep spreadsheets from reading such a name as a formula.
             rows.append([re.sub("^(?=[-+=@])", "'", student), *(points for _, points, _ in results), total])
             html = page.render(student=student, results=results, total=total)
             Path("feedback", f"{student}.html").write_text(html, "utf-8")
@@ -108,13 +108,13 @@ def write_all(course, sources):
 
 
 def main(submissions, into, student="", seed=""):
-    """Grade a folder or zip into the folder `into`; student: again, even if nothing has changed."""
+    """Grade a folder or zip into the folder `into`; student: grade this one again even if nothing has changed."""
     sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
     path, sources = Path(submissions), read_notebooks(ROOT / "notebooks")
     files = files_in(path) if path.is_dir() else opened((), (), path.read_bytes)
     chosen, remarks = collect(files if submissions else [], sources)
     if not chosen:
-        print(f"There is no notebook of the homework in {submissions!r}: say make grade SUBMISSIONS=folder-or-zip.")
+        print(f"There is no notebook of the homework in {submissions!r}: run make grade SUBMISSIONS=folder-or-zip.")
         sys.exit("\n".join(sum(remarks.values(), [])) or 1)
     Path(into).mkdir(exist_ok=True)
     os.chdir(into)
@@ -122,7 +122,7 @@ def main(submissions, into, student="", seed=""):
     course = open_course(Path.cwd(), lambda notebook: with_other_numbers(notebook, seed))
     shutil.rmtree("helper", ignore_errors=True)
     write_helper(Path("helper"))
-    subprocess.run(["sh", TOOLS / "kernels" / NAME / "sandbox.sh"])  # says if there is none
+    subprocess.run(["sh", TOOLS / "kernels" / NAME / "sandbox.sh"])  # prints a warning if there is none
     store(chosen, remarks, sources)
     if student or before != read_notebooks(Path("source", NAME)):
         shutil.rmtree(Path("autograded", student), ignore_errors=True)
@@ -130,7 +130,7 @@ def main(submissions, into, student="", seed=""):
     try:
         grade(course, sources)
     except KeyboardInterrupt:
-        print("Stopped: what is graded is stored, and the next call grades the others.")
+        print("Stopped: all grades so far are saved; the next call grades the rest.")
         write_all(course, sources)
         os._exit(130)
     write_all(course, sources)

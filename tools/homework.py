@@ -1,4 +1,4 @@
-"""What the notebooks are as homework: which cell is a question, a test or an exercise, and what it is worth."""
+"""The notebooks as homework: which cell is a question, a test or an exercise, and how many points it gives."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ def read_notebooks(folder):
 
 
 def about(cell):
-    """What nbgrader knows of a cell."""
+    """nbgrader's metadata of a cell."""
     return cell.metadata.get("nbgrader", {})
 
 
@@ -40,7 +40,7 @@ def is_solution(cell):
 
 
 def is_test(cell):
-    """Whether a machine grades by it."""
+    """Whether it is an autograded test."""
     return about(cell).get("grade") and not is_solution(cell)
 
 

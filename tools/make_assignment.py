@@ -15,7 +15,7 @@ from homework import CODE_BLANK, NAME, ROOT, TEXT_BLANK, questions, read_noteboo
 from nbgrader.apps import NbGraderAPI
 from traitlets.config import PyFileConfigLoader
 
-# A student needs nothing for our tests, and has the handout for README.md.
+# Students need no test tools, and get HANDOUT.md instead of README.md.
 CHANGED = [("requirements.txt", r"(nbval|pytest)==.*\n", ""), ("pyproject.toml", "README", "HANDOUT")]
 # The functions that are blank in the released helper: signature and docstring, body.
 FORMULAS = r'(?ms)^(def (?:gram_matrix|content_loss|style_loss|make_objective)\(.*?""".*?"""\n).*?(?=\n\n\n)'
@@ -23,7 +23,7 @@ HELPER_BLANK = 'raise NotImplementedError("yours to write: first in the notebook
 
 
 def open_course(folder, changed=lambda notebook: notebook):
-    """nbgrader's course in a folder, whose source are our notebooks, as `changed` gives them."""
+    """Make an nbgrader course with its release in a folder, from our notebooks as `changed` returns them."""
     source = folder / "source" / NAME
     source.mkdir(parents=True, exist_ok=True)
     for name, notebook in read_notebooks(ROOT / "notebooks").items():
@@ -37,7 +37,7 @@ def open_course(folder, changed=lambda notebook: notebook):
 
 
 def write_helper(target):
-    """The helper with blank formulas, the package and the pictures, in the new folder `target`."""
+    """Write the helper with blank formulas, the package and the images into the folder `target`."""
     target.mkdir(exist_ok=True)
     for name in ("style_transfer", "images"):
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -46,7 +46,7 @@ def write_helper(target):
 
 
 def write_release(folder, target):
-    """Everything that a student gets, in the new folder `target`, from a course in `folder`."""
+    """Write everything that a student gets into the new folder `target`, from the course in `folder`."""
     shutil.copytree(folder / "release" / NAME, target / "notebooks")
     write_helper(target)
     shutil.copy(ROOT / "LICENSE", target)
@@ -62,9 +62,9 @@ def write_release(folder, target):
 if __name__ == "__main__":
     target = Path(*sys.argv[1:] or [ROOT / "assignment"])
     if target.exists():
-        sys.exit(f"{target.name} is there already: move it away first, since you may have worked on it.")
+        sys.exit(f"{target.name} already exists: move it away first, in case you have worked on it.")
     with tempfile.TemporaryDirectory() as folder:
         open_course(Path(folder))
         write_release(Path(folder), target)
     shutil.make_archive(target, "zip", target.parent, target.name)
-    print(f"The students' release is in {target.name}/ and {target.name}.zip; HANDOUT.md says what it asks for.")
+    print(f"The students' release is in {target.name}/ and {target.name}.zip; HANDOUT.md explains it.")

@@ -1,7 +1,7 @@
-"""nbgrader's preprocessors for this homework, which put our cells back, run the tests and save their verdicts.
+"""nbgrader's preprocessor for this homework: it puts our cells back, runs the tests and saves their verdicts.
 
-A submitted notebook is brought to the form of ours and run up to its last test, at small sizes, with the released
-helper. What was odd is noted as sentences in the metadata of the graded notebook.
+A submitted notebook is aligned with ours and run up to its last test, at small sizes, with the released helper.
+Remarks on anything odd go into the graded notebook's metadata.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from nbgrader.preprocessors import NbGraderPreprocessor
 from small_notebooks import made_small
 
 CELL_SECONDS, NOTEBOOK_SECONDS = 60, 300
-# Reading torch can take a minute where many do it at once, so this cell may take as long as the notebook.
+# Importing torch can take a minute when many do it at once, so this cell may take as long as the notebook.
 PRELUDE = """
 import sys
 
@@ -47,15 +47,15 @@ SENTENCES = {  # on the errors in a test
     "^AssertionError": "{}",
     "^NotImplementedError": "left blank",
     "^KeyboardInterrupt": f"stopped after {CELL_SECONDS} seconds",
-    "^TypeError.*'dict'": "a dictionary stands where one layer's feature map or Gram matrix belongs ({})",
+    "^TypeError.*'dict'": "a dictionary was passed where one layer's feature map or Gram matrix belongs ({})",
     "backward through the graph a second": "a new tensor took the image's place: change the optimiser's own, in place",
 }
 STOPPED = {
     "TimeoutError": f"the notebook was stopped after {NOTEBOOK_SECONDS} seconds",
     "DeadKernelError": "Python died",
 }
-NOT_READ = "no notebook that can be read was handed in"
-# A student's line with one of these is left to whoever marks: it may reach around a test.
+NOT_READ = "no readable notebook was handed in"
+# A notebook with such a line of a student's own is held for the marker: the line may reach around a test.
 DESERVES_A_LOOK = re.compile(r"""(?x)^(?!\s*[#]).*?(
     get_?ipython | \.instance\b | _instance\b | showtraceback | _transformers | custom_exc | %(hist|macro)
     | \bIn\b[\[.,):] | \b_i(h|i+|\d+)\b | linecache | import\ inspect | \binspect(\ import|\.) | importlib | runpy
@@ -74,14 +74,14 @@ DESERVES_A_LOOK = re.compile(r"""(?x)^(?!\s*[#]).*?(
 
 
 def safe_markdown(text):
-    """HTML of a text in Markdown, in which no HTML of its own and no script is left."""
+    """Render Markdown as HTML; raw HTML is escaped, and links to scripts are removed."""
     return MarkdownWithMath(renderer=IPythonRenderer(escape=True, allow_harmful_protocols=False)).render(text)
 
 
 class Judge(NbGraderPreprocessor):
-    """In the place of nbgrader's `Execute`."""
+    """Takes the place of nbgrader's `Execute`."""
 
-    ready = {}  # {(student, notebook): what `judged` gave}, for whoever runs several at once
+    ready = {}  # {(student, notebook): result of `judged`}, where several were run at once
 
     def preprocess(self, nb, resources):
         key = resources["nbgrader"]["student"], resources["nbgrader"]["notebook"]
@@ -89,9 +89,9 @@ class Judge(NbGraderPreprocessor):
 
 
 def judged(submitted, name):
-    """A notebook with a verdict under each test: that it has passed, or on stderr, which is no points, why not.
+    """The notebook with a verdict under each test: "passed", or on stderr, which gives no points, the reason.
 
-    The folder that we are in is nbgrader's course.
+    The current folder must be the nbgrader course.
     """
     released, source = (nbformat.read(Path(step, NAME, f"{name}.ipynb"), 4) for step in ("release", "source"))
     aligned, remarks = align(submitted, released, source)
@@ -109,18 +109,18 @@ def judged(submitted, name):
     for cell in [*filter(is_test, aligned.cells)]:
         lost[grade_id(cell)] = sentence = verdict(tokens[grade_id(cell)], printed, stopped)
         cell.outputs = [new_output("stream", text=sentence or "passed", name="stderr" if sentence else "stdout")]
-        if held:  # nbgrader leaves a text to whoever marks
+        if held:  # nbgrader leaves text cells to be marked by hand
             said = f"The machine says: {sentence or 'passed'}. Held for a look: `{held[0]}`"
             aligned.cells[aligned.cells.index(cell)] = new_markdown_cell(said, metadata=cell.metadata)
     aligned.metadata.update(lost=lost, remarks=list(filter(None, remarks)))
     return aligned
 
 
-# --- The form of ours ----------------------------------------------------------------------------
+# --- Aligning with ours --------------------------------------------------------------------------
 
 
 def is_ours(cell):
-    """Whether it is put back as we gave it out: parameters, a test, or a text that gives no points."""
+    """Whether our version replaces it: parameters, a test, or a text without points."""
     return is_parameters(cell) or about(cell).get("grade") and not (is_solution(cell) and points(cell))
 
 
@@ -129,18 +129,18 @@ def text(cell):
 
 
 def align(submitted, released, source):
-    """(A submitted notebook with our tests behind what they test, our parameters, each text in one cell; remarks)."""
+    """(The submitted notebook with our tests after what they test, our parameters, each text in one cell; remarks)."""
     names = [grade_id(cell) or cell.id for cell in released.cells]
     given = dict(zip(names, released.cells))
     known = {key: name for name, cell in given.items() for key in (name, cell.id, text(cell))}
-    remarks, cells = [], []  # cells: (name in ours, cell, or None for the place of one that is put back)
+    remarks, cells = [], []  # cells: (name in ours, cell); cell None: ours goes here
     for cell in submitted.cells:
         keys = grade_id(cell), is_parameters(cell) and "parameters", cell.get("id"), text(cell)
         name = next((known[key] for key in keys if key in known), None)
         ours = given.get(name, cell)
         cell.metadata = nbformat.from_dict({})
         if name and is_ours(ours):
-            if text(cell) != text(ours):  # an answer or imports may be in it
+            if text(cell) != text(ours):  # it may contain an answer or imports
                 cells.append((None, cell))
                 remarks += [f"{name} was edited"] if is_test(ours) else []
             cell = None
@@ -149,7 +149,7 @@ def align(submitted, released, source):
             cell = nbformat.from_dict({**ours, "source": cell.source, **outputs})
         cells.append((name, cell))
 
-    place = -1  # behind which the next cell of ours goes
+    place = -1  # the next of our cells goes after this one
     for name, ours, whole in zip(names, released.cells, source.cells):
         if is_ours(ours) or is_solution(ours):
             places = [k for k, (other, _) in enumerate(cells) if other == name]
@@ -171,7 +171,7 @@ def is_own_text(name, cell):
 
 
 def gather_text(cells, name, blank):
-    """Put a student's own texts around an answer into its cell, up to a heading or a cell of ours; whether any."""
+    """Merge a student's texts around an answer, up to a heading or a cell of ours, into its cell; return them all."""
     first = last = max(k for k, (other, _) in enumerate(cells) if other == name)
     answer = cells[first][1]
     while first > 0 and is_own_text(*cells[first - 1]):
@@ -196,17 +196,17 @@ def until_last_test(notebook):
 
 
 def suspicious(aligned, released):
-    """The lines of a student's own, before the last test, that deserve a look."""
+    """The student's own lines before the last test that deserve a look."""
     ours = "\n".join(map(text, released.cells)).splitlines()
     own = "\n".join(cell.source for cell in until_last_test(aligned) if not is_ours(cell))
     return [line for line in own.splitlines() if line not in ours and DESERVES_A_LOOK.search(line)]
 
 
 def runnable(aligned, source):
-    """(The notebook that is run, {test: two tokens}): a test has passed if it prints "passed" after one of them.
+    """(Notebook to run, {test: its two tokens}): a test has passed if it prints "passed" after one of them.
 
-    Each test runs twice: where it stands, and at the end, with our answers to the questions before its own, so that a
-    wrong answer costs its own points only.
+    Each test runs twice: in its place, and at the end with our answers to all earlier questions. So a wrong answer
+    costs only its own points.
     """
     tokens = {}
     cells = [new_code_cell(PRELUDE)]
@@ -220,7 +220,7 @@ def runnable(aligned, source):
         if is_test(cell):
             test(cell)
         else:
-            # Installations and the shell's commands do nothing.
+            # Install and shell commands do nothing.
             own = re.sub(r"(?m)^(\s*)(!|%(pip|conda|cd|reset)\b).*", r"\1pass", cell.source)
             cells.append(new_code_cell(own, metadata=cell.metadata))
     answer = ""
@@ -243,9 +243,9 @@ else:
 
 
 def shielded(source, token):
-    """The cell that runs a test, and prints after its last line that it has passed, or else what went wrong.
+    """The cell that runs a test, then prints the token with "passed", or with "failed" and the error.
 
-    It finds Python's own functions whatever names a student has given away.
+    It takes built-in functions from `builtins`, so a student's redefinitions have no effect.
     """
     calls = re.compile(rf"(?<![\w.])({'|'.join(dir(builtins))})(?=\()")
     body = textwrap.indent(calls.sub(r"_python.\1", source), "    ")
@@ -253,7 +253,7 @@ def shielded(source, token):
 
 
 def verdict(tokens, printed, stopped):
-    """A sentence on why a test with these tokens has not passed; none if it has."""
+    """A sentence on why the test with these tokens has failed; "" if it has passed."""
     if any(f"{token} passed\n" in printed for token in tokens):
         return ""
     found = re.search(rf"({'|'.join(tokens)}) failed\n(\w+)\n(.*?)\n\1", printed, re.DOTALL)
@@ -270,10 +270,10 @@ def verdict(tokens, printed, stopped):
 
 
 def run(notebook):
-    """Execute a notebook as far as it goes, beside a copy of the course's helper; a sentence if it was stopped."""
+    """Execute a notebook as far as it goes, beside a copy of the course's helper; return why it was stopped, or ""."""
     with tempfile.TemporaryDirectory(prefix="nst-", ignore_cleanup_errors=True) as folder:
         shutil.copytree("helper", folder, dirs_exist_ok=True)
-        # Sockets in the folder, since the kernel has no network.
+        # The sockets are files in the folder, since the kernel has no network.
         manager = AsyncKernelManager(kernel_name=NAME, connection_file=f"{folder}/kernel.json", transport="ipc")
         client = NotebookClient(
             notebook,

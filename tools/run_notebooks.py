@@ -1,4 +1,4 @@
-"""Execute the notebooks with progress and render reading copies to HTML; with --store, keep the outputs in them too."""
+"""Execute the notebooks and render reading copies to HTML; with --store, also save the outputs in the notebooks."""
 
 import os
 import re
@@ -12,13 +12,13 @@ from nbconvert import HTMLExporter
 from tqdm import tqdm
 from traitlets.config import Config
 
-# Encrypted connections, where they can be had: without them a kernel prints a warning.
+# Encrypt connections where zmq can: without that a kernel prints a warning.
 CONFIG = Config(AsyncKernelManager={"transport_encryption": "auto"} if zmq.has("curve") else {})
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def make_readable(notebook):
-    """Leave the notebook without regression tests, hidden tests and solution marks, its model answers folded."""
+    """Remove regression tests, hidden tests and solution marks, and fold the model answers."""
     notebook.cells = [cell for cell in notebook.cells if not re.search("-check$|^as-stored$", cell.get("id", ""))]
     for cell in notebook.cells:
         source = re.sub("### BEGIN HIDDEN TESTS.*### END HIDDEN TESTS", "", cell.source, flags=re.DOTALL)
@@ -29,11 +29,11 @@ def make_readable(notebook):
 
 names = [word for word in sys.argv[1:] if word != "--store"] or [""]  # only notebooks whose file name starts so
 print(
-    "Each notebook takes some minutes: with bfloat16 on two cores three to seven, without it more than twice that, "
-    "with a GPU one."
+    "Each notebook takes three to seven minutes on two cores with bfloat16, more than twice that without, "
+    "and about one on a GPU."
 )
-os.environ["TQDM_DISABLE"] = "1"  # the bars inside the notebooks; ours below goes by cells
-sys.stdout.reconfigure(errors="backslashreplace")  # a path that the terminal cannot show is shown by its codes
+os.environ["TQDM_DISABLE"] = "1"  # no bars inside the notebooks; the one below counts cells
+sys.stdout.reconfigure(errors="backslashreplace")  # escape what the terminal cannot show
 (ROOT / "rendered").mkdir(exist_ok=True)
 for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
     if not path.name.startswith(tuple(names)):

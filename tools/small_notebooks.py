@@ -1,8 +1,8 @@
-"""The notebooks with parameters that keep every run small: what they compute is exact, what they measure is not."""
+"""Notebooks with parameters that keep every run small: exact results still hold, measured ones need not."""
 
 from homework import is_parameters
 
-# A run that the notebook does not limit would go on until it is done. A parameter that a notebook lacks does no harm.
+# The wrappers limit runs that the notebook does not. Setting a parameter that a notebook lacks does no harm.
 SMALL = """
 
 SIZE = SMALL = TUNING_SIZE = START_SIZE = GALLERY_SIZE = 48
@@ -17,7 +17,7 @@ for _name in ("reconstruct_content", "synthesize_texture", "transfer_style"):
 
 
 def made_small(notebook):
-    """A notebook, changed: with overriding lines at the end of its cell tagged `parameters`."""
+    """Append overriding lines to the notebook's cell tagged `parameters`, in place, and return it."""
     for cell in filter(is_parameters, notebook.cells):
         cell.source += SMALL
     return notebook

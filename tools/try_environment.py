@@ -1,8 +1,9 @@
 """Try the project in an environment as someone would who has only that: tools/try_environment.py PYTHON ...
 
-PYTHON: of an environment with torch and ipykernel, which stays as it is: what is installed goes into a layer above it.
-From a folder of its own, outside the clone: pip install of a clone, and what it leaves alone; the program, whole and in
-tiles; the three notebooks, small, as their first cell sets them up; the panel. Prints a row for environments/README.md.
+PYTHON: the interpreter of an environment with torch and ipykernel. The project and what it lacks are installed there;
+the versions in COLUMNS must not change. In a folder outside the clone, it pip-installs a clone, runs the program, whole
+and in tiles, and the three notebooks, small, set up by their first cell, and drives the panel. Prints a row for
+environments/README.md.
 """
 
 import json

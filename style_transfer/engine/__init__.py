@@ -1,4 +1,4 @@
-"""The engine: everything that computes. A new reader begins with run.py.
+"""The engine: everything that computes. Start reading at run.py.
 
 run.py         the run: the one owner of task, scales, image, precision, curvature and counters
 objective.py   what a run minimises: a task, and its objective at each scale
@@ -7,13 +7,13 @@ tiles.py       loss and gradient of an image tile by tile; ranks may share the t
 evaluation.py  precision, CUDA graph of an evaluation, torch's global modes
 vgg.py         VGG-19: layers, weights, feature maps
 optimiser.py   projected L-BFGS
-prior.py       what natural images have in common: preconditioner, noise to start from
+prior.py       a prior of natural images: preconditioner, starting noise
 schedule.py    scales from coarse to fine, and the stopping rule
-memory.py      what a run needs and what the device has
+memory.py      how much memory a run needs and the device has
 images.py      read, write, resize and compare images; the device they are on
 figures.py     images and loss curves as figures, a run as a film
-saving.py      files written without loss, the file of an unfinished run, settings in a PNG
-checks.py      arguments: brought to one form, or refused in one sentence
+saving.py      safe file writes, the state file of an unfinished run, settings inside a PNG
+checks.py      argument checks: convert to one form, or reject with a one-sentence error
 
 An evaluation: Run.step -> ProjectedLBFGS.step -> Evaluator -> losses_and_gradient -> Objective.statistics -> VGG.
 Papers in brackets are named in `nst_utils` or at the top of the file that cites them.
@@ -25,5 +25,5 @@ import torch
 
 from ..machine import container_processors
 
-# More threads than processors would wait for one another.
+# With more threads than processors, threads would wait for one another.
 torch.set_num_threads(math.ceil(min(torch.get_num_threads(), container_processors())))

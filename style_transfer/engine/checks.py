@@ -1,6 +1,6 @@
-"""Checks of arguments: each is converted to one form, or refused in one sentence.
+"""Argument checks: each argument is converted to one form, or rejected with a one-sentence error.
 
-The sentence names the value and what is allowed. Errors that are the code's own fault are not `UserError`s."""
+The sentence names the value and what is allowed. Bugs in the code raise other errors than `UserError`."""
 
 import contextlib
 import numbers
@@ -44,20 +44,21 @@ def sentence(error: Exception) -> str:
 def as_file(path, what: str, advice: str = "give the path of a file") -> Path:
     """Return `path` as a Path if it is a regular file.
 
-    what: what the file holds, such as "picture" or "weights", and advice: what to do about it; both are for the error
-    message. Raises MissingFileError if there is no such file, UserError for everything else that is not one.
+    what: what the file holds, such as "picture" or "weights". advice: what the user should do. Both go into the error
+    message. Raises MissingFileError if there is no such file or it is a folder, UserError if `path` is not a path
+    or cannot be accessed, or if it is an address or a device.
     """
     if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
         raise UserError(f"no {what} at {shown(path)}: {advice}, as a str or a Path")
     name = os.fspath(path)
     if re.match(r"\w{2,}:/", name):
-        address = re.sub(r"^(?!file|data)(\w+):/(?!/)", r"\1://", name)  # a Path has lost one slash
+        address = re.sub(r"^(?!file|data)(\w+):/(?!/)", r"\1://", name)  # Path turns "//" into "/"
         raise UserError(f"no {what} at {address!r}, which is an address: download the file and give its path")
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
         raise MissingFileError(f"no {what} at {str(path)!r}: {advice}") from error
-    except (OSError, ValueError) as error:  # the name is too long or has a null character; no permission
+    except (OSError, ValueError) as error:  # name too long, null character in it, or no permission
         raise UserError(f"no {what} can be read at {str(path)!r}: {reason(error)}") from error
     if stat.S_ISDIR(mode):
         raise MissingFileError(f"no {what} at {str(path)!r}, which is a folder: {advice}")
@@ -127,7 +128,7 @@ def as_image(image, name: str) -> Tensor:
 
 
 def as_mask(mask, name: str, device: torch.device) -> Tensor:
-    """Return a mask (H, W), of floats in [0, 1] or of bools, in float32 on `device`. Raises UserError for others."""
+    """Convert a mask (H, W), floats in [0, 1] or bools, not all 0, to float32 on `device`. Raises UserError."""
     allowed = "a mask is a float tensor (H, W) with values in [0, 1]"
     if not (_has_values(mask) and mask.dim() == 2 and mask.dtype in (*FLOAT_DTYPES, torch.bool)):
         raise UserError(f"{name} is {_describe(mask)}: {allowed}")
@@ -138,14 +139,14 @@ def as_mask(mask, name: str, device: torch.device) -> Tensor:
     if not inside.all():
         raise UserError(f"{name} has values from {mask.min():.3g} to {mask.max():.3g}: {allowed}")
     if not mask.any():
-        raise UserError(f"{name} is 0 everywhere: give one that leaves something")
+        raise UserError(f"{name} is 0 everywhere: give one that is above 0 somewhere")
     return mask
 
 
 def check_feature_map(feature_map) -> None:
     """Raise UserError unless this is a tensor (1, C, h, w), the feature map of one image."""
     if not _has_values(feature_map) or feature_map.dim() != 4 or len(feature_map) != 1:
-        raise UserError(f"the feature map is {_describe(feature_map)}: one image's is a tensor (1, C, h, w)")
+        raise UserError(f"the feature map is {_describe(feature_map)}: give that of one image, (1, C, h, w)")
 
 
 # --- Numbers -------------------------------------------------------------------------------------
@@ -157,7 +158,7 @@ MAX_WEIGHT = 1e12  # squared gradients must not overflow float32
 
 
 def as_whole(value, name: str, unit: str = "") -> int:
-    """Return an integer of any library, 1 to 1e9, as an int. Raises UserError; unit: for its message."""
+    """Convert an integer of any library, 1 to 1e9, to int. Raises UserError, with `unit` in the message, for others."""
     try:
         number = 0 if isinstance(value, bool) else operator.index(value)
     except (TypeError, ValueError, RuntimeError):  # the last two from a tensor of several values
@@ -180,7 +181,7 @@ def as_shape(shape) -> Shape:
 def as_number(value, name: str, smallest: float, largest: float, allowed: str) -> float:
     """Return a real number of any library, from `smallest` to `largest`, as a float.
 
-    Raises UserError; allowed: the end of its message, which puts unit and range into words.
+    Raises UserError for anything else. allowed: the end of the error message, with unit and range in words.
     """
     scalar = isinstance(value, numbers.Real)
     if torch.is_tensor(value):
@@ -196,7 +197,7 @@ def as_inches(value) -> float:
 
 
 def as_curves(curves, name: str) -> dict[str, list[float]]:
-    """Return numbers of any library, {label: one for each evaluation}, as floats. Raises UserError."""
+    """Convert curves, {label: one number of any library per evaluation}, to floats. Raises UserError for others."""
     try:
         return {label: [float(number) for number in values] for label, values in curves.items()}
     except (AttributeError, TypeError, ValueError) as error:
@@ -211,7 +212,7 @@ def as_weight(value, name: str) -> float:
 def as_start(init, seed, task) -> tuple[Tensor | None, int]:
     """Convert the options `init` and `seed` of a run to (start image or None for noise, seed).
 
-    init: "noise", "content" if `task` has a content image, or an image. Raises UserError for other values of both.
+    init: "noise", "content" if `task` has a content image, or an image. Raises UserError for other values of either.
     """
     try:
         seed = operator.index(seed)

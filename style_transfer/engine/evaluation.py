@@ -1,4 +1,4 @@
-"""Losses and gradient of an objective at an image: in which precision, on how many threads, as a CUDA graph or not."""
+"""Evaluate losses and gradient of an objective: precision, CPU threads, CUDA graph, and torch's global modes."""
 
 import contextlib
 import functools
@@ -13,17 +13,18 @@ from .checks import Shape, UserError
 from .losses import Weights
 from .tiles import losses_and_gradient
 
-RELATIVE_TOLERANCE = {"float32": 0.0, "bfloat16": 0.01}  # how precisely a loss is known in each precision
-REPLAY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}  # relative, of a replayed graph against an eager evaluation
+RELATIVE_TOLERANCE = {"float32": 0.0, "bfloat16": 0.01}  # by what share a loss may rise through rounding alone
+REPLAY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}  # relative error of a replayed graph against an eager evaluation
 
 _capturing = threading.Lock()  # the panel's thread and another cell may both want to capture
 
 
 def pick_precisions(device: torch.device, precision: str | None = None) -> tuple[str, ...]:
-    """The network's precisions one after another: (`precision`,), or by default the best for `device`.
+    """The precisions that a run uses in turn: (`precision`,), or by default the best for `device`.
 
-    bfloat16 takes half the time where the hardware multiplies it (NVIDIA GPUs from Ampere on, CPUs with AMX or
-    AVX512-BF16); where its rounding hides the progress that is left, float32 takes over. Elsewhere float32 alone.
+    Where the hardware multiplies bfloat16 (NVIDIA GPUs from Ampere on, CPUs with AMX or AVX512-BF16), it halves the
+    time; float32 takes over when rounding hides further progress. Elsewhere float32 alone. Raises UserError for an
+    unknown precision.
     """
     if precision is not None:
         if not isinstance(precision, str) or precision not in RELATIVE_TOLERANCE:
@@ -40,9 +41,9 @@ def pick_precisions(device: torch.device, precision: str | None = None) -> tuple
 
 
 class Evaluator:
-    """The losses of an `Objective` and the gradient of the first, at images of one scale in one precision.
+    """Evaluates an `Objective`'s losses and the gradient of the first, the total, at one scale in one precision.
 
-    On NVIDIA GPUs evaluations are replayed as a CUDA graph.
+    On NVIDIA GPUs, evaluations are replayed from a CUDA graph.
     """
 
     def __init__(self, objective, shape: Shape, device: torch.device, precision: str):
@@ -54,7 +55,7 @@ class Evaluator:
         return self.graph(weights, x) if self.graph else self.evaluate(weights, x)
 
     def evaluate(self, weights: Weights, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The same, kernel by kernel: pure tensor operations that never synchronise with the host."""
+        """The same, eagerly: pure tensor operations that never synchronise with the host."""
         losses, gradient = losses_and_gradient(self.objective, x.view(1, 3, *self.shape), weights)
         return losses, gradient.flatten()
 
@@ -62,15 +63,15 @@ class Evaluator:
 class CudaGraph:
     """An evaluator's kernels, captured once and then launched together.
 
-    To launch some hundred kernels one by one takes the host longer than they run. The first call runs as it is; the
-    second is captured, if a replay agrees with it to the relative `tolerance`. Otherwise a warning says so, and
-    evaluations stay eager.
+    Launching some hundred kernels one by one takes the host longer than the GPU needs to run them. The first call is
+    eager. The second captures a graph, which is used if its first replay agrees with an eager evaluation to within the
+    relative `tolerance`. Otherwise a warning says so, and evaluations stay eager.
     """
 
     def __init__(self, evaluator: Evaluator, device: torch.device, tolerance: float):
         self.evaluator, self.device, self.tolerance = evaluator, device, tolerance
         self.calls, self.failed = 0, False
-        self.inputs = self.graph = self.outputs = None  # inputs and outputs stay where the graph reads and writes
+        self.inputs = self.graph = self.outputs = None  # the graph reads and writes fixed addresses
 
     def __call__(self, weights: Weights, x: Tensor) -> tuple[Tensor, Tensor]:
         self.calls += 1
@@ -87,7 +88,7 @@ class CudaGraph:
         return losses.clone(), gradient.clone()  # the next replay overwrites them
 
     def capture(self) -> bool:
-        """Capture the evaluation at `inputs`; whether the first replay agreed with an eager one."""
+        """Capture the evaluation at `inputs`; return whether the first replay agrees with an eager evaluation."""
         try:
             with _capturing, torch.cuda.device(self.device):
                 graph, outputs, expected = self._capture_on(_stream(self.device))
@@ -99,17 +100,17 @@ class CudaGraph:
             problem = str(error).splitlines()[0]
         else:
             if agrees:
-                self.outputs, self.graph = outputs, graph  # only now, so that after an interrupt it is captured again
+                self.outputs, self.graph = outputs, graph  # set last, so an interrupted capture is retried
                 return True
-            problem = f"the first replay differs from what it repeats by more than {self.tolerance:g}"
-        warnings.warn(f"evaluations on {self.device} are slower, not captured as a CUDA graph: {problem}", stacklevel=4)
+            problem = f"the first replay differs from an eager evaluation by more than {self.tolerance:g}"
+        warnings.warn(f"evaluations on {self.device} run without a CUDA graph, so slower: {problem}", stacklevel=4)
         return False
 
     def _capture_on(self, stream):
-        """Capture on a stream; returns the graph, its outputs, and what an eager run gave."""
+        """Capture on a stream; return the graph, its outputs, and the outputs of an eager evaluation."""
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(2):  # libraries choose algorithms and allocate workspaces, which must not be captured
+            for _ in range(2):  # warm up: choosing algorithms and allocating workspaces cannot be captured
                 expected = [value.clone() for value in self.evaluator.evaluate(*self.inputs)]
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
@@ -120,12 +121,12 @@ class CudaGraph:
 
 @functools.cache
 def _stream(device):
-    """The stream to capture on: torch's default one belongs to the first device used."""
+    """The stream to capture on; torch's default capture stream belongs to the first device used."""
     return torch.cuda.Stream(device)
 
 
 def _agree(found: Tensor, value: Tensor, tolerance: float) -> bool:
-    """Whether no error is above `tolerance`, relative to the largest finite value; what is not finite must be equal."""
+    """Whether all errors are within `tolerance` times the largest finite value; inf and nan must match exactly."""
     largest = value.nan_to_num(0, 0, 0).abs().max().item()
     return torch.allclose(found, value, rtol=0, atol=tolerance * largest, equal_nan=True)
 
@@ -135,9 +136,9 @@ def _agree(found: Tensor, value: Tensor, tolerance: float) -> bool:
 
 @contextlib.contextmanager
 def default_modes() -> Iterator[None]:
-    """Enable gradients, disable inference mode and autocast, create new tensors on the CPU; afterwards restore all.
+    """Enable gradients, disable inference mode and autocast, create new tensors on the CPU; restore all on exit.
 
-    All of these belong to the current thread alone.
+    These modes are all thread-local.
     """
     with torch.inference_mode(False), torch.enable_grad(), contextlib.ExitStack() as stack:
         for kind in ("cpu", "cuda", "mps"):
@@ -150,7 +151,7 @@ def default_modes() -> Iterator[None]:
 
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Compute on so many threads; afterwards on as many as before."""
+    """Compute on `count` threads; restore the previous number on exit."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

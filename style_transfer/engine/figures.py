@@ -18,10 +18,10 @@ from .checks import UserError, as_curves, as_file, as_inches, as_whole, check_sh
 from .images import resize, to_pil
 
 RECORDED_JPEG_QUALITY = 95  # 100 frames of 512 pixels take about 10 MB
-FRAME_MS = 80  # how long a film shows a frame
-LAST_FRAME_MS = 2500  # and the last one
+FRAME_MS = 80  # how long a film shows each frame
+LAST_FRAME_MS = 2500  # how long it shows the last one
 MAX_FILE_SIDE = 65_000  # pixels; JPEG allows 65,500
-MAX_ASPECT = 100  # height / width of a place in a figure; taller images are drawn narrower
+MAX_ASPECT = 100  # height / width of a cell in a figure; taller images are drawn narrower
 
 # --- Films ---------------------------------------------------------------------------------------
 
@@ -40,10 +40,11 @@ class FilmFrame(NamedTuple):
 
 
 class Recorder:
-    """A callback for `optimise` that keeps at most `most` images of a run: evenly spaced ones and the last.
+    """A callback for `optimise` that keeps at most `most` images of a run: evenly spaced ones and the latest.
 
-    When it is full it drops every second image and doubles the interval. Images are scaled down to `side` pixels along
-    the longer side, and kept as JPEG files. Raises UserError unless `most` and `side` are integers, 1 or more.
+    When full, it drops every second image and doubles the interval. It always keeps the first, so `most` = 1 keeps two.
+    Images are scaled down to `side` pixels along the longer side and kept as JPEG files. Raises UserError unless `most`
+    and `side` are integers, 1 or more.
     """
 
     def __init__(self, most: int = 100, side: int = 512):
@@ -53,9 +54,9 @@ class Recorder:
         self.frames = []  # `FilmFrame`s in order
 
     def __call__(self, image: Tensor, step, evaluation: int | None = None) -> None:
-        """Record an image (1, 3, H, W) of a run, unless its evaluation is recorded already.
+        """Record an image (1, 3, H, W) of a run, unless this evaluation or a later one is already recorded.
 
-        step: its `Step`, or its total loss as a number. evaluation: its number, from 1; by default the next.
+        step: its `Step`, or its total loss as a number. evaluation: counted from 1; by default the next.
         """
         check_shown(image, "image")
         evaluation = evaluation or self.evaluations + 1
@@ -95,7 +96,7 @@ class Recorder:
 
 
 def film_of(frames: list[FilmFrame], form: str) -> bytes:
-    """Encode frames, one or more, as a film, all enlarged to the size of the last. form: "gif" or "webp"."""
+    """Encode one or more frames as a film, all enlarged to the size of the last one. form: "gif" or "webp"."""
     size = frames[-1].image.size
     images = [frame.image.resize(size, Image.Resampling.BICUBIC) for frame in frames]
     durations = [FRAME_MS] * (len(images) - 1) + [LAST_FRAME_MS]
@@ -108,14 +109,14 @@ def film_of(frames: list[FilmFrame], form: str) -> bytes:
 
 
 def _new_figure(width: float, height: float, gap: float, row_gap: float) -> Figure:
-    """An empty figure of so many inches. Not pyplot's, since the panel draws on its own thread."""
+    """An empty figure of `width` x `height` inches; not from pyplot, since the panel draws on its own thread."""
     figure = Figure(figsize=(width, height))
     figure.set_layout_engine("constrained", w_pad=gap, h_pad=row_gap, wspace=0, hspace=0)
     return figure
 
 
 def _draw(axes, image: Tensor | None, title: str | None) -> None:
-    """Draw an image, or a map (H, W) in false colour, under its title; no image leaves the place empty."""
+    """Draw an image, or a map (H, W) in false colour, under its title; None leaves the cell empty."""
     axes.set_axis_off()
     axes.set_title(title, fontsize=9)
     if image is None:
@@ -135,9 +136,9 @@ def image_grid(
 ) -> Figure:
     """Draw images (1, 3, H, W), or single maps (H, W) in false colour, in a grid.
 
-    images: row by row; None leaves a place empty. titles: one for each image, or for each column. columns: by default
-    all images are in one row. width: of an image, 0.1 to 100 inches. rows: a label for each row. Raises UserError for
-    what is neither image nor map, and for another number of titles or labels.
+    images: row by row; None leaves a cell empty. titles: one for each image, or for each column. columns: by default
+    all images are in one row. width: of an image, 0.1 to 100 inches. rows: a label for each row. Raises UserError if
+    there is no image, for anything that is neither image nor map, and if the number of titles or labels is wrong.
     """
     images = list(images)
     for k, image in enumerate(images):
@@ -149,7 +150,7 @@ def image_grid(
     columns = as_whole(columns, "columns")
     titles = list(titles or [""] * len(images))
     if len(titles) not in (len(images), min(columns, len(images))) or all(image is None for image in images):
-        raise UserError(f"there are {len(images)} images and {len(titles)} titles: give one or more, and each a title")
+        raise UserError(f"there are {len(images)} images and {len(titles)} titles: give images, and a title for each")
     width = as_inches(width)
     heights, title_heights = [], []  # of each row, in inches
     for k in range(0, len(images), columns):
@@ -172,11 +173,11 @@ def image_grid(
 
 
 def image_table(rows: list, columns: Mapping[str, Tensor], images: list, width: float = 2.1) -> Figure:
-    """Draw a table of square images, with smaller ones as the heads of its rows and columns.
+    """Draw a table of square images, with smaller ones as row and column headers.
 
     rows: the images (1, 3, H, W) at the left; columns: {title: image at the top}; images: row by row, one for each of
-    `columns`. width: of one of `images`, 0.1 to 100 inches. Raises UserError for other columns or another number of
-    images.
+    `columns`. width: of one of `images`, 0.1 to 100 inches. Raises UserError if `columns` is not a mapping or the
+    number of images is wrong.
     """
     if not isinstance(columns, Mapping):
         raise UserError(f"columns is {shown(columns)}: give {{title: image}}")
@@ -202,7 +203,7 @@ def filmstrip(recorder: Recorder, count: int = 6, width: float = 1.7) -> Figure:
     """
     if not isinstance(recorder, Recorder) or not recorder.frames:
         kind = type(recorder).__name__
-        raise UserError(f"recorder is a {kind} without images: give a Recorder to a task as `callback`")
+        raise UserError(f"recorder is a {kind} without images: give a Recorder that was the `callback` of a task")
     frames, width = recorder.frames, as_inches(width)
     count = min(as_whole(count, "count"), len(frames))
     chosen = frames[-1:]
@@ -221,11 +222,11 @@ def filmstrip(recorder: Recorder, count: int = 6, width: float = 1.7) -> Figure:
 
 
 def plot_losses(curves: Mapping[str, list], ylabel: str = "loss", seconds: Mapping[str, list] | None = None) -> Figure:
-    """Draw curves, {label: loss after each evaluation}, in a log scale.
+    """Draw curves, {label: loss after each evaluation}, on a log scale.
 
     seconds: {label: time of each evaluation}, to draw the losses against time. Losses that are not positive are not
-    drawn. Where a run goes on at a finer scale its loss jumps, since there is new detail to match. Raises UserError for
-    other curves, and where `seconds` has not one for each loss.
+    drawn. When a run moves to a finer scale its loss jumps, since there is new detail to match. Raises UserError if
+    the curves are not numbers, and if `seconds` does not have one time per loss.
     """
     curves, seconds = as_curves(curves, "curves"), as_curves(seconds or {}, "seconds")
     figure = Figure(figsize=(7.5, 3.2), layout="constrained")
@@ -249,14 +250,14 @@ def show(figure: Figure | Path | Iterable, *arguments, alt: str, form: str = "jp
     """Show a figure in a notebook, with the alternative text `alt`.
 
     figure: a Figure, the path of an SVG file, or images, which `image_grid` draws with the other arguments. form:
-    "jpeg", which is small, or "png", which keeps every pixel; ignored for an SVG file. The plain text of the output is
-    `alt` alone, so that a regression run does not compare what differs from machine to machine. Raises UserError for
-    another form, for arguments that a finished figure does not take, and as `image_grid` does.
+    "jpeg", which is small, or "png", which is lossless; ignored for an SVG file. The output's plain text is only `alt`,
+    so a regression run compares nothing that depends on the machine. Raises UserError for another form, for any other
+    file than SVG, for grid options with a finished figure, and as `image_grid` does.
     """
     if form not in ("jpeg", "png"):
         raise UserError(f"form is {shown(form)}: use 'jpeg' or 'png'")
     if isinstance(figure, Figure | Path) and (arguments or options):
-        raise UserError("titles, columns, width and rows need images, and a finished figure was given")
+        raise UserError("titles, columns, width and rows are for images, and a finished figure was given")
     if isinstance(figure, Path):
         if as_file(figure, "drawing").suffix.lower() != ".svg":
             raise UserError(f"figure is {str(figure)!r}: give an SVG file, or an image that load_image has read")
@@ -276,8 +277,8 @@ def show(figure: Figure | Path | Iterable, *arguments, alt: str, form: str = "jp
 def jpeg(image: Tensor, quality: int = 88, subsampling: str = "4:2:0") -> bytes:
     """Encode an image (1, 3, H, W) as a JPEG file, ten times as fast as PNG.
 
-    An image too long for the format is scaled down. quality: 1 to 95. subsampling: of the chroma, "4:4:4", "4:2:2" or
-    "4:2:0".
+    An image too large for the format is scaled down. quality: 1 to 95. subsampling: chroma subsampling, "4:4:4",
+    "4:2:2" or "4:2:0".
     """
     buffer = io.BytesIO()
     picture = to_pil(image)

@@ -39,12 +39,12 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def problem_of(device: str | torch.device) -> str | None:
-    """None if torch computes on `device`; otherwise why it does not, as the end of a sentence."""
+    """None if torch can compute on `device`; otherwise the reason it cannot, as the end of a sentence."""
     try:
         torch.zeros(1, device=torch.device(device)).add(1).item()
     except (RuntimeError, AssertionError, TypeError, ImportError) as error:
         if "out of memory" in str(error):
-            return "has no free memory (end what else runs on it)"
+            return "has no free memory (stop other programs that use it)"
         if "no kernel image" in str(error):
             return "is too old for the installed torch (if you can choose, take a T4, not a P100)"
         return "is unknown"
@@ -65,8 +65,8 @@ def load_image(
 ) -> Tensor:
     """Read an image file as float32 (1, 3, H, W), RGB in [0, 1], scaled to `size` pixels along the shorter side.
 
-    Applies EXIF's rotation, converts every colour mode to RGB and colour profiles to sRGB, and lays transparent images
-    over the colour `background`: an HTML name, or "#rrggbb" and the like, whose own alpha is ignored. Raises
+    Applies the EXIF rotation, converts every colour mode to RGB and colour profiles to sRGB, and puts transparent
+    images on the colour `background`: an HTML name, or "#rrggbb" and the like, without regard to its alpha. Raises
     MissingFileError if there is no such file, UserError if it cannot be read as an image, if the result would have more
     than 180 million pixels, and for bad arguments.
     """
@@ -95,7 +95,7 @@ def load_image(
 def load_mask(path: str | Path, size: int = 256, device: str | torch.device | None = None) -> Tensor:
     """Read an image file as a mask (H, W) in [0, 1]: 1 where it is white, 0 where it is black or transparent.
 
-    The rest is as in `load_image`.
+    Otherwise like `load_image`.
     """
     return luma(load_image(path, size, device, "black"))[0, 0]
 
@@ -112,11 +112,11 @@ def readable_formats() -> list[str]:
 
 def decode(path: Path) -> Image.Image:
     """The image in a file, in 8 bits and upright, in the file's own colours."""
-    # Given a path, Pillow maps some files into memory and turns them wrongly, so it gets a stream.
+    # Given a path, Pillow memory-maps some files and then rotates them wrongly, so pass it a stream.
     with open(path, "rb") as stream, Image.open(stream, formats=readable_formats()) as file:
-        bits = re.search(r";(\d+)", str(file.tile))  # per channel, unless there are 8
+        bits = re.search(r";(\d+)", str(file.tile))  # per channel; absent if 8
         file.load()
-        with contextlib.suppress(Exception):  # EXIF may be damaged, and nothing else in it is used
+        with contextlib.suppress(Exception):  # ignore damaged EXIF: only its rotation is used
             ImageOps.exif_transpose(file, in_place=True)
         return to_8_bits(file, int(bits[1]) if bits else 8).copy()
 
@@ -147,7 +147,7 @@ def explain(path: Path, error: Exception) -> str:
 
 
 def is_picture(path: Path) -> bool:
-    """Whether a file is not hidden and begins as an image that `load_image` reads."""
+    """Whether a file is not hidden and starts like an image that `load_image` can read."""
     try:
         with Image.open(path, formats=readable_formats()):
             return not path.name.startswith(".")
@@ -156,7 +156,7 @@ def is_picture(path: Path) -> bool:
 
 
 def to_8_bits(picture: Image.Image, bits: int) -> Image.Image:
-    """Convert 16-bit grey values to 8 bits, since Pillow would clip them, and a transparent colour of `bits` bits.
+    """Convert 16-bit grey values, which Pillow would clip, and a transparent colour of `bits` bits to 8 bits.
 
     Pillow has already converted all other pixels. The colour profile is kept. Raises UserError for 32 bits.
     """
@@ -178,7 +178,7 @@ def to_8_bits(picture: Image.Image, bits: int) -> Image.Image:
 
 
 def to_srgb(picture: Image.Image) -> Image.Image:
-    """Convert any colour mode to RGBA in sRGB, by the image's colour profile if it has one."""
+    """Convert any colour mode to RGBA in sRGB, using the image's colour profile if it has one."""
     rgba = picture.convert("RGBA")
     embedded = picture.info.get("icc_profile")
     if not embedded:
@@ -193,7 +193,7 @@ def to_srgb(picture: Image.Image) -> Image.Image:
         srgb = ImageCms.createProfile("sRGB")
         colours = ImageCms.profileToProfile(picture.convert(mode), profile, srgb, outputMode="RGB")
     except (OSError, ValueError, TypeError, KeyError, ImportError, ImageCms.PyCMSError):
-        warnings.warn("ignored the image's colour profile: it is damaged or for other colours", stacklevel=3)
+        warnings.warn("ignored the image's colour profile: it is damaged or for another colour space", stacklevel=3)
         return rgba
     colours.putalpha(alpha)
     return colours
@@ -205,7 +205,7 @@ def to_srgb(picture: Image.Image) -> Image.Image:
 def to_pil(image: Tensor) -> Image.Image:
     """Convert an image (1, 3, H, W) to 8-bit RGB, rounded, as a PIL.Image.
 
-    Values from -1 to 2 are clamped to [0, 1]. Raises UserError for other values and for what is no image.
+    Values from -1 to 2 are clamped to [0, 1]. Raises UserError for other values and for anything but an image.
     """
     check_shown(image, "image")
     pixels = image.detach()[0].float().clamp(0, 1).mul(255).round().byte()
@@ -215,8 +215,8 @@ def to_pil(image: Tensor) -> Image.Image:
 def resize(image: Tensor, shape: Shape) -> Tensor:
     """Scale an image to `shape` = (height, width): bicubic, antialiased, clamped to [0, 1].
 
-    An image of that shape is returned as it is. Raises UserError for what is no image (values from -1 to 2 pass), for
-    what is no shape, and for more than 180 million pixels.
+    An image that already has that shape is returned unchanged, without clamping. Raises UserError if `image` is not an
+    image (values from -1 to 2 pass), if `shape` is not a shape, and for more than 180 million pixels.
     """
     check_shown(image, "image")
     shape = as_shape(shape)
@@ -224,7 +224,7 @@ def resize(image: Tensor, shape: Shape) -> Tensor:
         raise UserError(f"shape is {shape}: that is too large")
     if tuple(image.shape[-2:]) == shape:
         return image
-    if image.dtype in (torch.float16, torch.bfloat16):  # torch resizes neither on a CPU
+    if image.dtype in (torch.float16, torch.bfloat16):  # torch cannot resize these on a CPU
         image = image.float()
     return F.interpolate(image, shape, mode="bicubic", antialias=True).clamp(0, 1)
 
@@ -238,9 +238,9 @@ def luma(image: Tensor) -> Tensor:
 def keep_colours(image: Tensor, content: Tensor) -> Tensor:
     """Combine the luma of `image` with the chroma of `content`: (1, 3, H, W) in [0, 1], of the shape of `image`.
 
-    `content` is resized to `image`. Where the result would leave [0, 1] the chroma is scaled down, since clipping would
-    change the hue. After Gatys et al. 2016, Preserving Color in Neural Artistic Style Transfer. Raises UserError if
-    one of them is no image.
+    `content` is resized to `image`. Where the result would leave [0, 1], the chroma is scaled down, since clipping
+    would change the hue. After Gatys et al. 2016, Preserving Color in Neural Artistic Style Transfer. Raises UserError
+    if either is not an image (values from -1 to 2 pass).
     """
     check_shown(image, "image")
     check_shown(content, "content")
@@ -253,9 +253,9 @@ def keep_colours(image: Tensor, content: Tensor) -> Tensor:
 
 
 def difference_map(a: Tensor, b: Tensor) -> Tensor:
-    """Absolute difference of two images per pixel and channel, (1, 3, H, W) in [0, 1].
+    """Absolute difference between two images per pixel and channel, (1, 3, H, W) in [0, 1].
 
-    Values from -1 to 2 are clamped to [0, 1] first. Raises UserError for other values, and unequal shapes or devices.
+    Values from -1 to 2 are clamped to [0, 1] first. Raises UserError for other values and unequal shapes or devices.
     """
     check_shown(a, "the first image")
     check_shown(b, "the second image")
@@ -269,15 +269,15 @@ def difference_map(a: Tensor, b: Tensor) -> Tensor:
 class Difference(NamedTuple):
     """How much two images differ, in three numbers."""
 
-    share: float  # of the pixels, in [0, 1]: those that differ by at least 1/255 in some channel
-    mean: float  # absolute difference in [0, 1], averaged over pixels and channels
+    share: float  # of pixels that differ by at least 1/255 in some channel, in [0, 1]
+    mean: float  # absolute difference, in [0, 1], averaged over pixels and channels
     psnr: float  # peak signal-to-noise ratio in dB; infinite for equal images
 
 
 def difference_numbers(a: Tensor, b: Tensor) -> Difference:
     """The `Difference` of two images (1, 3, H, W). Raises UserError as `difference_map` does."""
     gap = difference_map(a, b)
-    # In float32, values of 8 bits that are one step apart may differ by slightly less than 1/255.
+    # In float32, 8-bit values one step apart may differ by slightly less than 1/255.
     changed = gap.amax(dim=1) >= 0.9995 / 255
     share = changed.count_nonzero().item() / changed.numel()
     mse = gap.cpu().double().square().mean().item()  # on the CPU, since MPS has no float64

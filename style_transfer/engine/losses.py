@@ -1,11 +1,11 @@
 """The losses in two steps: statistics of feature maps, which are sums over positions, then losses from statistics.
 
-The statistics of an image's tiles add up to those of the whole image. The formulas are those of `nst_utils`, in a fast
-form; the tests hold both equal.
+The statistics of an image's tiles add up to those of the whole image. The formulas are those of `nst_utils`, in a
+faster form; tests check that both agree.
 
 A Gram matrix is a mean over positions, so a mask m makes it a weighted mean, F diag(m) F^T / (C sum m): see Gatys et
-al. 2017, Controlling Perceptual Factors in Neural Style Transfer, equation 5. Several styles with one mask are one
-target: sum_k b_k |G - G_k|^2 is |G - sum_k b_k G_k|^2 plus a constant if the b_k add up to 1.
+al. 2017, Controlling Perceptual Factors in Neural Style Transfer, equation 5. Several styles with the same mask act as
+one target: sum_k b_k |G - G_k|^2 is |G - sum_k b_k G_k|^2 plus a constant if the b_k add up to 1.
 """
 
 from collections.abc import Iterable
@@ -19,10 +19,10 @@ from .checks import Shape
 
 
 class Statistics(NamedTuple):
-    """What the losses need of an image, or a tile's share of it."""
+    """What the losses need from an image, or the part that one tile contributes."""
 
-    content: list[Tensor]  # for each content layer the mean squared error, a scalar
-    grams: list[Tensor]  # for each style layer, and in it each region, the Gram matrix (C, C)
+    content: list[Tensor]  # the mean squared error, a scalar, for each content layer
+    grams: list[Tensor]  # the Gram matrix (C, C), for each style layer and, within it, for each region
 
 
 class Weights(NamedTuple):
@@ -35,27 +35,27 @@ class Weights(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What the Gram matrix of one style layer in one region is to match."""
+    """The target for the Gram matrix of one style layer in one region."""
 
-    grams: dict[int, Tensor]  # {number of a style: its Gram matrix (C, C)}, to be blended
-    layer: int  # number of the layer among the style layers
-    share: float  # the region's share of the image, which weighs its loss
+    grams: dict[int, Tensor]  # {index of a style: its Gram matrix (C, C)}, to be blended
+    layer: int  # index of the layer among the style layers
+    share: float  # the region's share of the image, the weight of its loss
 
 
 class Mask(NamedTuple):
     """A region's mask in the feature map of one tile, 0 in the tile's halo."""
 
-    box: tuple  # index of the rows and columns beyond which the mask is 0
-    root: Tensor  # its square root there, (h, w): F diag(m) F^T is the product of F sqrt(m) with its transpose
-    mean: float  # over the whole image, above 0
+    box: tuple  # index of its bounding box: the mask is 0 outside these rows and columns
+    root: Tensor  # its square root in the box, (h, w): F diag(m) F^T is the product of F sqrt(m) with its transpose
+    mean: float  # its mean over the whole image, above 0
 
 
 def losses_from(statistics: Statistics, targets: Iterable[Target], weights: Weights) -> Tensor:
     """The losses (total, content, style), a tensor of three numbers, from the `Statistics` of a whole image.
 
-    targets: one for each Gram matrix. total = content weight * content + style weight * style. Unlike Gatys et al.
-    2017, who leave it to the user, a region counts by its share of the image: otherwise a small region would be matched
-    at the expense of a large one.
+    targets: one for each Gram matrix. total = content weight * content + style weight * style. A region's loss is
+    weighted by its share of the image; otherwise a small region would be matched at the expense of a large one. Gatys
+    et al. 2017 leave these weights to the user.
     """
     zero = (statistics.content or statistics.grams)[0].new_zeros(())  # for a loss without layers
     style = zero
@@ -74,14 +74,14 @@ def losses_from(statistics: Statistics, targets: Iterable[Target], weights: Weig
 def zero_halo(x: Tensor, halo: Iterable[tuple]) -> Tensor:
     """Set the strips of the halo to 0 in place, and return `x`."""
     for strip in halo:
-        x.detach()[strip] = 0  # detached: autograd needs nothing of what was there
+        x.detach()[strip] = 0  # detached: autograd does not need the old values
     return x
 
 
 class SquareSum(torch.autograd.Function):
-    """The sum of squares, in float32 or finer.
+    """The sum of squares, in float32 or better.
 
-    Without a float32 copy of a bfloat16 feature map, the largest array of a run.
+    It makes no float32 copy of a bfloat16 feature map, the largest array of a run.
     """
 
     @staticmethod
@@ -98,9 +98,9 @@ class SquareSum(torch.autograd.Function):
 class GramSum(torch.autograd.Function):
     """F F^T of a feature map (1, C, h, w) without the strips `halo`, or F diag(m) F^T with a mask: (C, C).
 
-    With its gradient by hand: autograd would compute both halves of a symmetric gradient, at twice the cost, and lay it
-    out by channels where the network works by pixels, which costs more still. The halo's products are subtracted: to
-    cut it off, the rest would have to be copied.
+    The gradient is written by hand: autograd would compute both halves of a symmetric gradient, at twice the cost, and
+    return it channels first to a network that is channels last, which costs even more. The halo's products are
+    subtracted, since slicing the halo off would copy the rest.
     """
 
     @staticmethod
@@ -153,7 +153,7 @@ def average(mask: Tensor, stride: int) -> Tensor:
 
 
 def share_of(mask: Tensor | None, stride: int) -> float:
-    """The share of a layer's positions that a mask leaves."""
+    """The share of a layer's positions that a mask selects, that is its mean; 1 without a mask."""
     return 1.0 if mask is None else average(mask, stride).mean().item()
 
 

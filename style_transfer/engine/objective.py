@@ -26,7 +26,7 @@ from .vgg import FIRST_FIVE, VGG, as_layers, check_size, stride
 
 CONTENT_LAYER, STYLE_LAYERS = "conv1_2", FIRST_FIVE
 CONTENT_WEIGHT, STYLE_WEIGHT = 1.0, 1e4
-BYTES_PER_MASK_PIXEL = 16  # a mask takes, with its copies at the layers' resolutions, per pixel of the image
+BYTES_PER_MASK_PIXEL = 16  # per pixel of the image, with the mask's copies at the layers' resolutions
 MIN_SIDE_PIXELS, MIN_SIDE_PIXELS_STYLE = 24, 64  # of the coarsest scale
 MIN_CONTENT_POSITIONS, MIN_STYLE_POSITIONS = 8, 16  # along its shorter side, in the deepest layer
 
@@ -35,13 +35,13 @@ class Style(NamedTuple):
     """One style of several: an image, its weight, and where it goes.
 
     Styles with equal masks are blended by their weights. Masks are floats (H, W) in [0, 1], of any size; they may
-    overlap, and where all are 0 no style is asked for.
+    overlap, and where all are 0, no style applies.
     """
 
     image: Tensor  # (1, 3, H, W) in [0, 1]
     weight: float = 1.0  # relative to the other styles with an equal mask
-    mask: Tensor | None = None  # where in the result; None: everywhere
-    image_mask: Tensor | None = None  # which part of its own image counts; None: all of it
+    mask: Tensor | None = None  # where in the result the style applies; None: everywhere
+    image_mask: Tensor | None = None  # which part of the style's own image counts; None: all of it
 
 
 def equal(a: Tensor | None, b: Tensor | None) -> bool:
@@ -50,7 +50,7 @@ def equal(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def regions_of(styles: Sequence[Style]) -> list[list[int]]:
-    """The numbers of the styles in each region: those with equal masks share one, and are blended."""
+    """The indices of the styles in each region; styles with equal masks share a region and are blended."""
     regions = []
     for k, style in enumerate(styles):
         shared = next((region for region in regions if equal(styles[region[0]].mask, style.mask)), None)
@@ -70,10 +70,10 @@ def as_styles(style: Tensor | Style | Sequence) -> tuple[Style, ...]:
 class Task(NamedTuple):
     """What an image is to match: feature maps of `content`, Gram matrices of `style`, or both ([style], eq. 7)."""
 
-    content: Tensor | None  # (1, 3, H, W), or None and no content layers
+    content: Tensor | None  # (1, 3, H, W), or None if there are no content layers
     style: Tensor | Style | Sequence | None  # likewise, of any size; or a `Style`, or several of either
     content_layers: str | Sequence[str] = ()
-    style_layers: str | Sequence[str] | Mapping[str, float] = ()  # {layer: weight} has the paper's w_l, by default 1
+    style_layers: str | Sequence[str] | Mapping[str, float] = ()  # {layer: w_l}, the paper's weights, by default 1
     content_weight: float = CONTENT_WEIGHT
     style_weight: float = STYLE_WEIGHT
 
@@ -92,7 +92,7 @@ class Task(NamedTuple):
 
     @property
     def weights(self) -> Weights:
-        """Its weights as tensors on its device; those of styles as shares of their region."""
+        """The task's weights as tensors on its device; a style's weight becomes its share of its region."""
         blend = [0.0] * len(self.styles)
         for region in regions_of(self.styles):
             total = sum(self.styles[k].weight for k in region)
@@ -113,17 +113,17 @@ class Task(NamedTuple):
     def smallest_side(self) -> int:
         """How many pixels the coarsest scale needs along its shorter side.
 
-        With fewer, a texture copies the layout that zero padding gives away.
+        With fewer, zero padding gives positions away, and a texture copies the layout of the style image.
         """
         content, style = (max(map(stride, layers), default=0) for layers in (self.content_layers, self.style_layers))
         smallest = MIN_SIDE_PIXELS_STYLE if style else MIN_SIDE_PIXELS
         return max(smallest, MIN_CONTENT_POSITIONS * content, MIN_STYLE_POSITIONS * style)
 
     def at_scale(self, shape: Shape, full_size: Shape) -> "Task":
-        """The task with its images and masks scaled for a run at `shape`, a scale of `full_size`.
+        """The task with its images and masks resized to the scale `shape` of a run whose result is `full_size`.
 
-        The content gets that shape. A style image shrinks by the same factor, but stays large enough for the deepest
-        style layer. Images without layers are left out.
+        The content is resized to `shape`. A style image shrinks by the same factor, but stays large enough for the
+        deepest style layer. Images without layers are left out.
         """
         content = resize(self.content, shape) if self.content_layers else None
         styles = []
@@ -137,9 +137,9 @@ class Task(NamedTuple):
 
 
 def as_task(task) -> Task:
-    """The `Task` with float32 images, its styles as `Style`s, its layers as tuple and dictionary, floats as weights.
+    """Check a `Task`: images become float32, styles `Style`s, layers a tuple and a dictionary, weights floats.
 
-    Raises UserError if it has nothing to match.
+    Raises UserError for bad values, for images on several devices, and if there is nothing to match.
     """
     if not isinstance(task, Task):
         raise UserError(f"task is {shown(task)}: give a Task")
@@ -163,7 +163,7 @@ def as_task(task) -> Task:
         raise UserError(f"no layers given: name at least one, such as {CONTENT_LAYER!r}")
     if not (content_layers and content_weight or any(style_layers.values()) and style_weight):
         given = f"content_weight is {task.content_weight} and style_weight {task.style_weight}"
-        raise UserError(f"{given}, and every layer named has weight 0: give one that has layers a weight above 0")
+        raise UserError(f"{given}, and no layer has a weight above 0 in the total: raise one")
     return Task(content, style, content_layers, style_layers, content_weight, style_weight)
 
 
@@ -182,15 +182,15 @@ def _checked_styles(style) -> tuple[Style, ...]:
     for region in regions_of(styles):
         if not any(styles[k].weight for k in region):
             names = ", ".join(f"style[{k}]" for k in region) if len(styles) > 1 else "style"
-            raise UserError(f"{names} have weight 0, and no other style shares their mask: give one a weight above 0")
+            raise UserError(f"the weight of {names} is 0, and no other style shares the mask: use a weight above 0")
     return tuple(styles)
 
 
 class Objective:
-    """The losses of images of one shape, by tiles: `statistics` of a tile, and `losses` from those of the whole.
+    """The losses of images of one shape, tile by tile: `statistics` of a tile, then `losses` from their sum.
 
-    task: checked, and scaled to that shape. masks: (H, W) or None for each region. stored: whether the content's
-    feature maps are computed once, rather than at each evaluation. targets: one for each Gram matrix; set before
+    task: checked, and resized to that shape. masks: (H, W) or None for each region. stored: whether the content's
+    feature maps are computed once rather than at each evaluation. targets: one for each Gram matrix, to be set before
     `losses` is called.
     """
 
@@ -199,7 +199,7 @@ class Objective:
         self.sizes = {name: network.map_size(name, shape) for name in task.layers}
         self.targets: list[Target] = []
         tiles = tiles_of_rank(tiling.tiles)
-        # Made once: how far a mask reaches is a value that a GPU would have to wait for.
+        # Made once, since finding a mask's bounding box synchronises with the GPU.
         self.masks = {
             (tile, spacing): [tile_mask(mask, tile, spacing, network.dtype) for mask in masks]
             for tile in tiles
@@ -235,13 +235,13 @@ class Objective:
 
 def objective_of(network: VGG, task: Task, shape: Shape, full_size: Shape, budget_bytes: float) -> Objective:
     """The `Objective` of a checked task for images of `shape`, a scale of `full_size`, within a memory budget."""
-    regions, task = regions_of(task.styles), task.at_scale(shape, full_size)  # two masks may become equal when scaled
+    regions, task = regions_of(task.styles), task.at_scale(shape, full_size)  # first: resizing may make two masks equal
     check_size(shape, task.layers)
     target_bytes = sum(network.map_size(name, shape) for name in task.content_layers) * network.dtype.itemsize
     stored = target_bytes <= budget_bytes / 4
     masks = [task.styles[region[0]].mask for region in regions if task.style_layers]
     tiling = tiling_of(network, shape, budget_bytes - target_bytes * stored - mask_bytes(masks, shape))
-    without_styles = task._replace(style=None)  # whose memory is needed no longer than for their Gram matrices
+    without_styles = task._replace(style=None)  # whose images are needed only for their Gram matrices
     objective = Objective(network, shape, without_styles, masks, tiling, stored)
     grams = [style_grams(network, style, task.style_layers, budget_bytes) for style in task.styles]
     for k, name in enumerate(task.style_layers):
@@ -252,7 +252,7 @@ def objective_of(network: VGG, task: Task, shape: Shape, full_size: Shape, budge
 
 
 def style_grams(network: VGG, style: Style, layers: Iterable[str], budget_bytes: float) -> list[Tensor]:
-    """The Gram matrix (C, C) of a style at each layer, over what its `image_mask` leaves, within a memory budget."""
+    """The Gram matrix (C, C) of a style at each layer, over the part in its `image_mask`, within a memory budget."""
     shape, masks = tuple(style.image.shape[-2:]), [style.image_mask]
     tiling = tiling_of(network, shape, budget_bytes - mask_bytes(masks, shape))
     objective = Objective(network, shape, Task(None, None, (), tuple(layers)), masks, tiling)
@@ -265,7 +265,7 @@ def tiling_of(network: VGG, shape: Shape, budget_bytes: float) -> Tiling:
 
 
 def mask_bytes(masks: list, shape: Shape) -> int:
-    """How many bytes masks take at a scale."""
+    """How many bytes the masks (None for none) take for an image of `shape`."""
     return BYTES_PER_MASK_PIXEL * math.prod(shape) * sum(mask is not None for mask in masks)
 
 

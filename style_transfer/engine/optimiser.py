@@ -1,7 +1,7 @@
 """Projected L-BFGS on flat tensors. It knows neither the network nor the losses.
 
-Between two evaluations there are only tensor operations, without branches on their values; `step` alone reads one, to
-see whether there is a step to take.
+Between two evaluations it runs only tensor operations. It branches on a tensor's value only in `step`: on whether there
+is a step to take, and at the start on whether the loss is finite.
 
 [L-BFGS] Byrd, Nocedal & Schnabel 1994, Representations of Quasi-Newton Matrices and Their Use in Limited Memory Methods
 [two-metric] Bertsekas 1982, Projected Newton Methods for Optimization Problems with Simple Constraints
@@ -22,11 +22,11 @@ MIN_CURVATURE = 1e-4  # of a correction pair: the cosine of s and y
 
 
 class Curvature(NamedTuple):
-    """What is known of the correction pairs, whose vectors are rows of the optimiser's history."""
+    """What is known about the correction pairs; their vectors are rows of the optimiser's history."""
 
-    ages: Tensor  # (history size,), int64: 0 for an unused row; the newer a pair, the larger
-    sy: Tensor  # (history size, history size), float64: s_i . y_j for i not after j
-    yy: Tensor  # likewise: y_i . P y_j, with P the preconditioner
+    ages: Tensor  # (history size,), int64: 0 for an unused row, larger for newer pairs
+    sy: Tensor  # (history size, history size), float64: s_i . y_j where pair i is not newer than pair j
+    yy: Tensor  # likewise: y_i . P y_j, where P is the preconditioner
 
 
 class Iterate(NamedTuple):
@@ -47,8 +47,8 @@ class ProjectedLBFGS:
     factor. history_size: how many correction pairs are kept. A product with the inverse Hessian takes two products with
     one tall matrix, and two small triangular systems, solved on the CPU in float64.
 
-    The object owns memory only. The state is the `Iterate` that `step` takes and returns, so a step that is interrupted
-    can be repeated.
+    The object only holds buffers. The state is the `Iterate` that `step` takes and returns, so an interrupted step can
+    be repeated.
     """
 
     def __init__(self, x: Tensor, precondition: Callable[[Tensor], Tensor], history_size: int = HISTORY_SIZE):
@@ -58,12 +58,12 @@ class ProjectedLBFGS:
         self.unknown = Curvature(torch.zeros(history_size, dtype=torch.int64, device="cpu"), products, products)
 
     def step(self, iterate: Iterate, evaluate: Callable, relative_tolerance: float = 0.0) -> Iterate | None:
-        """One evaluation, at the start or at a trial point; None, without one, when no step lowers the loss.
+        """Evaluate once, at the start or at a trial point; return None without evaluating if no step lowers the loss.
 
-        evaluate: x -> (losses (k,), flat gradient of the first). Pixels at 0 or 1 that the gradient pushes outward
-        stay out of the direction, and the trial point is clamped ([two-metric]), so every point evaluated is an image
-        that can be displayed. A step that does not lower the loss is halved. The loss never rises by more than
-        `relative_tolerance`, its precision. Raises UserError if the first loss is not finite.
+        evaluate: x -> (losses (k,), flat gradient of the first). Values at 0 or 1 that descent would push outward stay
+        fixed, and the trial point is clamped ([two-metric]), so every point evaluated is an image that can be
+        displayed. A step is accepted if the loss falls, or rises by less than the share `relative_tolerance`,
+        which allows for rounding; otherwise it is halved. Raises UserError if the first loss is not finite.
         """
         if iterate.losses is None:
             return begin(iterate, *evaluate(iterate.x))
@@ -73,7 +73,7 @@ class ProjectedLBFGS:
     def update(self, iterate: Iterate) -> Iterate:
         """Move the pending correction pair into the history, replacing the oldest if it is full.
 
-        A pair of negative curvature is dropped. Updating twice is the same as once.
+        A pair whose curvature is negative or too small is dropped. Idempotent.
         """
         if not iterate.pending:
             return iterate
@@ -95,8 +95,9 @@ class ProjectedLBFGS:
     def propose(self, iterate: Iterate) -> tuple[Iterate, Tensor, Tensor]:
         """(the iterate, the point to evaluate next, whether it may lower the loss).
 
-        It cannot if nothing is downhill, or if all halvings were in vain; then the correction pairs are discarded
-        first. A halved step keeps its direction, which follows from image and history.
+        When all halvings have failed, the correction pairs are discarded and the next step starts at full length. No
+        step lowers the loss if there were no pairs to discard, or if no direction leads downhill. Halving keeps the
+        direction, which depends only on image and history.
         """
         x, gradient, curvature = iterate.x, iterate.gradient, iterate.curvature or self.unknown
         in_vain = iterate.halvings == MAX_HALVINGS
@@ -117,23 +118,23 @@ class ProjectedLBFGS:
         """
         start = self.precondition(vector)
         ages, sy, yy = iterate.curvature or self.unknown
-        order = ages.argsort()  # unused rows, then the oldest first
+        order = ages.argsort()  # unused rows first, then from the oldest pair to the newest
         used = ages[order] > 0
         both = used & used[:, None]
         # In the paper's terms: p = S^T v, q = Y^T P v, the upper triangle R of S^T Y, and Y^T P Y. Unused rows are
-        # those of the identity in R, and 0 elsewhere.
+        # those of the identity in R, and 0 in the others.
         p, q = torch.where(used, self.products_with(vector)[:, order], 0)
         r = torch.where(both, sy[order][:, order], torch.eye(len(order)).to(sy))
         yy = torch.where(both, yy[order][:, order], 0)
         diagonal = r.diagonal()
-        # Unlike [L-BFGS], which scales by the newest pair: by the one that supports the longest step. The newest mostly
-        # lies along one of the few steep directions, and would make steps along all others too short.
+        # Unlike [L-BFGS], which scales by the newest pair, we scale by the one that allows the longest step: the newest
+        # mostly lies along one of the few steep directions, and would make steps along all others too short.
         gamma = torch.where(used, diagonal / yy.diagonal(), 0).amax()
         u = torch.linalg.solve_triangular(r, p[:, None], upper=True)[:, 0]
         right = diagonal * u + gamma * (yy @ u - q)
         v = torch.linalg.solve_triangular(r.T, right[:, None], upper=False)[:, 0]
         weights = sy.new_zeros(2, len(order)).index_copy(1, order, torch.stack([v, -gamma * u])).flatten()
-        # First the dtype, then the device: Apple's GPUs have no float64.
+        # Convert the dtype before moving to the device: Apple's GPUs have no float64.
         weights, gamma = (number.to(vector.dtype).to(vector.device) for number in (weights, gamma))
         scale = torch.where(gamma > 0, gamma, FIRST_STEP / start.abs().mean())
         return scale * start + weights @ self.history.flatten(0, 1)
@@ -159,7 +160,7 @@ class ProjectedLBFGS:
         return state | {"slots": slots, "s": s, "y": y, "sy": sy[pairs], "yy": yy[pairs]}
 
     def load_state_dict(self, state: dict) -> Iterate:
-        """The iterate of a `state_dict`; its correction pairs, or the newest that fit, are put into the history."""
+        """Return the iterate of a `state_dict`; put its correction pairs, or the newest that fit, into the history."""
         history, newest = self.history, slice(-self.history_size, None)
         slots = state["slots"][newest]
         if (slots >= self.history_size).any():  # from a longer history
@@ -181,7 +182,7 @@ def begin(iterate: Iterate, losses: Tensor, gradient: Tensor) -> Iterate:
 
 
 def accept(iterate: Iterate, trial: Tensor, losses: Tensor, gradient: Tensor, relative_tolerance: float) -> Iterate:
-    """The iterate after an evaluation at `trial`: there if that lowers the loss, otherwise ready to try half as far."""
+    """The iterate after an evaluation: moved to `trial` if that is accepted, otherwise unmoved with a halved step."""
     accepted = losses[0] < (1 + relative_tolerance) * iterate.losses[0]
     x = torch.where(accepted, trial, iterate.x)
     losses = torch.where(accepted, losses, iterate.losses)
@@ -192,7 +193,7 @@ def accept(iterate: Iterate, trial: Tensor, losses: Tensor, gradient: Tensor, re
 
 
 def keep_newest(iterate: Iterate, count: int) -> Iterate:
-    """The iterate with only its newest correction pairs."""
+    """The iterate with only its `count` newest correction pairs."""
     if iterate.curvature is None:
         return iterate
     ages = iterate.curvature.ages

@@ -1,12 +1,13 @@
-"""What natural images have in common, as a Gaussian prior: a preconditioner, and noise to start from.
+"""A Gaussian prior of natural images, after [priors] and [colours]: a preconditioner, and noise to start from.
 
-Neighbouring pixels are correlated, and so are the three colours of a pixel. The covariance at each frequency f, in
-cycles per pixel, is all there is to it up to second order:
+Neighbouring pixels are correlated, and so are the three colours of a pixel. Up to second order, the covariance at
+each frequency f, in cycles per pixel, describes this completely:
 
     P(f) = K (0.25 / |f|)^2
 
-K is the covariance of the colours: power falls with the square of frequency, and brightness varies more than colour.
-|f| is at least one cycle per longer side. A run fits what the network sees of an image; the prior fills in the rest.
+Power falls with the square of frequency. K is the covariance of the colours: brightness varies more than colour. |f| is
+clamped from below at one cycle per longer side. A run fits what the network sees of an image; the prior fills in the
+rest.
 
 [priors] Mahendran & Vedaldi 2015, Understanding Deep Image Representations by Inverting Them
 [colours] Olah, Mordvintsev & Schubert 2017, Feature Visualization
@@ -22,19 +23,19 @@ from .checks import Shape
 from .images import resize
 
 START_DEVIATION, DETAIL_DEVIATION = 0.05, 0.1  # of the noise a run starts from, and of the detail added at a new scale
-PADDING_PIXELS = 8  # keeps opposite borders apart, which are neighbours to a Fourier transform
+PADDING_PIXELS = 8  # separates opposite borders, which the Fourier transform makes neighbours
 FLOAT32_ON_CPU = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 MAX_MATRICES = 2**15  # inverted at a time: they take much memory, and cuSOLVER refuses more than 65,535
 
-# How much the prior counts against the network's curvature, by the first block in use. The curvature is that of the
-# first two convolutions; deeper blocks see the image differently, so for them the prior counts alone (infinitely).
+# The weight of the prior relative to the network's curvature, by the first block in use. The curvature is that of the
+# first two convolutions. Deeper blocks see the image differently, so for them the weight is infinite: the prior alone.
 PRIOR_WEIGHTS = {1: 0.01, 2: 0.1, 3: math.inf, 4: math.inf, 5: math.inf}
 
 
 def colour_covariance() -> Tensor:
-    """K, (3, 3), with a largest eigenvalue of 1, and a thousandth added for colours that hardly vary.
+    """K, (3, 3): scaled to a largest eigenvalue of 1, plus 1e-3 on the diagonal for colours that hardly vary.
 
-    From the square root of the covariance of the colours in ImageNet published with [colours].
+    Computed from the square root of ImageNet's colour covariance, as published with [colours].
     """
     root = torch.tensor([[0.26, 0.09, 0.02], [0.27, 0.00, -0.05], [0.27, -0.09, 0.03]], **FLOAT32_ON_CPU)
     return root @ root.T / torch.linalg.matrix_norm(root, 2) ** 2 + 1e-3 * torch.eye(3, **FLOAT32_ON_CPU)
@@ -52,10 +53,10 @@ def frequencies(shape: Shape) -> tuple[Tensor, Tensor]:
 
 
 def draw_noise(shape: Shape, seed: int, device: torch.device, deviation: float = START_DEVIATION) -> Tensor:
-    """Noise of the prior around grey, with this standard deviation: clouds of soft colours, (1, 3, H, W).
+    """Noise drawn from the prior around grey, with standard deviation `deviation`: soft coloured clouds, (1, 3, H, W).
 
-    Drawn on the CPU, so that a seed gives the same noise on every device. A run starts from faint noise, since what a
-    deep layer does not see of it remains in the result.
+    Drawn on the CPU, so that a seed gives the same noise on every device. A run starts from faint noise, because
+    whatever a deep layer does not see of it remains in the result.
     """
     generator = torch.Generator().manual_seed(seed)
     white = torch.randn(3, *shape, generator=generator, **FLOAT32_ON_CPU)
@@ -65,10 +66,10 @@ def draw_noise(shape: Shape, seed: int, device: torch.device, deviation: float =
 
 
 def enlarge(image: Tensor, shape: Shape, seed: int) -> Tensor:
-    """An image scaled to a larger `shape`, with noise of the prior as the detail that it lacks.
+    """An image scaled to a larger `shape`, with noise from the prior as the missing detail.
 
-    For a style: where an image is smooth the network sees nothing and the gradient is small. A content has detail of
-    its own in its feature maps, and the noise would have to be removed again.
+    Used if there is a style: where an image is smooth, the network sees nothing and the gradient is small. Without one,
+    the content's feature maps supply the detail, and the noise would have to be removed again.
     """
     noise = draw_noise(shape, seed, image.device, DETAIL_DEVIATION)
     detail = noise - resize(resize(noise, image.shape[-2:]), shape)
@@ -84,10 +85,10 @@ def enlarge_change(image: Tensor, init: Tensor, shape: Shape) -> Tensor:
 class SpectralPreconditioner:
     """The linear function of flat gradients (3 H W,) that divides, at each frequency, by A + `weight` / P.
 
-    kernels: (3, C, 5, 5), the network's first convolutions as one. They respond to fine chroma and coarse brightness a
-    thousand times less than to edges, and descent is that much slower there. A, their curvature, is a Hermitian 3x3
-    matrix at each frequency, scaled to a largest eigenvalue of 1. Where the network sees, A decides; elsewhere the
-    prior does, as in Wiener's filter. An infinite weight leaves P alone.
+    kernels: (3, C, 5, 5), the network's first convolutions combined into one. They respond to fine chroma and coarse
+    brightness a thousand times less than to edges, and descent is that much slower there. A, their curvature, is a
+    Hermitian 3x3 matrix at each frequency, scaled to a largest eigenvalue of 1. Where the network sees, A dominates;
+    elsewhere the prior does, as in a Wiener filter. With an infinite weight only P counts.
     """
 
     def __init__(self, kernels: Tensor, shape: Shape, weight: float, device: torch.device):
@@ -101,7 +102,7 @@ class SpectralPreconditioner:
         phases = [-2j * math.pi * side[:, None] * offsets for side in frequencies(self.padded)]
         row_waves, column_waves = (torch.exp(phase).to(self.here) for phase in phases)
 
-        # 1 / P, but for a factor, is the product of these two.
+        # 1 / P is the product of these two, up to a factor.
         squares = relative_frequencies(self.padded)[..., None, None].to(self.here) ** 2
         inverse_colours = torch.linalg.inv(colour_covariance()).to(self.here)
 

@@ -22,15 +22,15 @@ from .tiles import all_reduce_min, world_size
 from .vgg import VGG, block, check_network, check_size, deepest, first_kernels, load_vgg19
 
 STATE_VERSION = 3  # of `state_dict`
-MIN_GRADIENT_COSINE = 0.4  # of two precisions; below, at least five sixths of the faster one's gradient is rounding
-PAIRS_AFTER_ROUNDING = 3  # correction pairs kept when rounding has begun to spoil them
+MIN_GRADIENT_COSINE = 0.4  # between two precisions; below it, at least 5/6 of the faster gradient's power is rounding
+PAIRS_AFTER_ROUNDING = 3  # correction pairs kept at the switch to float32, when rounding has begun to spoil them
 ONE_THREAD_PIXELS = 10_000  # smaller images are evaluated on one thread: two would mostly wait for each other
 
 
 class Step(NamedTuple):
-    """The losses after one evaluation of the network, of the best image so far at this scale and precision."""
+    """The losses of the best image so far at this scale and precision, after one evaluation of the network."""
 
-    shape: tuple  # (height, width) of the present scale
+    shape: tuple  # (height, width) of the current scale
     precision: str  # of the network at the time, "bfloat16" or "float32"
     total: float  # content_weight * content + style_weight * style
     content: float
@@ -38,16 +38,16 @@ class Step(NamedTuple):
 
 
 class State(NamedTuple):
-    """A run between two evaluations. It is replaced, never changed in place, so an interrupt leaves a whole one."""
+    """A run between two evaluations. It is replaced, never changed in place, so an interrupt cannot corrupt it."""
 
-    scales: tuple  # left to go through, the present one first
-    limits: tuple  # how many more evaluations each of them may have
+    scales: tuple  # still to run, the current one first
+    limits: tuple  # evaluations left at each of them, at most
     left: int  # evaluations left in all
     stage: str  # "coarse"; at full size "fast", then "fine"
     precision: str
-    image: Tensor  # (1, 3, h, w), the best so far at this scale; before its first evaluation, that of the one before
+    image: Tensor  # (1, 3, h, w), the best so far at this scale; before its first evaluation, the last scale's
     iterate: Iterate  # of the optimiser
-    step: Step | None = None  # the best image's; None before the first evaluation at this scale
+    step: Step | None = None  # of the best image; None before the first evaluation at this scale
     image_gradient: Tensor | None = None  # at the best image, flat
     window: Window = Window()
     ended: str | None = None  # why the run is over
@@ -57,15 +57,15 @@ class Run:
     """An optimisation of an image of `shape` (H, W), by default the content's or first style's, for a `Task`.
 
     init: "noise" (soft clouds around grey, drawn from `seed`), "content", or an image to start from, which is scaled to
-    `shape`; white noise is `torch.rand(1, 3, H, W)`.
+    `shape`; for white noise pass `torch.rand(1, 3, H, W)`.
     evaluations: the maximum number of forward and backward passes through the network, over all scales. The run ends
-    sooner when it has converged (schedule.py). A scale of more than 512 x 1024 pixels has fewer. Coarse scales come
-    first unless `coarse_to_fine` is False; from an image, only those of 512 pixels and more.
+    sooner when it has converged (schedule.py). A scale of more than 512 x 1024 pixels gets fewer. Coarse scales come
+    first unless `coarse_to_fine` is False; a run from an image skips those below 512 pixels along the shorter side.
     vgg: from `load_vgg19`, which is the default. precision: "float32" or "bfloat16"; by default bfloat16 where that is
-    fast, then float32 once rounding would stop it.
+    fast, then float32 once rounding would stop progress.
     memory: GiB that the process may use on the device, by default what is free. An image too large for it is evaluated
     in tiles: the same losses, in about twice the time.
-    Raises UserError for bad input, and for a size that the device has no memory for.
+    Raises UserError for bad input and for sizes that do not fit in memory.
     """
 
     @default_modes()
@@ -78,15 +78,15 @@ class Run:
         self.shape = as_shape(self.task.reference.shape[-2:] if shape is None else shape)
         self.device = self.task.reference.device
         init, self.seed = as_start(init, seed, self.task)
-        self.precisions = pick_precisions(self.device, precision)  # at full size one after another, the faster first
+        self.precisions = pick_precisions(self.device, precision)  # used in turn at full size, the faster first
         self.threads = torch.get_num_threads()
         keep_freed_memory()
         self.vgg = load_vgg19(device=self.device) if vgg is None else vgg
         check_network(self.vgg)
         self.weights = self.task.weights
         self.budget_bytes = all_reduce_min(budget_of(self.device, memory, world_size()), self.device)
-        self._cut = functools.lru_cache(maxsize=2)(self.vgg.cut)  # for each precision, the network that is in use
-        self._evaluators, self._optimiser = {}, None  # {precision: Evaluator}; both for the present scale
+        self._cut = functools.lru_cache(maxsize=2)(self.vgg.cut)  # caches the network in use for each precision
+        self._evaluators, self._optimiser = {}, None  # {precision: Evaluator}; both are for the current scale
         with self._fitting():
             self.init, smallest = init, self.task.smallest_side
             if init is not None:
@@ -99,12 +99,12 @@ class Run:
     @property
     @default_modes()
     def image(self) -> Tensor:
-        """A copy of the best image so far at the present scale, (1, 3, h, w) in [0, 1]."""
+        """A copy of the best image so far, (1, 3, h, w) in [0, 1]; the previous scale's until this one is evaluated."""
         return self._state.image.clone()
 
     @property
     def scales(self) -> tuple:
-        """[(height, width), ...] left to go through, the present one first."""
+        """[(height, width), ...] still to run, the current one first."""
         return self._state.scales
 
     @property
@@ -114,7 +114,7 @@ class Run:
 
     @property
     def best(self) -> Step | None:
-        """The `Step` of the best image so far; None before the first evaluation at the present scale."""
+        """The `Step` of the best image so far; None before the first evaluation at the current scale."""
         return self._state.step
 
     @property
@@ -132,7 +132,7 @@ class Run:
         return pixels
 
     def describe(self) -> str:
-        """What the memory budget allows at the present scale, in a line."""
+        """The tiles and history size that the memory budget allows at the current scale, as one line."""
         tiles, kept = self._evaluator(self._state.precision).objective.tiling
         parts = "whole" if len(tiles) == 1 else f"in {len(tiles)} tiles, graphs kept for {min(kept, len(tiles))}"
         height, width = self.scales[0]
@@ -141,10 +141,10 @@ class Run:
 
     @default_modes()
     def step(self) -> Step | None:
-        """One evaluation of the network; None, without one, when the run is over: `ended` says why.
+        """Evaluate the network once. When the run is over, return None without evaluating: `ended` says why.
 
-        Returns the `Step` of the best image so far; where a run in bfloat16 checks whether rounding stops it, that of
-        the best image in float32. If it is interrupted, the state is the one before or the one after.
+        Returns the `Step` of the best image so far. When a run in bfloat16 checks whether rounding holds it up, the
+        step has that image's losses in float32. An interrupt leaves the state from before or after the evaluation.
         """
         with self._fitting():
             while not self.ended:
@@ -166,10 +166,10 @@ class Run:
 
     @default_modes()
     def retarget(self, task: Task) -> None:
-        """Go on from the present image with another task: limit, best image and correction pairs begin afresh.
+        """Continue from the current image with another task: limits, best image and correction pairs start afresh.
 
-        Other weights keep networks, targets and CUDA graph. Other layers or images have their own made at the next
-        step. The scales that are left stay. Raises UserError for bad input, and then nothing has changed.
+        If only weights differ, networks, targets and CUDA graph are kept; new layers, images or masks get theirs at the
+        next step. The remaining scales stay the same. For bad input it raises UserError and changes nothing.
         """
         task, before, state = as_task(task), self.task, self._state
         if task.reference.device != self.device:
@@ -188,12 +188,12 @@ class Run:
 
         scales, limits, left, stage, precision, image (1, 3, h, w), step, image_gradient (3 h w,), ended: as in `State`.
         first_total, totals and window, (k, 3, h', w'): the stopping rule's `Window`. x, losses, gradient, halvings,
-        slots, s, y, sy, yy: as in `ProjectedLBFGS.state_dict`, with n = 3 h w. budget_bytes, threads: on which tiles,
-        history size and the last bits depend. What is None is left out.
+        slots, s, y, sy, yy: as in `ProjectedLBFGS.state_dict`, with n = 3 h w. budget_bytes, threads: they determine
+        tiles, history size and the last bits of results. Values that are None are left out.
         """
         state = self._state._asdict()
         window, iterate = state.pop("window"), state.pop("iterate")
-        # Before the first evaluation there are no correction pairs, and may be no optimiser for this scale.
+        # Before the first evaluation there are no correction pairs, and there may be no optimiser for this scale.
         optimiser = ProjectedLBFGS(iterate.x, None, 0) if iterate.losses is None else self._optimiser
         state |= optimiser.state_dict(iterate)
         state |= {"version": STATE_VERSION, "budget_bytes": self.budget_bytes, "threads": self.threads}
@@ -203,10 +203,10 @@ class Run:
 
     @default_modes()
     def load_state_dict(self, state: dict) -> None:
-        """Go on from the `state_dict` of a run with the same arguments, in this process or another.
+        """Continue from the `state_dict` of a run with the same arguments, in this process or another.
 
-        The next steps are those that the other run would have taken, if as much memory and as many processors are free.
-        Raises UserError for a state of another shape or of an earlier version.
+        The next steps are those that the other run would have taken, if at least as much memory and as many threads are
+        available. Raises UserError for a state of another shape or of another version.
         """
         if state.get("version") != STATE_VERSION:
             raise UserError("the state was saved by another version of this project: begin the run again")
@@ -232,7 +232,7 @@ class Run:
         return State(tuple(scales), tuple(limits), left, stage, self.precisions[0], image, Iterate(x.flatten()))
 
     def _count(self, state, **changes):
-        """Replace the state after an evaluation; returns the best image's `Step`."""
+        """Replace the state after an evaluation; return the `Step` of the best image."""
         limits = (state.limits[0] - 1, *state.limits[1:])
         self._state = state._replace(limits=limits, left=state.left - 1, **changes)
         return self._state.step
@@ -243,7 +243,7 @@ class Run:
         optimiser = self._optimiser_at(scale)
         evaluate = functools.partial(self._evaluator(precision), self.weights)
         with self._threads():
-            # The pending correction pair first, so that its memory is free during the evaluation.
+            # Update first: that frees the memory of the pending correction pair before the evaluation.
             self._state = state = self._state._replace(iterate=optimiser.update(self._state.iterate))
             iterate = optimiser.step(state.iterate, evaluate, RELATIVE_TOLERANCE[precision])
         if iterate is None:
@@ -254,7 +254,7 @@ class Run:
         return self._count(state, iterate=iterate, window=state.window.extend(state.image, state.step.total))
 
     def _begin_scale(self):
-        """Go on to the next scale, from the best image enlarged."""
+        """Move to the next scale, starting from the enlarged best image."""
         state, shape = self._state, self.scales[1]
         image = state.image if state.step else state.iterate.x.view(1, 3, *self.scales[0])
         if self.init is not None:
@@ -263,13 +263,14 @@ class Run:
             x = enlarge(image, shape, self.seed)
         else:
             x = resize(image, shape)
-        self._evaluators = {}  # frees their memory before the new scale's are made
+        self._evaluators = {}  # frees their memory before those of the new scale are built
         self._state = self._start(state.scales[1:], state.limits[1:], state.left, state.image, x)
 
     def _check_rounding(self, why):
-        """Evaluate the best image in the exact precision, and go on in that if rounding slows the faster one.
+        """Evaluate the best image in the exact precision, and switch to it if rounding slows the faster one.
 
-        If the gradients of both point the same way it does not: the faster one goes on, or ends because of `why`.
+        If the two gradients point the same way, rounding is not the cause: the run stays in the faster precision and
+        enters the stage "fine", or, if it is already there, ends because of `why`.
         """
         state, precision, optimiser = self._state, self.precisions[-1], self._optimiser_at(self.scales[0])
         evaluator = self._evaluator(precision)
@@ -306,7 +307,7 @@ class Run:
             self._optimiser = None  # frees its memory first
             history_size, budget_bytes = divide_budget(self.budget_bytes, scale)
             tiling = tiling_of(self._network(self.precisions[-1]), scale, budget_bytes)
-            if len(tiling.tiles) > 1:  # the feature maps of tiles, of up to 64 float32 per pixel
+            if len(tiling.tiles) > 1:  # keep feature maps of tiles: up to 64 float32 per pixel
                 keep_freed_memory(below=257 * tiling.largest_window_pixels)
             precondition = SpectralPreconditioner(first_kernels(self.vgg), scale, prior_weight, self.device)
             x = torch.empty(3 * math.prod(scale), dtype=torch.float32, device=self.device)

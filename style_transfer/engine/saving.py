@@ -1,4 +1,4 @@
-"""Saving without loss: new files, the file of a run that can be resumed, and PNG files that contain their settings."""
+"""Safe file writes: new files, the state file of a run that can be resumed, PNG files that contain their settings."""
 
 import contextlib
 import io
@@ -45,7 +45,7 @@ def write_new(path: Path, content: bytes) -> None:
 
 
 def write_numbered(folder: Path, stem: str, content: bytes) -> Path:
-    """Write STEM_001.png or the first free number after it, and return the path. Safe beside other writers."""
+    """Write STEM_001.png or the first free number after it, and return the path. Safe with concurrent writers."""
     folder.mkdir(exist_ok=True)
     for number in itertools.count(1):
         path = folder / f"{stem}_{number:03}.png"
@@ -64,7 +64,7 @@ def write_over(path: Path, write: Callable[[Path], object]) -> None:
         write(aside)
         os.replace(aside, path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{str(path)!r} cannot be written, and is as it was: {reason(error)}") from error
+        raise UserError(f"{str(path)!r} cannot be written, and is unchanged: {reason(error)}") from error
     finally:
         with contextlib.suppress(OSError):
             aside.unlink()
@@ -75,19 +75,19 @@ def write_over(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextlib.contextmanager
 def locked(output: Path, state: Path) -> Iterator[None]:
-    """Keep other processes from making the same output. The lock, beside the file `state`, ends with the process."""
+    """Keep other processes from writing the same output, with a lock beside `state` that a crash also releases."""
     path = state.with_name(f".{state.name}.lock")
     lock = FileLock(path, timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
-        raise UserError(f"{str(output)!r}: another run is making it: give another name with --output") from error
+        raise UserError(f"{str(output)!r}: another run is writing it: give another name with --output") from error
     except OSError as error:
         raise UserError(f"{str(output)!r} cannot be written: {reason(error)}") from error
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # Windows removes no file that is open
+        with contextlib.suppress(OSError):  # Windows cannot delete an open file
             path.unlink()
         lock.release()
 
@@ -101,9 +101,10 @@ def write_state(path: Path, state: Mapping, settings: Mapping) -> None:
 
 
 def read_state(path: Path) -> tuple[dict, dict] | None:
-    """(state, its lists now tuples; settings, their tuples now lists) from `write_state`; None if there is no file.
+    """Read (state, settings) as saved by `write_state`; None if there is no file.
 
-    Raises UserError if the file is not a run's.
+    Lists in the state come back as tuples, tuples in the settings as lists. Raises UserError if the file is damaged or
+    is not a saved run.
     """
     if not path.exists():
         return None
@@ -114,7 +115,7 @@ def read_state(path: Path) -> tuple[dict, dict] | None:
         plain = {name: _as_tuples(value) for name, value in json.loads(about["state"]).items()}
         return tensors | plain, json.loads(about["settings"])
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{str(path)!r} is damaged, or not a run: move it away to begin anew") from error
+        raise UserError(f"{str(path)!r} is damaged, or not a saved run: move it away to start afresh") from error
 
 
 def _as_tuples(value):
@@ -123,10 +124,10 @@ def _as_tuples(value):
 
 # --- A saved image -------------------------------------------------------------------------------
 
-REST = "rest"  # instead of a mask: wherever the other masks are not
+REST = "rest"  # in the place of a mask file: everywhere outside the other masks
 TEXT_FIELD = "settings"  # the PNG text field that contains them, as JSON
 SETTINGS_ADVICE = "give a PNG file that was saved by the panel or by stylise"
-STARTS = ("noise", "content", "present")  # present: an image that was not kept
+STARTS = ("noise", "content", "present")  # present: from the image on display, which is not saved
 
 
 def as_png(image: Tensor, settings: Mapping) -> bytes:

@@ -1,4 +1,4 @@
-"""When a run goes on and when it ends: the scales from coarse to fine, their evaluations, and the stopping rule."""
+"""The schedule of a run: the scales from coarse to fine, the evaluations at each, and the stopping rule."""
 
 import math
 from typing import NamedTuple
@@ -8,23 +8,23 @@ from torch import Tensor
 
 from .checks import Shape
 
-EVALUATIONS = 225  # of the network, at most, over all scales, by default
+EVALUATIONS = 225  # default maximum number of evaluations of the network, over all scales
 MIN_SIDE_FROM_IMAGE = 512  # pixels along the shorter side: a run from an image has no coarser scale
-FULL_LIMIT_PIXELS = 2**19  # 512 x 1024: a larger scale has fewer evaluations
+FULL_LIMIT_PIXELS = 2**19  # 512 x 1024: a larger scale gets fewer evaluations
 
-# A stage has converged when so many evaluations lower the total loss by less than this share:
+# {stage: (n, share)}: a stage has converged when n evaluations lower the total loss by less than this share.
 CONVERGED = {
     "coarse": (10, 0.1),  # at a coarse scale, whose detail the next one replaces
-    "fast": (5, 0.3),  # at full size in the faster precision; rounding may be the cause
+    "fast": (5, 0.3),  # at full size in the faster precision, where rounding may be the cause
     "fine": (10, 0.005),  # at full size
 }
 # Except in the fast stage, it has also converged when ten evaluations changed the image by under 0.5 % RMS (46 dB) and
-# the loss is still above 45 % of its value before.
+# the loss is still above 45 % of its value ten evaluations ago.
 UNSEEN_MEAN_SQUARE = 10**-4.6
 UNSEEN_LOSS_SHARE = 0.45
 MAX_COMPARED_PIXELS = 2**18
-WINDOW_LENGTH = 11  # images and totals, so ten evaluations apart; above every count in CONVERGED
-# A coarse scale also ends when its total is below this share of its first: the next one starts far above that.
+WINDOW_LENGTH = 11  # images and totals: first and last are ten evaluations apart; above every n in CONVERGED
+# A coarse scale also ends when its total falls below this share of its first total: the next scale starts far above it.
 COARSE_LOSS_SHARE = 0.004
 
 
@@ -40,8 +40,8 @@ def plan_scales(shape: Shape, smallest: int) -> list[Shape]:
 def limit_evaluations(scales: list[Shape], evaluations: int) -> list[int]:
     """The maximum number of evaluations at each scale, out of `evaluations` in all.
 
-    Equal shares; the last scale may also use what the others leave. A large scale has fewer, by the square root of its
-    pixels: the coarser ones have done the work.
+    Of n scales, each coarse one gets 1 / (n + 1) of them, and the last whatever is left. A scale above
+    FULL_LIMIT_PIXELS gets at most `evaluations` * sqrt(FULL_LIMIT_PIXELS / pixels): coarser ones have done the work.
     """
     limits = []
     for scale in scales:
@@ -53,7 +53,7 @@ def limit_evaluations(scales: list[Shape], evaluations: int) -> list[int]:
 
 
 class Window(NamedTuple):
-    """The latest evaluations of a stage, on which the stopping rule decides."""
+    """The latest evaluations of a stage, which the stopping rule looks at."""
 
     first: float | None = None  # the total loss of the first evaluation
     totals: tuple = ()  # of the last eleven
@@ -62,7 +62,7 @@ class Window(NamedTuple):
     def extend(self, image: Tensor, total: float) -> "Window":
         """The window one evaluation later."""
         first = total if self.first is None else self.first
-        # Of a large image only every second or third row and column, and so on: eleven whole ones take memory.
+        # Subsample a large image (every second or third row and column, and so on), since eleven of them take memory.
         spacing = max(1, math.isqrt(image[0, 0].numel() // MAX_COMPARED_PIXELS))
         if spacing > 1:
             image = image[..., ::spacing, ::spacing].clone()

@@ -1,10 +1,10 @@
-"""Loss and gradient of an image tile by tile, where the whole does not fit in memory. It knows no network.
+"""Loss and gradient of an image tile by tile, if the whole does not fit in memory. Independent of the network.
 
-The losses are made of statistics that are sums over positions, so those of the tiles add up to those of the whole
-image. A first pass over the tiles sums the statistics. The derivatives of the loss by the sums follow. A second pass
-backpropagates them through every tile. That is exact up to rounding: a tile is evaluated in a window that adds a halo,
-as wide as the receptive field of the deepest layer reaches, and that begins where pooling does. An image that fits is
-a single tile, which is evaluated once.
+The losses depend on statistics that are sums over positions, so the tiles' statistics add up to those of the whole
+image. A first pass over the tiles sums the statistics. Then the loss is differentiated with respect to the sums, and a
+second pass backpropagates these derivatives through every tile. This is exact up to rounding: a tile is evaluated in a
+window that adds a halo, as wide as the deepest layer's receptive field reaches, and that is aligned with the pooling
+grid. An image that fits is a single tile and is evaluated once.
 
 The ranks of `torch.distributed` may share the tiles; statistics and gradients are then all-reduced.
 """
@@ -22,7 +22,7 @@ from .checks import Shape, UserError
 from .losses import Statistics, Weights
 from .memory import release_freed_memory
 
-# If memory allows. Twice as wide, a tile takes a tenth less time and nearly four times the memory.
+# Side of a tile if memory allows. Twice the side would save a tenth of the time and take nearly four times the memory.
 TILE_SIDE_PIXELS = 256
 MIN_TILE_SIDE_HALOS = 4
 
@@ -44,7 +44,7 @@ class Tile(NamedTuple):
         """The indices of the strips around the tile in the window's feature map, for a layer with this stride."""
 
         def cut(window, part):
-            """A side of the window in three: before, within and after the tile."""
+            """Split one side of the window in three: before, within and after the tile."""
             edges = [(edge - window[0]) // stride for edge in (window[0], *part, window[1])]
             return itertools.starmap(slice, itertools.pairwise(edges))
 
@@ -56,10 +56,10 @@ class Tile(NamedTuple):
 
 
 class Tiling(NamedTuple):
-    """How an image is evaluated."""
+    """How an image is cut into tiles."""
 
     tiles: Sequence[Tile]
-    kept: int  # for how many tiles memory holds the graph of the first pass until the second
+    kept: int  # for how many tiles the autograd graph is kept from the first pass to the second
 
     @property
     def largest_window_pixels(self) -> int:
@@ -67,10 +67,11 @@ class Tiling(NamedTuple):
 
 
 def cut_tiles(shape: Shape, side: int, halo: int, stride: int) -> list[Tile]:
-    """The `Tile`s of an image of `shape`, at most `side` pixels wide or high, and a halo more at the image's borders.
+    """The `Tile`s of an image of `shape`, at most `side` pixels wide or high, plus up to a halo at the image's borders.
 
-    `side` and `halo` are multiples of `stride`. Beyond the image there is no halo, so tiles at its borders hold more of
-    the image: all windows but the last have equal sizes, which lets the allocator reuse freed blocks.
+    `side` and `halo` are multiples of `stride`. Tiles at the image's borders need no halo outside it and hold more of
+    the image instead. If `side` is at least four halos, all windows but the last have equal sizes, so the allocator can
+    reuse freed blocks.
     """
     more = min(halo, side // MIN_TILE_SIDE_HALOS // stride * stride)
 
@@ -87,7 +88,7 @@ def cut_tiles(shape: Shape, side: int, halo: int, stride: int) -> list[Tile]:
 
 
 def plan_tiles(shape: Shape, budget_bytes: float, bytes_per_pixel: float, halo: int, stride: int) -> Tiling:
-    """The `Tiling` of an image of `shape` within a memory budget. Raises UserError for fewer tiles than ranks."""
+    """The `Tiling` of an image of `shape` within a memory budget. Raises UserError if tiles are fewer than ranks."""
     ranks = world_size()
     if bytes_per_pixel * math.prod(shape) <= budget_bytes and ranks == 1:
         sides = [(0, side) for side in shape]
@@ -100,7 +101,7 @@ def plan_tiles(shape: Shape, budget_bytes: float, bytes_per_pixel: float, halo: 
         fitting = int(budget_bytes / (bytes_per_pixel * (side + 2 * halo) ** 2))
     if len(tiles) < ranks:
         raise UserError(f"an image of {shape[0]} x {shape[1]} is too small to share among {ranks} processes")
-    return Tiling(tiles, max(0, fitting - 1))  # one more is being evaluated
+    return Tiling(tiles, max(0, fitting - 1))  # less the one being evaluated
 
 
 def statistics_at(objective, image: Tensor, tile: Tile, with_graph: bool) -> tuple[Tensor, Statistics]:
@@ -113,7 +114,7 @@ def statistics_at(objective, image: Tensor, tile: Tile, with_graph: bool) -> tup
 def sum_statistics(objective, image: Tensor, graphs: dict | None = None) -> Statistics:
     """The `Statistics` of an image (1, 3, H, W), summed over all tiles and ranks.
 
-    graphs: takes, for as many tiles as the objective keeps, what `statistics_at` returned with its graph.
+    graphs: filled with {tile: what `statistics_at` returned with its graph}, for `Tiling.kept` tiles.
     """
     total = None
     for tile in tiles_of_rank(objective.tiling.tiles):
@@ -138,8 +139,8 @@ def tensors_of(statistics: Statistics) -> list[Tensor]:
 def losses_and_gradient(objective, image: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
     """(losses, gradient of the first) of an `Objective` at an image (1, 3, H, W), in the two passes."""
     tiles, kept = objective.tiling
-    # The two passes and the optimiser need blocks of different sizes, so freed ones leave gaps. Where many graphs are
-    # kept there is memory to spare, and having the system clear its pages again would take longer.
+    # The two passes and the optimiser need blocks of different sizes, so freed ones leave gaps. Release them if few
+    # graphs are kept. Otherwise there is memory to spare, and letting the system zero its pages again would cost time.
     scarce = 4 * kept < len(tiles)
     graphs = {}
     statistics = sum_statistics(objective, image, graphs)
@@ -181,7 +182,7 @@ def all_reduce_sum(tensors: list[Tensor]) -> None:
 
 
 def all_reduce_min(number: int, device: torch.device) -> int:
-    """The smallest of the ranks' integers."""
+    """The minimum of an integer over all ranks."""
     if not dist.is_initialized():
         return number
     reduced = torch.tensor(number, device=device)

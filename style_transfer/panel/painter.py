@@ -1,4 +1,4 @@
-"""What runs on the panel's worker thread, without widgets: a run whose settings may change, and frames of it."""
+"""The panel's worker thread, without widgets: a run whose settings may change, and its frames."""
 
 import functools
 import math
@@ -15,14 +15,14 @@ from ..engine.objective import Style, Task
 from ..engine.run import Run, Step
 from ..engine.schedule import EVALUATIONS
 
-FRAME_SECONDS = 1 / 30  # the evaluations of one frame take about this long, or one evaluation if that takes longer
+FRAME_SECONDS = 1 / 30  # a frame evaluates for about this long, at least once
 CURVES = ("total", "content × its weight", "style × its weight")
 CURVE_POINTS = 300  # about how many are drawn per curve
 RATE_EVALUATIONS = 20  # the rate on display is measured over this many
 
 
 class Settings(NamedTuple):
-    """What a run is made with, as the controls say it and under the names that a saved image uses."""
+    """The settings of a run, as read from the controls; a saved image uses the same names."""
 
     content: Path | None  # None: a texture
     styles: dict  # {path: weight}, to be blended by weight; empty: a reconstruction
@@ -45,7 +45,7 @@ class PanelFrame(NamedTuple):
     difference: bytes | None  # a JPEG file
     mean: float  # of the difference map, over pixels and channels; nan without a map
     chart: str  # the loss curves, as HTML
-    content: Tensor | None  # the colours that may be kept
+    content: Tensor | None  # the content image, whose colours may be kept
     shape: tuple  # (height, width) of the result
     ended: str | None  # why the run is over, as the end of a sentence; None while it goes on
 
@@ -123,7 +123,7 @@ class Painter:
         self.layers = tuple(task.style_layers)
 
     def task(self, settings: Settings, layers: tuple) -> Task:
-        """The `Task` of these settings. layers: style layers to keep at weight 0, so that nothing is prepared anew."""
+        """The `Task` of these settings. layers: style layers to keep, at 0 if unset, so that nothing is rebuilt."""
 
         def read(path):
             return self.read(path, file_version(path), settings.size, self.vgg.mean.device)
@@ -138,10 +138,10 @@ class Painter:
         self, settings: Settings, start: tuple | None, compare: str, snapshot: Tensor | None, single: bool,
         moments: tuple,
     ) -> PanelFrame:  # fmt: skip
-        """Evaluate for as long as a frame lasts, at least once, and return what the panel shows then.
+        """Evaluate for about `FRAME_SECONDS`, at least once, and return the frame to show.
 
-        settings, start: as in `step`. compare: "the start" or "the snapshot", to which a difference map is drawn, or
-        something else. single: evaluate only once. moments: those of the frame before.
+        settings, start: as in `step`. compare: "the start" or "the snapshot" to draw a difference map from that image;
+        anything else draws none. single: evaluate only once. moments: the previous frame's.
         """
         begun = self.clock()
         moments = moments or (begun,)

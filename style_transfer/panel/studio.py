@@ -2,7 +2,7 @@
 
 `style_studio` opens a panel, a `Studio`. Its `Painter` (painter.py) is the run behind it, its `Controls` and `Display`
 (controls.py) are the widgets. The painter works on a thread of its own, so the kernel stays free for the panel's events
-and for other cells. The way of a moved slider: `Controls.settings` -> `Painter.make_frame` -> `Painter.step` ->
+and for other cells. What a moved slider calls: `Controls.settings` -> `Painter.make_frame` -> `Painter.step` ->
 `Run.retarget` -> `Run.step` -> `Studio.show` -> `Display.show`.
 
 Frames are shown as soon as they are made (push), or when the browser asks for one (pull), which it does by
@@ -36,7 +36,7 @@ from ..engine.vgg import check_network, layer_name, load_vgg19
 from .controls import Controls, Display, lay_out, tree, uploaded_files
 from .painter import Painter, PanelFrame, Settings
 
-PREVIEW_PIXELS = 130  # shorter side of the images that go in, as the panel shows them
+PREVIEW_PIXELS = 130  # shorter side of the input images' previews
 SPEECH_SECONDS = 15  # time between two losses that a screen reader speaks
 BUTTONS = [  # (label, method of `Studio`, icon, tooltip)
     ("Start", "start", "play", "Go on from the present image"),
@@ -65,7 +65,7 @@ RESCUE = """<style>
 
 @functools.lru_cache(maxsize=9)
 def preview(path: Path, version: tuple | None) -> bytes:
-    """A small JPEG file of an image file in this version."""
+    """A small JPEG of an image file. version: its `file_version`, so that a changed file is read again."""
     return jpeg(load_image(path, PREVIEW_PIXELS, "cpu"))
 
 
@@ -75,7 +75,7 @@ def data_url(kind: str, content: bytes) -> str:
 
 
 def action(method: Callable) -> Callable:
-    """Make a method of `Studio` an action of the user's: it clears the last note, and an error becomes a note."""
+    """Make a method of `Studio` a user action: it clears the last note, and an error becomes the new one."""
 
     @functools.wraps(method)
     def guarded(self, *_):
@@ -95,16 +95,16 @@ def action(method: Callable) -> Callable:
 
 
 class Studio:
-    """The panel: has frames made from the controls' settings and shows them. Made by `style_studio`.
+    """The panel: it reads the controls, has the worker make frames, and shows them. Made by `style_studio`.
 
-    painter: used only on the worker's thread. pull: show a frame when the browser asks for it. state: a key of
-    `STATES`.
+    painter: used only on the worker's thread once started. pull: show a frame when the browser asks for it. state: a
+    key of `STATES`.
     """
 
     current = None  # the panel that is open
     answer_seconds = 0.1  # pull: how long the browser may wait for an answer
-    link_bytes = 15_000_000  # size of the largest file that the page offers: 20 MB as a link
-    patience_seconds = 60  # without an acknowledgement for so long, no browser is there
+    link_bytes = 15_000_000  # the largest file offered as a download; base64 makes it 20 MB
+    patience_seconds = 60  # after this long without an acknowledgement, no browser is there
 
     def __init__(self, opening: Settings, painter: Painter, pull: bool = False):
         self.loop = asyncio.get_running_loop()
@@ -119,8 +119,8 @@ class Studio:
         self.frame = None  # the `Future` of the frame that is being made
         self.shown = self.snapshot = None  # the latest `PanelFrame`, and an image
         self.single = self.restarting = False  # what the last button asked for
-        self.beginning = None  # what the image on display before Start depends on
-        self.presses = self.answered = 0  # buttons that asked for frames, and how many of them the frame knows of
+        self.beginning = None  # the settings behind the image on display before Start
+        self.presses = self.answered = 0  # presses that asked for frames; how many the frame has taken in
         self.spoken_moment = 0.0  # when a screen reader last heard of the loss
         self.controls = controls = Controls(opening)
         self.display = Display(controls.choices)
@@ -155,7 +155,7 @@ class Studio:
 
     @action
     def pause(self) -> None:
-        """Stop at the image on display. An evaluation under way ends unseen."""
+        """Stop at the image on display. An evaluation in progress finishes, but is not shown."""
         if self.state == "running":
             self.set_status("paused")
 
@@ -224,29 +224,29 @@ class Studio:
 
     @action
     def moved(self) -> None:
-        """Go on, if the panel has finished, since a control that changes the result has moved."""
+        """A control that changes the result has moved: redraw the inputs, and go on if the run is over."""
         self.draw_inputs()
         if self.state == "done":
             self.start()
 
     @action
     def chosen(self) -> None:
-        """Show the image in the colours that are asked for. The next frame or Restart reads the other choices."""
+        """Show the image in the chosen colours. The next frame or Restart reads the other choices."""
         if self.shown:
             self.put_on_display()
         self.draw_inputs()
 
     @action
     def take_uploads(self) -> None:
-        """Take what was uploaded: images, of which the last is chosen, or the settings in a saved image."""
+        """Take what was uploaded: images, choosing the last one, or the settings in a saved image."""
         for kind, uploader in self.controls.uploaders.items():
             files = uploaded_files(uploader.value)
-            uploader.set_trait("value", type(uploader.value)())  # so that the same file may come again
+            uploader.set_trait("value", type(uploader.value)())  # so that the same file can be uploaded again
             for name, content in files:
                 self.take_file(kind, name, content)
 
     def take_file(self, kind: str, name: str, content: bytes) -> None:
-        """Store a file in a folder of its own and take it. If it is of no use, a note says why."""
+        """Store a file in its own folder and take it. If it is unusable, a note says why."""
         given = Path(name).name.encode(errors="replace").decode()
         name = Path(re.sub(r'[\x00-\x1f<>:"/\\|?*]+', " ", given).strip(" .") or "picture")
         path = Path(self.uploads.name, hashlib.sha256(content).hexdigest(), joint_stem(name) + name.suffix[:10])
@@ -263,7 +263,7 @@ class Studio:
             self.set_status(note=str(error).replace(repr(str(path)), repr(given)))
 
     def draw_inputs(self) -> None:
-        """Show the images that go in, as their files are now, and until Start the image that the run begins with."""
+        """Show the input images as their files are now and, until Start, the image that the run will start from."""
         for kind, control in self.controls.choices.items():
             path = control.value
             self.display.show_image(kind, path and preview(path, file_version(path)), kind)
@@ -286,7 +286,7 @@ class Studio:
         self.presses += 1
         self.set_status("running")
         self.display.sent.value += self.pull
-        self.loop.call_soon_threadsafe(self.keep_going)  # a button may be heard on another thread than the loop's
+        self.loop.call_soon_threadsafe(self.keep_going)  # a button's callback may run on another thread than the loop's
 
     def keep_going(self) -> None:
         """Start the tasks that the state "running" needs."""
@@ -296,16 +296,16 @@ class Studio:
             self.watching = self.loop.create_task(self.watch())
 
     async def work(self) -> None:
-        """Push: have frame after frame made and shown until the state is no longer "running"."""
+        """Push: make and show one frame after another while the state is "running"."""
         self.exchange()
         while self.frame:
             await asyncio.wait([asyncio.wrap_future(self.frame)])
             self.exchange()
 
     def acknowledged(self, _) -> None:
-        """Note that the browser has what it was sent. Pull: it asks for the next frame; answer now or soon.
+        """The browser has received what it was sent. Pull: it thereby requests the next frame; answer now or soon.
 
-        Only the latest number counts, so there is never more than one question, and none waits in a queue.
+        Only the latest number counts, so there is at most one open request and no queue.
         """
         if self.pull and self.state == "running" and self.display.seen.value == self.display.sent.value:
             if self.frame:
@@ -314,7 +314,7 @@ class Studio:
             self.display.sent.value += 1
 
     async def watch(self) -> None:
-        """Pause when no browser is there. Only time in which the kernel is free counts, since else it hears nothing."""
+        """Pause when no browser is there. Only time when the kernel is free counts: a busy one receives nothing."""
         silent = 0
         before = None
         while self.state == "running" and silent < 60:
@@ -323,29 +323,29 @@ class Studio:
             silent = silent + 1 if seen == before != self.display.sent.value else 0
             before = seen
         if self.state == "running":
-            problem = f"no browser has shown this panel for {self.patience_seconds} seconds: Start goes on"
+            problem = f"no browser has shown this panel for {self.patience_seconds} seconds: press Start to continue"
             self.set_status("paused", problem)
 
     def exchange(self) -> None:
-        """Show the frame if it is made, and have the next one made."""
+        """Show the frame if it is ready, and submit the next one."""
         try:
             if self.frame and self.frame.done():
                 frame, self.frame = self.frame, None
                 self.show(frame.result())
             if self.state == "running" and not self.frame:
                 self.submit_frame()
-        except Exception as error:  # it would be seen nowhere else
+        except Exception as error:  # nothing else would report it
             if self.state != "closed":
                 self.set_status("paused", sentence(error))
 
     def submit_frame(self) -> None:
-        """Have the worker make a frame of what the controls say now."""
+        """Have the worker make a frame with the controls' present settings."""
         controls = self.controls
         start = None
         moments = ()
         if self.restarting or not self.shown:
             start = self.chosen_start()
-        elif self.answered == self.presses:  # the rate on display counts no pause
+        elif self.answered == self.presses:  # not after a button: the rate on display leaves pauses out
             moments = self.shown.moments
         self.restarting = False
         self.answered = self.presses
@@ -364,22 +364,22 @@ class Studio:
             self.set_status("done" if frame.ended else "paused" if self.single else None)
 
     def image_shown(self) -> Tensor:
-        """The image of the latest frame, in the colours that are asked for."""
+        """The image of the latest frame, in the chosen colours."""
         image = self.shown.image
         return keep_colours(image, self.shown.content) if self.controls.keep_colours.value else image
 
     def put_on_display(self) -> None:
-        """Show the latest frame in the colours that are asked for."""
+        """Show the latest frame in the chosen colours."""
         self.display.show(self.shown, jpeg(resize(self.image_shown(), self.shown.shape)))
 
     def set_status(self, state: str | None = None, note: str | None = None) -> None:
-        """Change state and note, where given, and say in the status line what goes on."""
+        """Change state and note, where given, and update buttons and status line."""
         self.state = state or self.state
         self.note = self.note if note is None else note
         running = self.state == "running"
         numbers = ""
         moment = 0.0
-        # A button that is pressed stays enabled, or it would lose the focus.
+        # A pressed button stays enabled: disabled, it would lose the keyboard focus.
         self.buttons["Start"].button_style = "" if running else "primary"
         self.buttons["Pause"].button_style = "primary" if running else ""
         for name in ("Snapshot", "Save"):
@@ -429,7 +429,7 @@ def style_studio(
     {name: weight}), content_weight, style_weight: what the controls open with and Reset goes back to. vgg: from
     `load_vgg19`, which is the default. pull: show a frame when the browser asks for it, not when it is made; by default
     only in Colab, which needs it.
-    To be called as the last line of a notebook's cell. Closes the panel that was open before. Raises UserError for bad
+    Call it on the last line of a notebook cell. Closes the panel that was open before. Raises UserError for bad
     input.
     """
     if content is None and style is None:
@@ -440,7 +440,7 @@ def style_studio(
     layers = () if content is None else content_layer, () if style is None else style_layers
     task = as_task(Task(*images, *layers, content_weight, style_weight))
     if task.style and not task.style_weight:
-        raise UserError(f"style_weight is {style_weight!r}: the panel's slider begins above 0: give more or no style")
+        raise UserError(f"style_weight is {style_weight!r}: the panel's slider starts above 0: give more, or no style")
     try:
         asyncio.get_running_loop()
     except RuntimeError as error:
