@@ -164,8 +164,8 @@ def test_a_drawing_is_published_as_it_is(published, tmp_path):
     "arguments, options, why",
     [
         ([[RED]], {"form": "gif"}, "form is 'gif': use 'jpeg' or 'png'"),
-        ([image_grid([RED]), ["red"]], {}, "titles, columns, width and rows need images"),
-        ([IMAGES / "schematic.svg"], {"width": 3}, "titles, columns, width and rows need images"),
+        ([image_grid([RED]), ["red"]], {}, "titles, columns, width and rows are for images"),
+        ([IMAGES / "schematic.svg"], {"width": 3}, "titles, columns, width and rows are for images"),
         ([IMAGES / "poster.jpg"], {}, f"figure is {str(IMAGES / 'poster.jpg')!r}: give an SVG file"),
     ],
 )

@@ -155,8 +155,8 @@ def test_a_bad_mask_is_named(mask, problem, style, refuses):
         (lambda style: Style(style[0]), "style is (3, 40,"),
         (lambda style: [Style(style, -1.0), style], "weight of style[0] is -1.0"),
         (lambda style: Style(style, 0), "the weight of style is 0, and no other style shares the mask"),
-        (lambda style: [Style(style, 0), Style(style, 0.0)], "style[0], style[1] have weight 0"),
-        (lambda style: [style, Style(style, 0, torch.ones(4, 4))], "style[1] have weight 0"),
+        (lambda style: [Style(style, 0), Style(style, 0.0)], "the weight of style[0], style[1] is 0"),
+        (lambda style: [style, Style(style, 0, torch.ones(4, 4))], "the weight of style[1] is 0"),
     ],
 )
 def test_bad_styles_are_named(bad, problem, content, style, settings, refuses):

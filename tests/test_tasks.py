@@ -267,9 +267,9 @@ REFUSED = [  # (task, option, {what is said: value})
         (synthesize, {"layers": "conv5_1", "shape": (15, 40)}, "a 15x40 image is too small for conv5_1"),
         (reconstruct, {"layers": "conv5_1", "content": noise()}, "a 15x41 image is too small for conv5_1"),
         (transfer, {"content_layers": (), "style_layers": {}}, NONE),
-        (transfer, {"content_weight": 0, "style_weight": 0}, "content_weight is 0 and style_weight 0, and every"),
+        (transfer, {"content_weight": 0, "style_weight": 0}, "content_weight is 0 and style_weight 0, and no layer"),
         (transfer, {"content_weight": 0, "style_layers": ()}, "content_weight is 0 and style_weight 10000.0, and"),
-        (transfer, {"content_layers": (), "style_weight": 0}, "content_weight is 1.0 and style_weight 0, and every"),
+        (transfer, {"content_layers": (), "style_weight": 0}, "content_weight is 1.0 and style_weight 0, and no layer"),
         (nst.optimise, {"task": nst.Task("a.jpg", noise(), (), "conv1_1")}, "content is str"),  # without layers, too
     ],
 )

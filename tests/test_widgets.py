@@ -204,7 +204,7 @@ def test_a_run_ends_says_why_and_then_may_go_on(vgg):
 def test_what_cannot_be_is_refused_and_the_image_stays(painter, refuses):
     steps(painter, TRANSFER, 2)
     before = painter.run.image
-    with refuses("every layer named has weight 0"):
+    with refuses("no layer has a weight above 0"):
         painter.step(TRANSFER._replace(content_weight=0.0, layer_weights={}))
     assert torch.equal(painter.run.image, before) and painter.step(TRANSFER) is not None
 
@@ -938,7 +938,7 @@ def test_the_controls_open_at_the_parameters_and_reset_goes_back_to_them(given, 
         ({"content_weight": -1}, "content_weight is -1"),
         ({"style_weight": 0}, "style_weight is 0: the panel's slider starts above 0"),
         ({"content": None, "style_layers": ()}, "no layers given"),
-        ({"style": None, "content_weight": 0}, "every layer named has weight 0"),
+        ({"style": None, "content_weight": 0}, "no layer has a weight above 0"),
         ({"content": None, "style": None}, "content and style are both None"),
         ({"vgg": "oxford"}, "vgg is 'oxford': give a network from load_vgg19"),
         ({"size": 2.5}, "size is 2.5"),

@@ -103,7 +103,7 @@ class CudaGraph:
                 self.outputs, self.graph = outputs, graph  # set last, so an interrupted capture is retried
                 return True
             problem = f"the first replay differs from an eager evaluation by more than {self.tolerance:g}"
-        warnings.warn(f"evaluations on {self.device} run without a CUDA graph, so slower: {problem}", stacklevel=4)
+        warnings.warn(f"evaluations on {self.device} have no CUDA graph and are slower: {problem}", stacklevel=4)
         return False
 
     def _capture_on(self, stream):
