@@ -368,6 +368,7 @@ def opened(tmp_path, monkeypatch):
     """opened(make): the panel that a function makes, with a loop of its own, in an empty folder; closed at the end."""
     monkeypatch.chdir(tmp_path)
     panels, loop = [], asyncio.new_event_loop()
+    loop.set_debug(True)  # refuses what only the loop's own thread may do
 
     def open_panel(make):
         async def in_the_loop():
@@ -442,6 +443,12 @@ def test_a_second_press_of_start_makes_no_second_loop(panel):
     assert panel.working is working and asyncio.all_tasks(panel.loop) == {working, panel.watching}
     release(panel)
     assert panel.working is working and panel.state == "running"
+
+
+def test_a_button_may_be_pressed_on_another_thread(panel):
+    panel.loop.run_until_complete(asyncio.to_thread(panel.buttons["Start"].click))
+    begun(panel, 1)
+    assert panel.state == "running" and note(panel) == ""
 
 
 def test_step_is_one_evaluation_however_long_a_frame_lasts_and_may_end_the_run(panel):
