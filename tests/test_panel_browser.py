@@ -123,6 +123,7 @@ def test_style_transfer_from_start_to_a_closed_panel(browser, server):
     styles = book.page.get_by_label("style", exact=True)
     for _ in range(2):
         styles.select_option("great wave")
+        book.wait_for(lambda: book.ask("print(*panel.controls.settings().styles)").endswith("great_wave.jpg"))
         book.upload("style", IMAGES / "style" / "starry_night.jpg")
         book.wait_for(lambda: styles.locator("option:checked").text_content() == "starry_night.jpg")
     book.button("Pause").click()
