@@ -16,7 +16,7 @@ import nbformat
 from homework import NAME, grade_id
 
 MOST_BYTES = 1_000_000_000  # of a zip when unpacked
-OTHERS = {NAME, "assignment", "notebooks", "submitted", "submissions", "release"}  # names that are not students'
+OTHERS = {NAME, *"assignment notebooks submitted submissions release".split()}  # names that are not students'
 CANVAS = re.compile(r"(?P<name>[^_]+)_(?P<late>LATE_)?(?P<id>\d+)_\d+_.*?(-(?P<number>\d+))?")
 MOODLE = re.compile(r"(?P<name>.+?)_(?P<late>)(?P<id>\d+)_assignsubmission.*(?P<number>)")
 

@@ -122,7 +122,7 @@ def main(submissions, into, student="", seed=""):
     course = open_course(Path.cwd(), lambda notebook: with_other_numbers(notebook, seed))
     shutil.rmtree("helper", ignore_errors=True)
     write_helper(Path("helper"))
-    subprocess.run(["sh", TOOLS / "kernels" / NAME / "sandbox.sh"])  # prints a warning if there is none
+    subprocess.run(["sh", TOOLS / f"kernels/{NAME}/sandbox.sh"])  # prints a warning if there is none
     store(chosen, remarks, sources)
     if student or before != read_notebooks(Path("source", NAME)):
         shutil.rmtree(Path("autograded", student), ignore_errors=True)

@@ -19,4 +19,5 @@ c.Autograde.autograde_preprocessors = [
 ]
 # What a student hands in must not run in the browser of whoever marks it.
 c.HTMLExporter.sanitize_html = True
+c.NbConvertBase.display_data_priority = "image/png image/jpeg text/plain".split()  # no HTML of an output
 c.HTMLExporter.filters = {"markdown2html": "preprocessors.safe_markdown"}
