@@ -24,7 +24,7 @@ run: $(VENV)/installed  ## a first picture, rendered/first.png; then execute the
 	test -f rendered/first.png || $(BIN)/stylise $(FIRST) --size 160 -o rendered/first.png
 	$(BIN)/python tools/run_notebooks.py
 
-check: $(VENV)/for-developers  ## style and unit tests
+check: $(VENV)/for-developers  ## lint and unit tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "not (browser or breaks or parameters or assignment)"  # two tests at once, each on one thread

@@ -132,7 +132,7 @@ def check(options, error):
 
 def stop(*_):
     """End the process at once. While torch is being imported, libraries may swallow a KeyboardInterrupt."""
-    sys.stderr.write(f"{INTERRUPTED} starts again, nothing is saved\n")
+    sys.stderr.write(f"{INTERRUPTED} starts over; nothing was saved\n")
     os._exit(1)
 
 
@@ -166,7 +166,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         saved = options.state and options.state.exists()
-        sys.exit(f"{INTERRUPTED} {'resumes' if saved else 'starts again, nothing is saved'}")
+        sys.exit(f"{INTERRUPTED} {'resumes' if saved else 'starts over; nothing was saved'}")
 
 
 if __name__ == "__main__":

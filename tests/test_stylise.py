@@ -193,7 +193,7 @@ def test_an_interrupted_run_is_resumed_as_if_nothing_had_happened(start, stops, 
 
 def test_a_run_that_is_interrupted_anywhere_loses_nothing(run):
     """In an evaluation, in the preparation of a scale, while it saves: the same command then makes the same image."""
-    with Interruption(1, CODE / "engine" / "images.py"), ends("starts again, nothing is saved"):
+    with Interruption(1, CODE / "engine" / "images.py"), ends("starts over; nothing was saved"):
         run()
     assert not new_files()
     words = ("--evaluations=3", "--film")
@@ -458,7 +458,7 @@ def test_options_are_read_before_torch_is_imported():
         (["--version"], r"^\d+\.\d+\.\d+\n$", "^$"),
         (["--sise=5"], "^$", "^error: unrecognized arguments: --sise=5\n$"),
         ([*PAIR, "--size=big"], "^$", "^error: argument --size: invalid int value: 'big'\n$"),
-        (PAIR, "^$", "^loading ...\ninterrupted: the same command starts again, nothing is saved\n$"),
+        (PAIR, "^$", "^loading ...\ninterrupted: the same command starts over; nothing was saved\n$"),
     ):
         done = command(*words)
         assert re.search(output, done.stdout) and re.search(error, done.stderr), done
