@@ -79,7 +79,7 @@ $(VENV)/installed: requirements.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "No Python of 3.11 or newer was found: install one, or run make PYTHON=..."; exit 1; }
 	@echo "Installing into $(VENV): a few minutes and 6 GB, most of it torch for NVIDIA GPUs; without one, see environments/README.md."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install $(PIP_OPTIONS) -r requirements.txt -e .
+	$(BIN)/python -m pip install --no-compile $(PIP_OPTIONS) -r requirements.txt -e .
 	touch $@
 
 $(VENV)/for-developers: $(VENV)/installed requirements-dev.txt
