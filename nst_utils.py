@@ -27,7 +27,7 @@ from IPython import get_ipython
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from style_transfer.engine.checks import UserError, as_mask, check_feature_map
+from style_transfer.engine.checks import UserError, as_mask, check_feature_map, check_targets
 from style_transfer.engine.figures import Recorder, filmstrip, image_grid, image_table, plot_losses, show
 from style_transfer.engine.images import (
     IMAGES,
@@ -83,8 +83,10 @@ def content_loss(maps: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> T
     """Mean squared error between two images' feature maps, summed over layers.
 
     Unlike Gatys et al. ([style], equation 1), we do not take half the sum of squares. maps, targets: {layer: (1, C, h,
-    w)} as returned by `features`, with equal shapes.
+    w)} as returned by `features`; layers without a target are ignored. Raises UserError for a target without a
+    layer or of another shape.
     """
+    check_targets(maps, targets)
     errors = [(maps[name] - target).square().mean() for name, target in targets.items()]
     return sum(errors, torch.zeros(()))
 
@@ -96,10 +98,13 @@ def style_loss(
 
     maps: {layer: (1, C, h, w)}; targets: {layer: (C, C)}, the Gram matrices to match; layer_weights: {layer: number},
     the paper's w_l, by default 1 each. Unlike Gatys et al., we divide each layer's sum of squares by C^2, not by 4,
-    which would give wide layers more weight.
+    which would give wide layers more weight. Layers without a target are ignored. Raises UserError for a target
+    without a layer or of another shape.
     """
-    weights = layer_weights or dict.fromkeys(targets, 1.0)
-    errors = [weights[name] * (gram_matrix(maps[name]) - gram).square().mean() for name, gram in targets.items()]
+    weights = layer_weights or {}
+    grams = gram_matrices(maps)
+    check_targets(grams, targets)
+    errors = [weights.get(name, 1.0) * (grams[name] - target).square().mean() for name, target in targets.items()]
     return sum(errors, torch.zeros(()))
 
 

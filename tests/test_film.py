@@ -44,9 +44,11 @@ def test_an_evaluation_is_recorded_once():
     assert str(found) == "[(1, 100.0), (2, 50.0), (4, 7.0)]"
 
 
-@pytest.mark.parametrize("shape, side, size", [((8, 12), 6, (6, 4)), ((12, 8), 6, (4, 6)), ((1, 40), 6, (6, 1))])
-def test_large_images_are_scaled_along_their_longer_side(shape, side, size):
-    assert record(nst.Recorder(side=side), 1, shape=shape).frames[0].image.size == size
+@pytest.mark.parametrize(
+    "shape, size", [((16, 1024), (512, 8)), ((768, 9), (6, 512)), ((1, 2048), (512, 1)), ((8, 500), (500, 8))]
+)
+def test_large_images_are_scaled_along_their_longer_side(shape, size):
+    assert record(nst.Recorder(), 1, shape=shape).frames[0].image.size == size
 
 
 def test_a_recorder_that_continues_is_as_one_that_never_stopped():
@@ -70,12 +72,12 @@ def test_a_film_has_all_images_in_the_size_of_the_last_which_stays(form):
             assert film.info["duration"] == (LAST_FRAME_MS if k == 6 else FRAME_MS)
 
 
-@pytest.mark.parametrize("count, kept", [(4, [1, 4, 8, 11]), (50, [*range(1, 12)]), (1, [11])])
+@pytest.mark.parametrize("count, kept", [(16, [1, 4, 7, 10, 13, 16]), (4, [1, 2, 3, 4]), (1, [1])])
 def test_a_filmstrip_is_evenly_spaced_from_the_first_to_the_last(count, kept):
-    figure = nst.filmstrip(record(nst.Recorder(), *range(1, 12)), count, width=2.0)
+    figure = nst.filmstrip(record(nst.Recorder(), *range(1, count + 1)))
     assert [int(axes.get_xlabel().split()[0]) for axes in figure.axes] == kept
     assert greys(Image.fromarray(axes.images[0].get_array()) for axes in figure.axes) == pytest.approx(kept, abs=0.5)
-    assert figure.get_size_inches() == pytest.approx((2 * len(kept), 2 * 8 / 12 + 0.45))
+    assert figure.get_size_inches() == pytest.approx((1.5 * len(kept), 1.5 * 8 / 12 + 0.45))
 
 
 def test_a_filmstrip_writes_losses_which_may_be_plain_numbers():
@@ -89,8 +91,5 @@ def test_a_filmstrip_writes_losses_which_may_be_plain_numbers():
 def test_what_cannot_be_recorded_or_shown_is_refused(refuses):
     with refuses("recorder is a Recorder without images"):
         nst.filmstrip(nst.Recorder())
-    with refuses("count is 0"):
-        nst.filmstrip(record(nst.Recorder(), 1), 0)
-    for name in ("most", "side"):
-        with refuses(f"{name} is 0"):
-            nst.Recorder(**{name: 0})
+    with refuses("most is 0"):
+        nst.Recorder(most=0)

@@ -14,6 +14,7 @@ from nst_utils import (
     Task,
     content_loss,
     features,
+    gram_matrices,
     gram_matrix,
     make_objective,
     style_loss,
@@ -81,6 +82,17 @@ def test_losses_are_the_papers_formulas():
     assert style_loss(maps, grams).item() == pytest.approx(errors["a"] + errors["b"], rel=1e-5)
     weighted = style_loss(maps, grams, {"a": 0.5, "b": 3.0}).item()
     assert weighted == pytest.approx(0.5 * errors["a"] + 3 * errors["b"], rel=1e-5)
+
+
+def test_every_target_needs_a_layer_of_its_shape(refuses):
+    maps, wide = random_maps(0), {"a": random_maps(0)["a"][..., :1]}  # wide's would be broadcast
+    for loss, targets in ((content_loss, maps), (style_loss, gram_matrices(maps))):
+        with refuses(f"b is missing and its target {tuple(targets['b'].shape)}"):
+            loss({"a": maps["a"]}, targets)
+    with refuses("a is (1, 5, 3, 1) and its target (1, 5, 3, 4)"):
+        content_loss(wide, {"a": maps["a"]})
+    with refuses("a is (5, 5) and its target (7, 7)"):
+        style_loss(maps, {"a": gram_matrix(maps["b"])})
 
 
 def test_content_loss_is_zero_at_the_content_and_style_loss_at_the_style(vgg, picture):

@@ -253,6 +253,7 @@ REFUSED = [  # (task, option, {what is said: value})
     (synthesize, "layers", {"weight of conv2_1 is -1.0": {"conv1_1": 1.0, "conv2_1": -1.0}}),
     (transfer, "content_layers", LAYERS),
     (transfer, "style_layers", LAYERS | {"weight of conv2_1 is '1'": {"conv1_1": 1.0, "conv2_1": "1"}}),
+    (transfer, "coarse_to_fine", {f"coarse_to_fine is {value!r}: use True or False": value for value in ("no", None)}),
     (synthesize, "memory", {"memory is 1e-12: give more GiB": 1e-12}),
     *[(transfer, option, {f"{option} is 1000": 10**400}) for option in ("memory", "content_weight", "evaluations")],
     (transfer, "callback", {"callback is 5: give a function of an image and a Step": 5}),

@@ -8,6 +8,7 @@ import operator
 import os
 import re
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -149,6 +150,14 @@ def check_feature_map(feature_map) -> None:
         raise UserError(f"the feature map is {_describe(feature_map)}: give that of one image, (1, C, h, w)")
 
 
+def check_targets(found: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
+    """Raise UserError unless `found` has a tensor of the shape of each layer's target."""
+    for name, target in targets.items():
+        shape = tuple(found[name].shape) if name in found else "missing"
+        if shape != target.shape:
+            raise UserError(f"{name} is {shape} and its target {tuple(target.shape)}: give both in one shape")
+
+
 # --- Numbers -------------------------------------------------------------------------------------
 
 Shape = tuple[int, int]  # (height, width) in pixels
@@ -189,11 +198,6 @@ def as_number(value, name: str, smallest: float, largest: float, allowed: str) -
     if not scalar or not smallest <= value <= largest:
         raise UserError(f"{name} is {shown(value)}: it must be a finite number{allowed}")
     return float(value)
-
-
-def as_inches(value) -> float:
-    """Return the width of an image in a figure, 0.1 to 100 inches, as a float. Raises UserError for anything else."""
-    return as_number(value, "width", 0.1, 100, " of inches, 0.1 to 100")
 
 
 def as_curves(curves, name: str) -> dict[str, list[float]]:

@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from .checks import UserError, as_curves, as_file, as_inches, as_whole, check_shown, shown
+from .checks import UserError, as_curves, as_file, as_number, as_whole, check_shown, shown
 from .images import resize, to_pil
 
-RECORDED_JPEG_QUALITY = 95  # 100 frames of 512 pixels take about 10 MB
+RECORDED_SIDE = 512  # pixels; 100 images take about 7 MB
 FRAME_MS = 80  # how long a film shows each frame
 LAST_FRAME_MS = 2500  # how long it shows the last one
 MAX_FILE_SIDE = 65_000  # pixels; JPEG allows 65,500
@@ -43,13 +43,12 @@ class Recorder:
     """A callback for `optimise` that keeps at most `most` images of a run: evenly spaced ones and the latest.
 
     When full, it drops every second image and doubles the interval. It always keeps the first, so `most` = 1 keeps two.
-    Images are scaled down to `side` pixels along the longer side and kept as JPEG files. Raises UserError unless `most`
-    and `side` are integers, 1 or more.
+    Images are scaled down to 512 pixels along the longer side and kept as JPEG files. Raises UserError unless `most` is
+    an integer, 1 or more.
     """
 
-    def __init__(self, most: int = 100, side: int = 512):
+    def __init__(self, most: int = 100):
         self.most = as_whole(most, "most")
-        self.side = as_whole(side, "side", " of pixels")
         self.interval = 1  # evaluations
         self.frames = []  # `FilmFrame`s in order
 
@@ -65,9 +64,9 @@ class Recorder:
         if len(self._evenly_spaced()) >= self.most:
             self.interval *= 2
         sides = image.shape[-2:]
-        scale = min(1.0, self.side / max(sides))
+        scale = min(1.0, RECORDED_SIDE / max(sides))
         smaller = resize(image, [max(1, round(side * scale)) for side in sides])
-        file = jpeg(smaller, RECORDED_JPEG_QUALITY, subsampling="4:4:4")
+        file = jpeg(smaller)
         self.frames = [*self._evenly_spaced(), FilmFrame(evaluation, float(getattr(step, "total", step)), file)]
 
     def _evenly_spaced(self) -> list[FilmFrame]:
@@ -151,7 +150,7 @@ def image_grid(
     titles = list(titles or [""] * len(images))
     if len(titles) not in (len(images), min(columns, len(images))) or all(image is None for image in images):
         raise UserError(f"there are {len(images)} images and {len(titles)} titles: give images, and a title for each")
-    width = as_inches(width)
+    width = as_number(width, "width", 0.1, 100, " of inches, 0.1 to 100")
     heights, title_heights = [], []  # of each row, in inches
     for k in range(0, len(images), columns):
         row = slice(k, k + columns)
@@ -172,16 +171,15 @@ def image_grid(
     return figure
 
 
-def image_table(rows: list, columns: Mapping[str, Tensor], images: list, width: float = 2.1) -> Figure:
+def image_table(rows: list, columns: Mapping[str, Tensor], images: list) -> Figure:
     """Draw a table of square images, with smaller ones as row and column headers.
 
     rows: the images (1, 3, H, W) at the left; columns: {title: image at the top}; images: row by row, one for each of
-    `columns`. width: of one of `images`, 0.1 to 100 inches. Raises UserError if `columns` is not a mapping or the
-    number of images is wrong.
+    `columns`. Raises UserError if `columns` is not a mapping or the number of images is wrong.
     """
     if not isinstance(columns, Mapping):
         raise UserError(f"columns is {shown(columns)}: give {{title: image}}")
-    width, count = as_inches(width), len(columns)
+    width, count = 2.1, len(columns)  # inches, of one of `images`
     if len(images) != len(rows) * count:
         raise UserError(f"there are {len(images)} images: a table of {len(rows)} x {count} needs {len(rows) * count}")
     widths = [0.4 * width] + [width] * count
@@ -196,23 +194,21 @@ def image_table(rows: list, columns: Mapping[str, Tensor], images: list, width: 
     return figure
 
 
-def filmstrip(recorder: Recorder, count: int = 6, width: float = 1.7) -> Figure:
-    """Draw `count` evenly spaced images of a `Recorder`, from the first to the last, each 0.1 to 100 inches wide.
+def filmstrip(recorder: Recorder) -> Figure:
+    """Draw six evenly spaced images of a `Recorder`, from the first to the last; fewer if it has fewer.
 
     Below each are its evaluation and its total loss. Raises UserError if the recorder has no images.
     """
     if not isinstance(recorder, Recorder) or not recorder.frames:
-        kind = type(recorder).__name__
-        raise UserError(f"recorder is a {kind} without images: give a Recorder that was the `callback` of a task")
-    frames, width = recorder.frames, as_inches(width)
-    count = min(as_whole(count, "count"), len(frames))
-    chosen = frames[-1:]
-    if count > 1:
-        chosen = [frames[round(k * (len(frames) - 1) / (count - 1))] for k in range(count)]
+        found = f"a {type(recorder).__name__} without images"
+        raise UserError(f"recorder is {found}: give a Recorder that was the `callback` of a task")
+    frames, width = recorder.frames, 1.5  # inches, of one image
+    places = {round(k * (len(frames) - 1) / 5) for k in range(6)}
+    chosen = [frames[place] for place in sorted(places)]
     last = chosen[-1].image
     height = width * min(MAX_ASPECT, last.height / last.width)
-    figure = _new_figure(width * count, height + 0.45, 0.02, 0.02)
-    for axes, frame in zip(figure.subplots(1, count, squeeze=False).flat, chosen):
+    figure = _new_figure(width * len(chosen), height + 0.45, 0.02, 0.02)
+    for axes, frame in zip(figure.subplots(1, len(chosen), squeeze=False).flat, chosen):
         axes.imshow(frame.image.resize(last.size, Image.Resampling.BICUBIC))
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
@@ -225,8 +221,7 @@ def plot_losses(curves: Mapping[str, list], ylabel: str = "loss", seconds: Mappi
     """Draw curves, {label: loss after each evaluation}, on a log scale.
 
     seconds: {label: time of each evaluation}, to draw the losses against time. Losses that are not positive are not
-    drawn. When a run moves to a finer scale its loss jumps, since there is new detail to match. Raises UserError if
-    the curves are not numbers, and if `seconds` does not have one time per loss.
+    drawn. Raises UserError if the curves are not numbers, and if `seconds` does not have one time per loss.
     """
     curves, seconds = as_curves(curves, "curves"), as_curves(seconds or {}, "seconds")
     figure = Figure(figsize=(7.5, 3.2), layout="constrained")
@@ -235,7 +230,7 @@ def plot_losses(curves: Mapping[str, list], ylabel: str = "loss", seconds: Mappi
         x = seconds.get(label, ()) if seconds else range(1, len(losses) + 1)
         if len(x) != len(losses):
             raise UserError(f"{label!r} has {len(losses)} losses: `seconds` must have as many")
-        axes.semilogy(x, losses, line, label=label, linewidth=1.4)
+        axes.semilogy(x, losses, line, label=label)
     axes.set(xlabel="seconds" if seconds else "evaluations of the network", ylabel=ylabel)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
@@ -274,14 +269,10 @@ def show(figure: Figure | Path | Iterable, *arguments, alt: str, form: str = "jp
     publish_display_data({kind: content, "text/plain": alt}, metadata={kind: {"alt": alt}})
 
 
-def jpeg(image: Tensor, quality: int = 88, subsampling: str = "4:2:0") -> bytes:
-    """Encode an image (1, 3, H, W) as a JPEG file, ten times as fast as PNG.
-
-    An image too large for the format is scaled down. quality: 1 to 95. subsampling: chroma subsampling, "4:4:4",
-    "4:2:2" or "4:2:0".
-    """
+def jpeg(image: Tensor) -> bytes:
+    """Encode an image (1, 3, H, W) as a JPEG file, faster than PNG. One too large for the format is scaled down."""
     buffer = io.BytesIO()
     picture = to_pil(image)
     picture.thumbnail((MAX_FILE_SIDE, MAX_FILE_SIDE))
-    picture.save(buffer, "jpeg", quality=quality, subsampling=subsampling)
+    picture.save(buffer, "jpeg", quality=90, subsampling="4:4:4")
     return buffer.getvalue()

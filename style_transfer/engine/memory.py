@@ -102,9 +102,8 @@ def keep_freed_memory(below: int = 2**30) -> None:
     """Let the C library keep up to 2 GiB that an evaluation frees for the next one (glibc, so only on Linux).
 
     Feature maps are freed and allocated all the time. The system zeroes returned memory page by page before it hands it
-    out again, which took a third of an evaluation at 512 pixels. Threads other than the main one, such as the panel's,
-    have small heaps of their own and gain little. Blocks of `below` bytes or more are still returned, since they would
-    fragment the heap. Memory kept so far is returned first.
+    out again, which took a third of an evaluation at 512 pixels. Blocks of `below` bytes or more are still
+    returned, since they would fragment the heap. Memory kept so far is returned first.
     """
     release_freed_memory()
     if sys.platform == "linux":

@@ -77,6 +77,8 @@ class Run:
         self.task, self.evaluations = as_task(task), as_whole(evaluations, "evaluations")
         self.shape = as_shape(self.task.reference.shape[-2:] if shape is None else shape)
         self.device = self.task.reference.device
+        if coarse_to_fine not in (True, False):
+            raise UserError(f"coarse_to_fine is {coarse_to_fine!r}: use True or False")
         init, self.seed = as_start(init, seed, self.task)
         self.precisions = pick_precisions(self.device, precision)  # used in turn at full size, the faster first
         self.threads = torch.get_num_threads()

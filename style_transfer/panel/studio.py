@@ -405,7 +405,7 @@ class Studio:
 
     def _ipython_display_(self):
         """Show the panel; where there is no kernel, a still of it in use."""
-        alt = "The panel in use: the living picture, the pictures it is made from, loss curves, buttons and sliders."
+        alt = "The panel in use: the current image and its inputs, loss curves, buttons and sliders."
         still = (IMAGES / f"panel_{'_and_'.join(self.controls.kinds)}.jpg").read_bytes()
         source = data_url("image/jpeg", still)
         image = f'<img class="studio-still" style="display:none" alt="{alt}" src="{source}">'
