@@ -18,7 +18,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PLACEHOLDER = "ADDRESS_OF_THIS_REPOSITORY"
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 CELL = """\
-# In Colab or Kaggle: fetch the helper and what it lacks. Where the helper is installed, this does nothing.
+# In Colab or Kaggle: install the helper and its dependencies. Where the helper is installed, this does nothing.
 from importlib.util import find_spec
 
 ADDRESS, TAG = "{address}", "v{version}"
