@@ -102,7 +102,7 @@ def style_loss(
     without a layer or of another shape.
     """
     weights = layer_weights or {}
-    grams = gram_matrices(maps)
+    grams = gram_matrices({name: maps[name] for name in targets if name in maps})
     check_targets(grams, targets)
     errors = [weights.get(name, 1.0) * (grams[name] - target).square().mean() for name, target in targets.items()]
     return sum(errors, torch.zeros(()))

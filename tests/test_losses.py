@@ -91,6 +91,8 @@ def test_every_target_needs_a_layer_of_its_shape(refuses):
             loss({"a": maps["a"]}, targets)
     with refuses("a is (1, 5, 3, 1) and its target (1, 5, 3, 4)"):
         content_loss(wide, {"a": maps["a"]})
+    ignored = {"c": torch.ones(2, 5, 3, 4)}  # of two images, and without a target
+    assert style_loss(maps | ignored, gram_matrices(maps)) == 0
     with refuses("a is (5, 5) and its target (7, 7)"):
         style_loss(maps, {"a": gram_matrix(maps["b"])})
 
