@@ -452,6 +452,7 @@ def test_a_process_whose_terminal_has_gone_succeeds(shell):
 @posix
 def test_options_are_read_before_torch_is_imported():
     """Which takes seconds, and may be interrupted; by a stand-in for torch that swallows exceptions."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
     Path("torch.py").write_text("import signal\ntry:\n signal.raise_signal(2)\nfinally:\n raise ValueError")
     for words, output, error in (
         (["--help"], r"(?s)-o, --output OUTPUT .*at most \(80\)", "^$"),
