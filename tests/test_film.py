@@ -75,7 +75,7 @@ def test_a_film_has_all_images_in_the_size_of_the_last_which_stays(form):
 @pytest.mark.parametrize("count, kept", [(16, [1, 4, 7, 10, 13, 16]), (4, [1, 2, 3, 4]), (1, [1])])
 def test_a_filmstrip_is_evenly_spaced_from_the_first_to_the_last(count, kept):
     figure = nst.filmstrip(record(nst.Recorder(), *range(1, count + 1)))
-    assert [int(axes.get_xlabel().split()[0]) for axes in figure.axes] == kept
+    assert [int(axes.get_xlabel().split()[1]) for axes in figure.axes] == kept
     assert greys(Image.fromarray(axes.images[0].get_array()) for axes in figure.axes) == pytest.approx(kept, abs=0.5)
     assert figure.get_size_inches() == pytest.approx((1.5 * len(kept), 1.5 * 8 / 12 + 0.45))
 
@@ -85,7 +85,7 @@ def test_a_filmstrip_writes_losses_which_may_be_plain_numbers():
     for loss in (12345.6, 999.9, 0.01234):
         recorder(torch.full((1, 3, 8, 12), 0.5), loss)
     labels = [axes.get_xlabel() for axes in nst.filmstrip(recorder).axes]
-    assert labels == ["1\nloss 12,346", "2\nloss 1,000", "3\nloss 0.0123"]
+    assert labels == ["evaluation 1\nloss 12,346", "evaluation 2\nloss 1,000", "evaluation 3\nloss 0.0123"]
 
 
 def test_what_cannot_be_recorded_or_shown_is_refused(refuses):

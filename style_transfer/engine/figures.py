@@ -213,7 +213,7 @@ def filmstrip(recorder: Recorder) -> Figure:
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
         loss = f"{frame.total:.3g}" if frame.total < 999.5 else f"{frame.total:,.0f}"
-        axes.set_xlabel(f"{frame.evaluation}\nloss {loss}", fontsize=8)
+        axes.set_xlabel(f"evaluation {frame.evaluation}\nloss {loss}", fontsize=8)
     return figure
 
 
