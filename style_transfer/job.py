@@ -299,8 +299,7 @@ class Job:
         return keep_colours(image, self.run.task.content) if self.options.keep_colours else image
 
     def write_image(self, image: Tensor, **more: str) -> None:
-        settings = settings_of(self.options, os.path.basename) | more
-        content = as_png(self.coloured(image), settings)
+        content = as_png(self.coloured(image), settings_of(self.options, os.path.basename) | more)
         write_over(self.options.output, lambda path: path.write_bytes(content))
 
     def write_film(self) -> None:

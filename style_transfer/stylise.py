@@ -64,8 +64,7 @@ def parse(arguments: list[str], defaults: dict | None = None) -> argparse.Namesp
 
     defaults: more of them, from `job.defaults_for`. Without these, options with --like are not checked.
     """
-    usage = "%(prog)s content style [style ...] [options]"
-    parser = Parser("stylise", usage, __doc__, formatter_class=Help)
+    parser = Parser("stylise", "%(prog)s content style [style ...] [options]", __doc__, formatter_class=Help)
     add = parser.add_argument
     add("content", nargs="?", help="a photograph; where it is transparent, it becomes white")
     add("style", nargs="*", help="a painting, or several")

@@ -237,7 +237,7 @@ class Notebook:
     def still(self, name):
         """The panel dimmed, as the notebooks show it where there is no kernel."""
         image = self.picture()
-        image = Image.blend(image, Image.new("RGB", image.size, "white"), 0.45)
+        image = Image.blend(image, Image.new("RGB", image.size, "white"), 0.25)
         image = ImageOps.expand(image, (0, 64, 0, 0), "#e8eef7")
         font = ImageFont.load_default(26)
         place = image.width / 2, 32

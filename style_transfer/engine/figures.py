@@ -65,8 +65,7 @@ class Recorder:
             self.interval *= 2
         sides = image.shape[-2:]
         scale = min(1.0, RECORDED_SIDE / max(sides))
-        smaller = resize(image, [max(1, round(side * scale)) for side in sides])
-        file = jpeg(smaller)
+        file = jpeg(resize(image, [max(1, round(side * scale)) for side in sides]))
         self.frames = [*self._evenly_spaced(), FilmFrame(evaluation, float(getattr(step, "total", step)), file)]
 
     def _evenly_spaced(self) -> list[FilmFrame]:
@@ -96,8 +95,7 @@ class Recorder:
 
 def film_of(frames: list[FilmFrame], form: str) -> bytes:
     """Encode one or more frames as a film, all enlarged to the size of the last one. form: "gif" or "webp"."""
-    size = frames[-1].image.size
-    images = [frame.image.resize(size, Image.Resampling.BICUBIC) for frame in frames]
+    images = [frame.image.resize(frames[-1].image.size, Image.Resampling.BICUBIC) for frame in frames]
     durations = [FRAME_MS] * (len(images) - 1) + [LAST_FRAME_MS]
     buffer = io.BytesIO()
     images[0].save(buffer, form, save_all=True, append_images=images[1:], duration=durations, loop=0, quality=85)
@@ -144,9 +142,7 @@ def image_grid(
         is_map = torch.is_tensor(image) and image.dim() == 2 and image.numel()
         if image is not None and not is_map:
             check_shown(image, f"images[{k}]")
-    if columns is None:
-        columns = len(images) or 1
-    columns = as_whole(columns, "columns")
+    columns = len(images) or 1 if columns is None else as_whole(columns, "columns")
     titles = list(titles or [""] * len(images))
     if len(titles) not in (len(images), min(columns, len(images))) or all(image is None for image in images):
         raise UserError(f"there are {len(images)} images and {len(titles)} titles: give images, and a title for each")
@@ -160,8 +156,7 @@ def image_grid(
         title_heights.append(0.09 + 0.2 * max(lines, default=0))
     if rows and len(rows) != len(heights):
         raise UserError(f"there are {len(heights)} rows and {len(rows)} labels: give each row a label")
-    label_width = 0.2 if rows else 0.0
-    figure = _new_figure(width * columns + label_width, sum(heights + title_heights), 0.03, 0.04)
+    figure = _new_figure(width * columns + 0.2 * bool(rows), sum(heights + title_heights), 0.03, 0.04)
     grid = figure.subplots(len(heights), columns, squeeze=False, height_ratios=heights)
     for axes, image, title in itertools.zip_longest(grid.flat, images, titles):
         axes.set_anchor("N")  # aligns the titles of a row
@@ -200,14 +195,14 @@ def filmstrip(recorder: Recorder) -> Figure:
     Below each are its evaluation and its total loss. Raises UserError if the recorder has no images.
     """
     if not isinstance(recorder, Recorder) or not recorder.frames:
-        found = f"a {type(recorder).__name__} without images"
-        raise UserError(f"recorder is {found}: give a Recorder that was the `callback` of a task")
+        raise UserError(
+            f"recorder is a {type(recorder).__name__} without images: give a Recorder that was the `callback` of a task"
+        )
     frames, width = recorder.frames, 1.5  # inches, of one image
     places = {round(k * (len(frames) - 1) / 5) for k in range(6)}
     chosen = [frames[place] for place in sorted(places)]
     last = chosen[-1].image
-    height = width * min(MAX_ASPECT, last.height / last.width)
-    figure = _new_figure(width * len(chosen), height + 0.45, 0.02, 0.02)
+    figure = _new_figure(width * len(chosen), width * min(MAX_ASPECT, last.height / last.width) + 0.45, 0.02, 0.02)
     for axes, frame in zip(figure.subplots(1, len(chosen), squeeze=False).flat, chosen):
         axes.imshow(frame.image.resize(last.size, Image.Resampling.BICUBIC))
         axes.set(xticks=[], yticks=[])

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from .checks import Shape, UserError, as_file, as_shape, as_whole, check_shown, reason, shown
 
@@ -83,10 +84,8 @@ def load_image(
         width, height = (max(size, round(side * scale)) for side in picture.size)
         if width * height > MAX_PIXELS:
             raise UserError(f"would be {width} x {height} pixels at size {size}: that is too large")
-        canvas = Image.new("RGBA", picture.size, background)
-        picture = Image.alpha_composite(canvas, picture).convert("RGB")
-        pixels = np.array(picture.resize((width, height), Image.Resampling.LANCZOS))
-        image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture).convert("RGB")
+        image = pil_to_tensor(picture.resize((width, height), Image.Resampling.LANCZOS))[None]
         return (image.float() / 255).to(device)
     except Exception as error:  # a decoder may raise anything
         raise UserError(f"{str(path)!r} {explain(path, error)}") from error

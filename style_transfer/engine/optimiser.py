@@ -17,6 +17,7 @@ from .checks import UserError
 
 HISTORY_SIZE = 20  # correction pairs
 MAX_HALVINGS = 8  # of one step, before the correction pairs are discarded
+MAX_FIRST_HALVINGS = 16  # of a step without correction pairs, whose length is a guess
 FIRST_STEP = 0.02  # mean absolute change of a pixel, while there are no correction pairs
 MIN_CURVATURE = 1e-4  # of a correction pair: the cosine of s and y
 
@@ -96,12 +97,13 @@ class ProjectedLBFGS:
         """(the iterate, the point to evaluate next, whether it may lower the loss).
 
         When all halvings have failed, the correction pairs are discarded and the next step starts at full length. No
-        step lowers the loss if there were no pairs to discard, or if no direction leads downhill. Halving keeps the
-        direction, which depends only on image and history.
+        step lowers the loss if without pairs all halvings have failed, or if no direction leads downhill. Halving keeps
+        the direction, which depends only on image and history.
         """
         x, gradient, curvature = iterate.x, iterate.gradient, iterate.curvature or self.unknown
-        in_vain = iterate.halvings == MAX_HALVINGS
-        hopeless = in_vain & ~curvature.ages.any().to(x.device)
+        known = curvature.ages.any().to(x.device)
+        in_vain = iterate.halvings == torch.where(known, MAX_HALVINGS, MAX_FIRST_HALVINGS)
+        hopeless = in_vain & ~known
         ages = torch.where(in_vain.to(curvature.ages.device), 0, curvature.ages)
         halvings = torch.where(in_vain, 0, iterate.halvings)
         iterate = iterate._replace(halvings=halvings, curvature=curvature._replace(ages=ages))

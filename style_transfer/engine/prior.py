@@ -58,8 +58,7 @@ def draw_noise(shape: Shape, seed: int, device: torch.device, deviation: float =
     Drawn on the CPU, so that a seed gives the same noise on every device. A run starts from faint noise, because
     whatever a deep layer does not see of it remains in the result.
     """
-    generator = torch.Generator().manual_seed(seed)
-    white = torch.randn(3, *shape, generator=generator, **FLOAT32_ON_CPU)
+    white = torch.randn(3, *shape, generator=torch.Generator().manual_seed(seed), **FLOAT32_ON_CPU)
     soft = torch.fft.irfft2(torch.fft.rfft2(white) / relative_frequencies(shape), s=shape)
     noise = torch.einsum("ij,jhw->ihw", torch.linalg.cholesky(colour_covariance()), soft)
     return (0.5 + deviation * noise / noise.std()).clamp(0, 1)[None].to(device)

@@ -235,8 +235,8 @@ class Run:
 
     def _count(self, state, **changes):
         """Replace the state after an evaluation; return the `Step` of the best image."""
-        limits = (state.limits[0] - 1, *state.limits[1:])
-        self._state = state._replace(limits=limits, left=state.left - 1, **changes)
+        first, *others = state.limits
+        self._state = state._replace(limits=(first - 1, *others), left=state.left - 1, **changes)
         return self._state.step
 
     def _descend(self):
@@ -251,9 +251,13 @@ class Run:
         if iterate is None:
             return None
         step = Step(scale, precision, *iterate.losses.tolist())
-        if state.step is None or step.total < state.step.total:
+        lower = not state.step or step.total < state.step.total
+        if lower:
             state = state._replace(image=iterate.x.view(1, 3, *scale), step=step, image_gradient=iterate.gradient)
-        return self._count(state, iterate=iterate, window=state.window.extend(state.image, state.step.total))
+        # While there are no correction pairs, rejected trials only look for the length of the first step.
+        if lower or iterate.curvature.ages.any():
+            state = state._replace(window=state.window.extend(state.image, state.step.total))
+        return self._count(state, iterate=iterate)
 
     def _begin_scale(self):
         """Move to the next scale, starting from the enlarged best image."""

@@ -407,8 +407,7 @@ class Studio:
         """Show the panel; where there is no kernel, a still of it in use."""
         alt = "The panel in use: the current image and its inputs, loss curves, buttons and sliders."
         still = (IMAGES / f"panel_{'_and_'.join(self.controls.kinds)}.jpg").read_bytes()
-        source = data_url("image/jpeg", still)
-        image = f'<img class="studio-still" style="display:none" alt="{alt}" src="{source}">'
+        image = f'<img class="studio-still" style="display:none" alt="{alt}" src="{data_url("image/jpeg", still)}">'
         publish_display_data({"text/html": RESCUE + image, "text/plain": ""})
         view = {"version_major": 2, "version_minor": 0, "model_id": self.view.model_id}
         bundle = {"application/vnd.jupyter.widget-view+json": view, "image/jpeg": still, "text/plain": alt}
