@@ -221,7 +221,7 @@ def plot_losses(curves: Mapping[str, list], ylabel: str = "loss", seconds: Mappi
     curves, seconds = as_curves(curves, "curves"), as_curves(seconds or {}, "seconds")
     figure = Figure(figsize=(7.5, 3.2), layout="constrained")
     axes = figure.subplots()
-    for (label, losses), line in zip(curves.items(), itertools.cycle(("-", "--", "-."))):
+    for (label, losses), line in zip(curves.items(), itertools.cycle(("-", "--", "-.", ":"))):
         x = seconds.get(label, ()) if seconds else range(1, len(losses) + 1)
         if len(x) != len(losses):
             raise UserError(f"{label!r} has {len(losses)} losses: `seconds` must have as many")

@@ -405,7 +405,7 @@ class Studio:
 
     def _ipython_display_(self):
         """Show the panel; where there is no kernel, a still of it in use."""
-        alt = "The panel in use: the current image and its inputs, loss curves, buttons and sliders."
+        alt = "The panel in use: the current image and its inputs, the loss, buttons and controls."
         still = (IMAGES / f"panel_{'_and_'.join(self.controls.kinds)}.jpg").read_bytes()
         image = f'<img class="studio-still" style="display:none" alt="{alt}" src="{data_url("image/jpeg", still)}">'
         publish_display_data({"text/html": RESCUE + image, "text/plain": ""})
