@@ -15,6 +15,7 @@ import style_transfer  # noqa: E402, F401  before torch, since it sets how OpenM
 
 # isort: split
 import torch  # noqa: E402
+from watching import Watch  # noqa: E402
 
 import nst_utils  # noqa: E402
 
@@ -24,6 +25,12 @@ torch.set_num_threads(1)  # the images are small: on shared cores two threads wo
 @pytest.fixture(scope="session")
 def vgg():
     return nst_utils.load_vgg19(device="cpu")
+
+
+@pytest.fixture
+def watch(vgg):
+    with Watch(vgg) as watch:
+        yield watch
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import nbformat
 import pytest
@@ -86,4 +85,3 @@ def test_the_cell_has_address_and_tag():
 def test_the_changes_begin_with_this_version():
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert re.search(r"^## (\S+?),? ", changes, flags=re.MULTILINE)[1] == known(PYPROJECT)[1]
-    assert Path(ROOT, "tools", "address.py").exists()

@@ -17,15 +17,6 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 PACKAGE = Path(style_transfer.__file__).parent
 
 
-@pytest.fixture
-def hooked(vgg):
-    """hooked(function): have each evaluation of the network call it, also by networks cut from this one."""
-    hooks = []
-    yield lambda function: hooks.append(vgg.conv1_1.register_forward_hook(lambda *_: function()))
-    for hook in hooks:
-        hook.remove()
-
-
 def test_an_evaluation_is_of_flat_images_and_leaves_them_alone(vgg, content, style):
     shape, task = tuple(content.shape[-2:]), Task(content, style, ("conv1_2",), {"conv1_1": 1.0, "conv2_1": 2.0})
     objective = objective_of(vgg.cut("conv2_1", CPU, "float32"), task, shape, shape, math.inf)
@@ -37,14 +28,14 @@ def test_an_evaluation_is_of_flat_images_and_leaves_them_alone(vgg, content, sty
     assert torch.equal(losses, expected[0]) and torch.equal(gradient.view_as(content), expected[1])
 
 
-def test_an_evaluation_passes_at_most_eight_frames_of_our_own_from_step_to_network(hooked, vgg, picture):
+def test_an_evaluation_passes_at_most_eight_frames_of_our_own_from_step_to_network(watch, vgg, picture):
     chains = []
 
-    def note():
+    def note(output):
         frames = inspect.stack(context=0)
         chains.append([frame.function for frame in frames if Path(frame.filename).is_relative_to(PACKAGE)])
 
-    hooked(note)
+    watch.change = note
     run = Run(Task(picture(24, 28), picture(26, 24, 1), "conv1_2", FIRST_FIVE), vgg=vgg, coarse_to_fine=False)
     run.step()
     chains.clear()
@@ -54,20 +45,18 @@ def test_an_evaluation_passes_at_most_eight_frames_of_our_own_from_step_to_netwo
 
 
 @pytest.mark.parametrize("shape, threads", [((90, 110), 1), ((90, 120), 3)])
-def test_a_small_image_is_evaluated_on_one_thread_and_afterwards_all_are_back(shape, threads, hooked, vgg, picture):
+def test_a_small_image_is_evaluated_on_one_thread_and_afterwards_all_are_back(shape, threads, watch, vgg, picture):
     counts, present = [], torch.get_num_threads()
 
-    def note():
+    def note(output):
         counts.append(torch.get_num_threads())
         if len(counts) > 2:
             raise KeyboardInterrupt
 
     torch.set_num_threads(3)
     try:
-        hooked(note)
+        watch.change = note
         run = Run(Task(picture(*shape), None, "conv1_1"), vgg=vgg, coarse_to_fine=False, precision="float32")
-        run.describe()  # computes the content's feature maps
-        counts.clear()
         assert run.step() and run.step() and torch.get_num_threads() == 3
         with pytest.raises(KeyboardInterrupt):
             run.step()

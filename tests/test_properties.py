@@ -8,12 +8,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis.extra.numpy import arrays
-from PIL import Image
 
 import nst_utils as nst
-from style_transfer.engine.checks import as_whole
 from style_transfer.engine.prior import SpectralPreconditioner
-from style_transfer.engine.schedule import plan_scales
 from style_transfer.engine.vgg import LAYERS, deepest, layer_name, stride
 
 # No deadline: a test must not fail because a machine is slow.
@@ -39,16 +36,6 @@ def test_an_image_written_and_read_is_the_same(values, tmp_path_factory):
     assert torch.equal(read, image_of(values))
 
 
-@given(height=sides, width=sides, size=st.integers(1, 60), mode=st.sampled_from(["RGB", "L", "RGBA", "CMYK", "1"]))
-def test_every_image_that_is_read_is_one(height, width, size, mode, tmp_path_factory):
-    path = tmp_path_factory.mktemp("images") / "image.tif"
-    Image.new(mode, (width, height)).save(path)
-    read = nst.load_image(path, size, "cpu")
-    assert read.dtype == torch.float32 and read.shape[:2] == (1, 3) and min(read.shape[2:]) == size
-    assert 0 <= read.min() and read.max() <= 1
-    assert max(read.shape[2:]) / size == pytest.approx(max(height, width) / min(height, width), abs=0.51 / size)
-
-
 @given(values=colours, shape=st.tuples(sides, sides))
 def test_a_scaled_image_is_one(values, shape):
     scaled = nst.resize(image_of(values), shape)
@@ -62,7 +49,6 @@ def test_a_difference_has_no_sign_and_no_order(values):
     a, b = map(image_of, values)
     gap, numbers = nst.difference_map(a, b), nst.difference_numbers(a, b)
     steps = np.abs(values[0].astype(int) - values[1])
-    assert torch.equal(gap, nst.difference_map(b, a))
     torch.testing.assert_close(gap, image_of(steps), rtol=0, atol=1e-6)
     assert numbers.share == pytest.approx((steps.max(-1) > 0).mean())
     assert numbers.mean == pytest.approx(steps.mean() / 255, rel=1e-5)
@@ -75,23 +61,6 @@ def test_names_are_in_the_networks_order(names):
     last = deepest(names)
     assert last in names and all(LAYERS.index(name) <= LAYERS.index(last) for name in names)
     assert all(stride(name) == 2 ** (int(layer_name(name)[4]) - 1) for name in names)
-
-
-@given(shape=st.tuples(st.integers(1, 900), st.integers(1, 900)), smallest=st.integers(1, 300))
-def test_scales_end_with_the_shape_and_keep_what_they_need(shape, smallest):
-    scales = plan_scales(shape, smallest)
-    assert scales[-1] == shape
-    assert all(min(scale) >= min(smallest, min(shape)) for scale in scales)
-    assert min(scales[0]) <= 2 * smallest or len(scales) == 1
-
-
-@given(value=st.one_of(st.integers(-5, 5), st.floats(allow_nan=True), st.text(max_size=3), st.none(), st.booleans()))
-def test_a_whole_number_is_taken_as_it_is_or_refused_in_one_sentence(value):
-    try:
-        assert as_whole(value, "size") == value and type(value) is int and value >= 1
-    except ValueError as error:
-        assert str(error) == f"size is {value!r}: it must be a whole number, 1 or more"
-        assert type(value) is not int or value < 1
 
 
 def test_a_preconditioner_is_scaled_by_the_peak_of_the_curvature_wherever_it_is():

@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from watching import Watch, alive, flat, plateau
+from watching import OnGPU, alive, flat, plateau
 
 from style_transfer.engine.images import resize
 from style_transfer.engine.objective import Task
@@ -21,12 +21,6 @@ from style_transfer.engine.vgg import FIRST_FIVE, first_kernels
 CPU = torch.device("cpu")
 CONVERGED = "the loss fell by less than 0.5% in 10 evaluations"
 NOT_LOWER = "no step lowers the loss any more"
-
-
-@pytest.fixture
-def watch(vgg):
-    with Watch(vgg) as watch:
-        yield watch
 
 
 @pytest.fixture
@@ -378,8 +372,7 @@ def test_a_run_retargeted_before_the_first_evaluation_of_a_scale_keeps_the_scale
 def test_a_bad_task_is_refused_and_leaves_the_run_as_it_was(start, transfer, refuses):
     run, twin = (start(transfer, (15, 30), evaluations=6) for _ in range(2))
     assert take(run, 3) == take(twin, 3)
-    on_gpu = type("OnGPU", (torch.Tensor,), {"device": torch.device("cuda", 0)})  # so it says
-    elsewhere = {name: getattr(transfer, name).as_subclass(on_gpu) for name in ("content", "style")}
+    elsewhere = {name: getattr(transfer, name).as_subclass(OnGPU) for name in ("content", "style")}
     for changes, named in (
         ({"content_layers": "conv5_1", "style_weight": -1.0}, "style_weight is -1.0"),
         ({"content_layers": "conv5_1", **elsewhere}, "cuda:0 and the run on cpu"),

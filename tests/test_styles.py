@@ -129,7 +129,7 @@ def test_each_region_takes_on_its_own_style(vgg, content, style, settings):
 
 
 @pytest.mark.parametrize(
-    ("mask", "problem"),
+    "mask, problem",
     [
         (torch.rand(1, 3, 8, 8), "mask of style is (1, 3, 8, 8) torch.float32"),
         (torch.ones(8, 8, dtype=torch.uint8), "mask of style is (8, 8) torch.uint8"),
@@ -148,7 +148,7 @@ def test_a_bad_mask_is_named(mask, problem, style, refuses):
 
 
 @pytest.mark.parametrize(
-    ("bad", "problem"),
+    "bad, problem",
     [
         (lambda style: [], "style is empty"),
         (lambda style: [style, "wave.jpg"], "style[1] is str"),

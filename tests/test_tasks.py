@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from watching import OnGPU
 
 import nst_utils as nst
 from style_transfer.engine.prior import draw_noise
@@ -211,14 +212,8 @@ def test_every_option_is_shown_and_used_or_refused(task, arguments, refuses):
             task(**options, **{unknown: 10})
 
 
-class OnGPU(torch.Tensor):
-    """An image that says it is there."""
-
-    device = torch.device("cuda", 0)
-
-
-def noise(*shape):
-    return torch.rand(shape or (1, 3, 15, 41))
+def noise():
+    return torch.rand(1, 3, 15, 41)
 
 
 VALUES = [
@@ -230,8 +225,6 @@ VALUES = [
     (nst.optimise, "task", [None, 5, "transfer", (1, 2)]),
 ]
 BAD_IMAGES = {
-    "is (3, 8, 8)": noise(3, 8, 8), "is (2, 3, 8, 8)": noise(2, 3, 8, 8), "is (1, 1, 8, 8)": noise(1, 1, 8, 8),
-    "is (1, 8, 8, 3)": noise(1, 8, 8, 3), "is (1, 3, 0, 8)": noise(1, 3, 0, 8), "torch.uint8": noise().byte(),
     "not finite": noise() * math.nan, "outside [0, 1]": 1.1 + noise(), "is str": "chenonceau.jpg",
     "outside [0, 1] or not finite, -0.5 to 1.75:": torch.linspace(-0.5, 1.75, 60).view(1, 3, 4, 5),
 }  # fmt: skip
@@ -247,14 +240,12 @@ REFUSED = [  # (task, option, {what is said: value})
     (reconstruct, "init", {"init is NoneType": None, "init is int": 0, "init is list": [[0.5]]}),
     (transfer, "init", {"unknown init 'white'": "white", "init has values outside": -noise()}),
     (synthesize, "init", {"unknown init 'content'": "content"}),  # it has none
-    (transfer, "precision", {"unknown precision 'half'": "half", "unknown precision ['float32']": ["float32"]}),
     (reconstruct, "layers", LAYERS | {NONE: []}),
     (synthesize, "layers", LAYERS | {NONE: (), "unknown layer b'conv1_1'": b"conv1_1"}),
     (synthesize, "layers", {"weight of conv2_1 is -1.0": {"conv1_1": 1.0, "conv2_1": -1.0}}),
     (transfer, "content_layers", LAYERS),
     (transfer, "style_layers", LAYERS | {"weight of conv2_1 is '1'": {"conv1_1": 1.0, "conv2_1": "1"}}),
     (transfer, "coarse_to_fine", {f"coarse_to_fine is {value!r}: use True or False": value for value in ("no", None)}),
-    (synthesize, "memory", {"memory is 1e-12: give more GiB": 1e-12}),
     *[(transfer, option, {f"{option} is 1000": 10**400}) for option in ("memory", "content_weight", "evaluations")],
     (transfer, "callback", {"callback is 5: give a function of an image and a Step": 5}),
     (nst.optimise, "task", {"... (Tensor): give a Task": noise()}),  # a long value is shown by its beginning
