@@ -235,10 +235,8 @@ class Notebook:
         return Image.open(io.BytesIO(self.page.locator(".style-studio").screenshot())).convert("RGB")
 
     def still(self, name):
-        """The panel dimmed, as the notebooks show it where there is no kernel."""
-        image = self.picture()
-        image = Image.blend(image, Image.new("RGB", image.size, "white"), 0.25)
-        image = ImageOps.expand(image, (0, 64, 0, 0), "#e8eef7")
+        """The panel under a banner, as the notebooks show it where there is no kernel."""
+        image = ImageOps.expand(self.picture(), (0, 64, 0, 0), "#e8eef7")
         font = ImageFont.load_default(26)
         place = image.width / 2, 32
         ImageDraw.Draw(image).text(place, "A still. Run this cell to start the panel.", "black", font, "mm")
