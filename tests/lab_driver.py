@@ -240,7 +240,7 @@ class Notebook:
         font = ImageFont.load_default(26)
         place = image.width / 2, 32
         ImageDraw.Draw(image).text(place, "A still. Run this cell to start the panel.", "black", font, "mm")
-        image.save(ARTEFACTS / f"{name}.jpg", quality=70)
+        image.save(ARTEFACTS / f"{name}.jpg", quality=70, optimize=True, progressive=True)
 
     def film(self, name, moves, width=640):
         """A film of the panel: an image after each of the `moves`, functions, and the last is held."""
